@@ -1,0 +1,193 @@
+"""Images a second of one core through the input pipeline: 2x224 + 6x96 from JPEGs of about 500x375.
+
+Compared with the plain published pipeline, sample by sample and crop by crop: PIL decoding,
+torchvision's RandomResizedCrop, flip, ColorJitter, grayscale, PIL's GaussianBlur, to tensor,
+normalise. Ours once as the loader alone, which is all a core does when the colours are changed on
+a GPU, and once with the colours changed on the CPU as well.
+
+Floor: a JPEG of this size takes about 0.6 ms to decode (libjpeg-turbo, EPYC 9005), after which 8
+crops have to be read and 467 kB written. Everything runs in one process on one thread.
+
+    python -m bench.input_pipeline [--device cuda]
+
+With a GPU it also times the colours there: 64 images, copied as uint8 and changed in one batch.
+"""
+
+import argparse
+import io
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from PIL import Image, ImageFilter
+
+from bench.measure import median_seconds, print_table
+from src.augment import Augment
+from src.datasets import EpochSampler, open_dataset
+from src.multicrop import MultiCropDataset, multicrop_loader
+
+NUM_CROPS, SIZES, LOW, HIGH = [2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]
+MEAN, STD = [0.485, 0.456, 0.406], [0.228, 0.224, 0.225]
+BATCH = 16
+
+
+def write_images(folder, num):
+    """JPEGs of random content, smooth with some texture, about 65 kB each; returns their mean size."""
+    generator = np.random.default_rng(0)
+    for i in range(num):
+        width, height = 500, 375
+        layers = []
+        for detail, weight in ((4, 1.0), (12, 0.6), (40, 0.35), (120, 0.18)):
+            coarse = generator.integers(0, 256, (detail * 3 // 4, detail, 3), dtype=np.uint8)
+            layer = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+            layers.append(weight * np.asarray(layer, dtype=np.float32))
+        pixels = sum(layers) + 18 * generator.standard_normal((height, width, 1))
+        pixels = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min())
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:04d}.jpg", quality=90)
+    return sum(path.stat().st_size for path in folder.iterdir()) / num
+
+
+class RandomBlur:
+    def __call__(self, image):
+        if random.random() < 0.5:
+            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+        return image
+
+
+def published_transforms():
+    """One transform a crop, as the published multi-crop dataset applies them."""
+    transforms = []
+    for number, size, low, high in zip(NUM_CROPS, SIZES, LOW, HIGH, strict=True):
+        steps = [
+            T.RandomResizedCrop(size, scale=(low, high)),
+            T.RandomHorizontalFlip(0.5),
+            T.RandomApply([T.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+            T.RandomGrayscale(0.2),
+            RandomBlur(),
+            T.ToTensor(),
+            T.Normalize(MEAN, STD),
+        ]
+        transforms += [T.Compose(steps)] * number
+    return transforms
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    num, repeats = args.images, args.repeats
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        size = write_images(folder, num)
+        measure(folder, num, repeats, size)
+    if args.device != "cpu":
+        measure_on_device(args.device, repeats)
+
+
+def measure(folder, num, repeats, file_size):
+    paths = sorted(folder.iterdir())
+    transforms = published_transforms()
+    cropping = [transform.transforms[0] for transform in transforms]
+    dataset = open_dataset(str(folder))
+    crops = MultiCropDataset(dataset, NUM_CROPS, SIZES, LOW, HIGH)
+    sampler = EpochSampler(num, BATCH, 0, 1, seed=0)
+    loader = multicrop_loader(crops, sampler, BATCH, 0, "cpu")
+    augment, generator = Augment(MEAN, STD), torch.Generator().manual_seed(0)
+    batches = list(loader)
+
+    def pil_image(path):
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return image.convert("RGB")
+
+    def published():
+        for path in paths:
+            image = pil_image(path)
+            [transform(image) for transform in transforms]
+
+    def published_decode():
+        [pil_image(path) for path in paths]
+
+    def published_crops():
+        for path in paths:
+            image = pil_image(path)
+            [crop(image) for crop in cropping]
+
+    def load():
+        for _ in loader:
+            pass
+
+    def load_and_augment():
+        for batch, _ in loader:
+            augment(batch, generator)
+
+    def decode():
+        [dataset.load(i) for i in range(num)]
+
+    def photometry():
+        for batch, _ in batches:
+            augment(batch, generator)
+
+    functions = [published, load, load_and_augment]
+    functions += [published_decode, published_crops, decode, photometry]
+    times = [t / num for t in median_seconds(functions, repeats, warmup=1)]
+    whole, loading, everything, pil_decode, pil_crops, decoding, colours = times
+    print_table(
+        f"input pipeline, 2x224 + 6x96 from {num} JPEGs of 500x375 ({file_size / 1e3:.0f} kB)",
+        ["one core", "ms/image", "images/s", "times published"],
+        [
+            ["published, per sample (PIL)", whole * 1e3, 1 / whole, 1.0],
+            [
+                "ours, loader only (colours on the device)",
+                loading * 1e3,
+                1 / loading,
+                whole / loading,
+            ],
+            ["ours, colours on the CPU", everything * 1e3, 1 / everything, whole / everything],
+        ],
+    )
+    rows = [
+        ["decode", pil_decode, decoding],
+        ["resized crops", pil_crops - pil_decode, loading - decoding],
+        ["photometry, to float, normalise", whole - pil_crops, colours],
+    ]
+    print_table(
+        "where it goes, ms an image",
+        ["part", "published", "ours", "ratio"],
+        [[name, a * 1e3, b * 1e3, a / b] for name, a, b in rows],
+    )
+
+
+def measure_on_device(device, repeats, batch_size=64):
+    """Copying a pinned uint8 batch to the device, and its photometry there."""
+    batch = [
+        torch.randint(0, 256, (batch_size, number, size, size, 3), dtype=torch.uint8)
+        .permute(0, 1, 4, 2, 3)
+        .pin_memory()
+        for number, size in zip(NUM_CROPS, SIZES, strict=True)
+    ]
+    augment, generator = Augment(MEAN, STD), torch.Generator().manual_seed(0)
+
+    def copy():
+        return [images.to(device, non_blocking=True) for images in batch]
+
+    copied = copy()
+    functions = [copy, lambda: augment(copied, generator), lambda: augment(copy(), generator)]
+    times = median_seconds(functions, repeats=max(20, repeats), warmup=5, device=device)
+    print_table(
+        f"colours on {torch.cuda.get_device_name(device)}, batch of {batch_size}",
+        ["part", "ms/batch", "us/image"],
+        [
+            [name, t * 1e3, t / batch_size * 1e6]
+            for name, t in zip(["copy of uint8", "photometry", "both"], times, strict=True)
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Weighted k-NN classification of frozen features: no training, one number in minutes.
+
+Wu et al. 2018, arXiv:1805.01978, section 3.4: a validation image takes the class with the largest
+sum of exp(cosine / tau) over its k nearest training images (src/knn.py). Features come from one
+centre crop of each image and are L2-normalised.
+
+  python eval_knn.py                                       digits, an untrained network, seconds
+  python eval_knn.py --pretrained runs/swav                a run: its args.json says the rest
+  python eval_knn.py --pretrained runs/swav --labels_per_class 5 --raw_pixels --untrained
+  torchrun --nproc_per_node 8 eval_knn.py --pretrained swav_800ep.pth.tar --data_path /imagenet
+  python eval_knn.py --arch vgg16 --pretrained vgg16.pth --data_path my_images
+
+Where nothing splits the images into train/ and val/, every tenth is classified by the others.
+With --labels_per_class n, n images of each class keep their label, in --draws draws. The figure to
+quote is that at k = n: of more neighbours than a class has labels, some must vote for others.
+
+Deviations from the authors' code (DINO's eval_knn.py): any number of images and classes; training
+features stay on the process that computed them; one search for all k; weights that are missing or do
+not fit stop the run; red standard deviation of SwAV, 0.228 (theirs: --std 0.229 0.224 0.225). Kept:
+top-5 needs no vote; among classes without one the lowest index comes first.
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from src import checkpoint, cli, distributed, image_args
+from src.evaluation import (
+    MODEL_FLAGS,
+    build_network,
+    draw_neighbours,
+    forward_of,
+    open_labelled_splits,
+    run_arguments,
+    run_defaults,
+    split_features,
+)
+from src.feature_files import check_dump, dump_features, load_features
+from src.features import extract_features, raw_pixels
+from src.knn import few_label_accuracy, knn_accuracy
+from src.logger import setup_logging
+
+logger = logging.getLogger(__name__)
+
+# For networks that are not of a run, on small images.
+PRESETS = {
+    "tiny": {"arch": "resnet10", "stem": "small", "width": 0.25, "workers": 0},
+    "cifar": {"arch": "resnet18", "stem": "small"},
+}
+# What features depend on, kept with them by --dump_features.
+SETTINGS = ("pretrained", "checkpoint_key", "feature", *MODEL_FLAGS, "data_path", "train_path")
+SETTINGS += ("val_path", "in_chans", "mean", "std", "size", "interpolation")
+UNTRAINED = "untrained network"
+
+
+# ============ evaluation ============
+def evaluate(name, split, args):
+    """Rows of the table for one kind of features: with all labels, then with --labels_per_class.
+
+    split: training features (N, D) and labels (N,), validation features (M, D) and labels (M,).
+    """
+    train, train_labels, val, val_labels = split
+    data = (F.normalize(train, dim=1), train_labels, F.normalize(val, dim=1), val_labels)
+    options = {"ks": args.nb_knn, "temperature": args.temperature, "backend": args.knn_backend}
+    rows = [
+        {"features": name, "labels": "all", "k": k, "top1": top1, "top5": top5}
+        for k, (top1, top5) in knn_accuracy(*data, **options).items()
+    ]
+    if args.labels_per_class:
+        few = few_label_accuracy(*data, args.labels_per_class, args.draws, args.seed, **options)
+        rows += [
+            {"features": name, "labels": args.labels_per_class, "k": k, "top1": mean, "std": std}
+            for k, (mean, std) in few.items()
+        ]
+    return rows
+
+
+def log_table(rows):
+    """Accuracies in percent; mean and standard deviation where labels are drawn."""
+    width = max(len(row["features"]) for row in rows)
+    logger.info("%-*s  labels       k  top-1            top-5", width, "features")
+    for row in rows:
+        labels = row["labels"] if row["labels"] == "all" else f"{row['labels']} a class"
+        top1 = f"{row['top1']:6.2f}" + (f" +- {row['std']:.2f}" if "std" in row else "")
+        top5 = f"{row['top5']:6.2f}" if "top5" in row else ""
+        line = f"{row['features']:{width}}  {labels:10} {row['k']:3}  {top1:15} {top5}"
+        logger.info(line.rstrip())
+
+
+# ============ main ============
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate; returns 0."""
+    args, run = parse_args(argv)
+    setup_logging(None, distributed.read_environment().rank == 0)
+    check_args(args)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if not args.load_features:
+        splits = open_labelled_splits(args.data_path, args.train_path, args.val_path, args.in_chans)
+        network = (run, args.feature, args.checkpoint_key, args.seed)
+        model = build_network(args.arch, cli.model_options(args), args.pretrained, *network)
+    if args.dump_features:
+        check_dump(args.dump_features, settings)
+    checkpoint.check_writable(args.dump_path)
+
+    process = distributed.init(args.device)
+    precision = args.precision
+    if precision == "auto":
+        precision = distributed.default_precision(process.device)
+    search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
+    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+    rows, start = [], time.perf_counter()
+
+    def features_of(model):
+        def extract(dataset):
+            statistics = (args.mean or dataset.mean, args.std or dataset.std)
+            return extract_features(
+                *(forward, dataset, args.size, *statistics, process.device),
+                precision=precision,
+                interpolation=args.interpolation,
+                **loading,
+            )
+
+        forward = forward_of(model.to(process.device), args.feature)
+        return split_features(extract, *splits)
+
+    def add_rows(name, split):
+        rows.extend(evaluate(name, [x.to(search_device) for x in split], args))
+
+    # ============ features of the network ============
+    if args.load_features:
+        given = {name: settings[name] for name in SETTINGS if name in args.given}
+        *train, settings = load_features(args.load_features, "train", given)
+        *val, settings = load_features(args.load_features, "val", given)
+        split = [*train, *val]
+        logger.info("features of %s: %s", args.load_features, settings)
+    else:
+        split = features_of(model)
+    if args.dump_features:
+        dump_features(args.dump_features, "train", *split[:2], settings)
+        dump_features(args.dump_features, "val", *split[2:], settings)
+    add_rows(settings["feature"] if settings["pretrained"] else UNTRAINED, split)
+    if args.neighbour_sheet:
+        draw_neighbours(split, *splits, Path(args.dump_path) / "plots" / "neighbours.png")
+
+    # ============ baselines ============
+    if args.untrained and args.pretrained:
+        untrained = build_network(args.arch, cli.model_options(args), None, *network)
+        add_rows(UNTRAINED, features_of(untrained))
+    if args.raw_pixels:
+        add_rows("raw pixels", split_features(lambda data: raw_pixels(data, **loading), *splits))
+
+    seconds = time.perf_counter() - start
+    if process.rank == 0:
+        path = Path(args.dump_path) / "eval_knn.json"
+        result = {"settings": settings, "temperature": args.temperature, "seconds": seconds}
+        path.write_text(json.dumps({**result, "results": rows}, indent=1) + "\n")
+        log_table(rows)
+        if not settings["pretrained"]:
+            logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
+        logger.info("%.1f s, written to %s", seconds, path)
+    distributed.shutdown()
+    return 0
+
+
+# ============ arguments ============
+def parse_args(argv):
+    """The arguments, and those of the run that is evaluated ({} if it is not a run).
+
+    The command line wins over the run, the run over the preset of small images, that over the
+    defaults. `args.given` holds the names on the command line.
+    """
+    parser, blank = get_parser(), get_parser()
+    args = parser.parse_args(argv)
+    blank.set_defaults(**dict.fromkeys(vars(args)))
+    given = {name for name, x in vars(blank.parse_args(argv)).items() if x is not None}
+    run = run_arguments(args.pretrained) if args.pretrained else {}
+    defaults = run_defaults(run)
+    if not args.pretrained and "arch" not in given:
+        preset = cli.preset_of(args.data_path)
+        defaults = {"size": image_args.CROPS[preset]["size"][0], **PRESETS.get(preset, {})}
+    parser.set_defaults(**defaults, given=given)
+    args = parser.parse_args(argv)
+    if args.use_fp16 is not None and args.precision == "auto":
+        args.precision = "auto" if args.use_fp16 else "fp32"
+    return args, run
+
+
+def get_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser, positive = cli.Parser(__doc__), cli.positive
+
+    add = parser.add_argument_group("method").add_argument
+    add("--nb_knn", type=positive(int), nargs="+", default=[10, 20, 100, 200],
+        help="k, the neighbours that vote")
+    add("--temperature", type=positive(float), default=0.07, help="tau of exp(cosine / tau)")
+    add("--labels_per_class", type=cli.at_least_zero(int), default=0,
+        help="also evaluate with so many labelled training images of each class; 0: do not")
+    add("--draws", type=positive(int), default=20, help="random choices of --labels_per_class")
+    add("--feature", default="backbone", choices=["backbone", "embedding"],
+        help="the pooled output of the trunk, or that of the projection head")
+    add("--raw_pixels", action="store_true", help="also evaluate the pixels themselves")
+    add("--neighbour_sheet", action="store_true", help="draw some images and their neighbours")
+    add("--untrained", action="store_true", help="also evaluate the network before its training")
+    add("--knn_backend", default="torch", choices=["torch", "faiss"], help="of the exact search")
+    add("--use_cuda", type=cli.boolean, default=True,
+        help="search on the GPU where there is one; false: on the CPU")
+
+    cli.add_model_args(parser)
+    add = parser.add_argument_group("weights").add_argument
+    add("--pretrained", "--pretrained_weights", default="",
+        help="a run's folder, a checkpoint of it, a released file, or torchvision weights")
+    add("--checkpoint_key", default=None, help="section of the file, such as teacher; found if not given")
+    add("--patch_size", type=int, default=16, help="published for vision transformers, not used")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="digits",
+        help="digits, cifar10, ..., a folder of class folders or of train/ and val/, or tar shards")
+    add("--train_path", default=None, help="training images that are not in --data_path")
+    add("--val_path", default=None, help="validation images that are not in --data_path")
+    add("--size", type=positive(int), default=224, help="side in pixels of the centre crop")
+    add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
+    add("--in_chans", type=positive(int), default=3, help="channels of the images")
+    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=128,
+        help="images per process")
+    add("--dump_features", default=None, help="folder to keep the features in")
+    add("--load_features", default=None, help="folder of --dump_features to take features from")
+    cli.add_runtime_args(parser)
+    return parser
+    # fmt: on
+
+
+def check_args(args) -> None:
+    """Raise ValueError on arguments that do not fit together."""
+    for name in ("raw_pixels", "untrained", "neighbour_sheet", "dump_features"):
+        if args.load_features and getattr(args, name):
+            raise ValueError(f"--load_features opens no images: leave out --{name}")
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values is not None and len(values) != args.in_chans:
+            raise ValueError(f"--{name} has {len(values)} values and --in_chans is {args.in_chans}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

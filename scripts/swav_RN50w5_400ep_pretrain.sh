@@ -1,0 +1,49 @@
+#!/bin/bash
+# SwAV, ResNet-50 of five times the width, 400 epochs, 2x224 + 4x96 crops, 1536 images, queue of 1536.
+#
+#   export DATASET_PATH=/data/imagenet/train EXPERIMENT_PATH=runs/swav_RN50w5_400ep
+#   sbatch scripts/swav_RN50w5_400ep_pretrain.sh
+#
+# hardware: 16 nodes of 8 GPUs; published on 128 GPUs (paper, appendix B.2)
+# time:     not in the paper
+# expected: 78.5 % top-1, linear classifier on ImageNet (paper, Table 5)
+# No script of this run was published. From appendix B.2: GPUs, batch, queue, crops and epochs; from A.1:
+# the rest, and prototypes frozen for one epoch, here 834 iterations. The paper does not say: the hidden
+# units of the head (10240, the width of the trunk's output, the authors' rule in swav issue 17), its
+# missing batch norm (swav issue 35), that the learning rate stays 4.8 with this batch (it does for w4),
+# the nodes, their memory and the time limit (those of w2). --sync_bn pytorch needs no apex.
+# Submit from the repository's folder, with the environment active. Two minutes before the time limit the
+# job gets SIGUSR1, saves, and is requeued. Further flags can be appended to the command above.
+
+#SBATCH --nodes=16
+#SBATCH --gpus=128
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --job-name=swav_RN50w5_400ep_pretrain
+#SBATCH --time=72:00:00
+#SBATCH --mem=450G
+#SBATCH --constraint=volta32gb
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -eu
+: "${DATASET_PATH:?set it to the ImageNet folder}"
+: "${EXPERIMENT_PATH:?set it to the folder of the run}"
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+srun --label --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+    python -u main_swav.py \
+    --data_path "$DATASET_PATH" --dump_path "$EXPERIMENT_PATH" \
+    --nmb_crops 2 4 --size_crops 224 96 --min_scale_crops 0.14 0.05 --max_scale_crops 1. 0.14 \
+    --crops_for_assign 0 1 \
+    --temperature 0.1 --epsilon 0.05 --sinkhorn_iterations 3 --feat_dim 128 \
+    --nmb_prototypes 3000 \
+    --queue_length 1536 --epoch_queue_starts 0 --freeze_prototypes_niters 834 \
+    --epochs 400 --batch_size 12 --base_lr 4.8 --final_lr 0.0048 --wd 0.000001 \
+    --warmup_epochs 10 --start_warmup 0.3 \
+    --arch resnet50w5 --hidden_mlp 10240 --no-head_bn --use_fp16 true --sync_bn pytorch \
+    "$@"

@@ -1,0 +1,93 @@
+"""Flags of images and crops, shared by the scripts that train: data, multi-crop, photometry."""
+
+import argparse
+
+from src.cli_types import at_least_zero, positive, probability
+from src.presets import CROPS
+
+
+def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None:
+    """Images and crops; what is not given comes from the preset, see parse_args."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="digits",
+        help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")  # fmt: skip
+    add("--preset", default="auto", choices=["auto", *presets],
+        help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like, else "
+        "imagenet, the published values, which are those that this page shows")  # fmt: skip
+    add("--nmb_crops", type=positive(int), nargs="+", default=[2],
+        help="number of crops for each resolution, such as 2 6")  # fmt: skip
+    add("--size_crops", type=positive(int), nargs="+", default=None,
+        help="side in pixels for each resolution (default: of the preset, 224 96)")  # fmt: skip
+    add("--min_scale_crops", type=float, nargs="+", default=None,
+        help="smallest share of the image's area in a crop (default: of the preset, 0.14 0.05)")  # fmt: skip
+    add("--max_scale_crops", type=float, nargs="+", default=None,
+        help="largest share of the image's area in a crop (default: of the preset, 1 0.14)")  # fmt: skip
+
+
+def fill_in_crops(args: argparse.Namespace) -> None:
+    """Crop sizes and scales that were not given are those of the preset; all lists equally long."""
+    num_resolutions = len(args.nmb_crops)
+    for name, key in (
+        ("size_crops", "size"),
+        ("min_scale_crops", "min_scale"),
+        ("max_scale_crops", "max_scale"),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, CROPS[args.preset][key][:num_resolutions])
+        if len(getattr(args, name)) != num_resolutions:
+            raise ValueError(
+                f"--{name} has {len(getattr(args, name))} values and --nmb_crops has "
+                f"{num_resolutions}: give one value for each resolution"
+            )
+    for low, high in zip(args.min_scale_crops, args.max_scale_crops, strict=True):
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1, "
+                "the share of the image's area"
+            )
+
+
+def add_augment_args(parser: argparse.ArgumentParser) -> None:
+    """Photometry of the crops (SwAV, appendix A.2); every transformation can be switched off."""
+    group = parser.add_argument_group("image transformations, for each crop")
+    add = group.add_argument
+    add("--in_chans", type=positive(int), default=3, help="channels of the images")
+    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--no_flip", action="store_true", help="no horizontal flip (default: probability 0.5)")
+    add("--color_jitter", type=at_least_zero(float), nargs="+", default=[0.8, 0.8, 0.8, 0.2],
+        help="strength for brightness, contrast, saturation, hue; 0: none")  # fmt: skip
+    add("--jitter_prob", type=probability, default=0.8, help="probability of the colour jitter")
+    add("--grayscale", type=probability, default=0.2, help="probability of grayscale")
+    add("--blur", type=probability, default=0.5, help="probability of the Gaussian blur")
+    add("--blur_sigma", type=positive(float), nargs=2, default=[0.1, 2.0],
+        help="range of the blur's standard deviation, in pixels")  # fmt: skip
+    add("--solarize", type=probability, default=0.0, help="probability of solarisation")
+    add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"],
+        help="of the resize of a crop")  # fmt: skip
+
+
+def augment_options(args: argparse.Namespace, dataset) -> dict:
+    """The arguments of src.augment.Augment; mean and std are the data's unless given."""
+    jitter = args.color_jitter
+    if jitter == [0]:
+        jitter = [0.0] * 4
+    if len(jitter) != 4:
+        raise ValueError(
+            "--color_jitter takes 4 values (brightness contrast saturation hue) or a single 0"
+        )
+    for name in ("mean", "std"):
+        given = getattr(args, name)
+        if given is not None and len(given) != args.in_chans:
+            raise ValueError(f"--{name} has {len(given)} values and --in_chans is {args.in_chans}")
+    return {
+        "mean": args.mean or dataset.mean,
+        "std": args.std or dataset.std,
+        "flip_prob": 0.0 if args.no_flip else 0.5,
+        "color_jitter": tuple(jitter),
+        "jitter_prob": args.jitter_prob,
+        "grayscale_prob": args.grayscale,
+        "blur_prob": args.blur,
+        "blur_sigma": tuple(args.blur_sigma),
+        "solarize_prob": args.solarize,
+    }

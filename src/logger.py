@@ -1,0 +1,152 @@
+"""What a run says: lines for people, JSON for programs, TensorBoard events, a rate and an ETA."""
+
+import json
+import logging
+import math
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def setup_logging(folder: str | Path | None, is_main: bool) -> None:
+    """Send log lines to the console and, with a folder, to its train.log (which also has tracebacks).
+
+    Processes other than the main one only speak of warnings and errors.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if is_main else logging.WARNING)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(console)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    if folder is not None and is_main:
+        file = logging.FileHandler(Path(folder) / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(file)
+        for name in ("src", "__main__"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+def describe_run(args: dict, folder: str | Path) -> None:
+    """Log the command, the versions and the git state; write the resolved arguments to args.json."""
+    logger.info("command: %s", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    logger.info("torch %s, python %s, git %s", torch.__version__, sys.version.split()[0], _git())
+    path = Path(folder) / "args.json"
+    path.write_text(json.dumps(args, indent=2, sort_keys=True) + "\n")
+
+
+def _git():
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'; unknown or endless -> '?'."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{days}d {clock}" if days else clock
+
+
+class RunLog:
+    """Writes one JSON object a line to log.jsonl, and the same numbers to TensorBoard.
+
+    folder: of the run; None: write nothing (the processes other than the main one).
+    """
+
+    def __init__(self, folder: str | Path | None, tensorboard: bool = True):
+        self.file = open(Path(folder) / "log.jsonl", "a") if folder is not None else None
+        self.events = None
+        if folder is not None and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                logger.info("no TensorBoard events: pip install tensorboard, or --no-tensorboard")
+            else:
+                self.events = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: dict) -> None:
+        """values: numbers and strings; what is not finite is written as null."""
+        if self.file is None:
+            return
+        clean = {
+            key: None if isinstance(x, float) and not math.isfinite(x) else x
+            for key, x in values.items()
+        }
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            for key, x in clean.items():
+                if isinstance(x, int | float) and not isinstance(x, bool):
+                    self.events.add_scalar(key, x, step)
+
+    def close(self) -> None:
+        for stream in (self.file, self.events):
+            if stream is not None:
+                stream.close()
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """The lines of a run's log.jsonl by iteration; of lines written twice (a killed run) the later.
+
+    A torn last line is left out.
+    """
+    lines = {}
+    for text in (Path(folder) / "log.jsonl").read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[(line["iteration"], "knn" in line)] = line
+    return [lines[key] for key in sorted(lines)]
+
+
+class Stopwatch:
+    """Rate, share of time spent waiting for data, and time to go.
+
+    Wrap the loader: `for batch in stopwatch.watch(loader)`; then `stopwatch.rates(images)`.
+    """
+
+    def __init__(self):
+        self.waited, self.started, self.iterations = 0.0, time.perf_counter(), 0
+
+    def watch(self, loader):
+        """Yield from `loader`, measuring how long each next() takes."""
+        iterator = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            self.iterations += 1
+            yield batch
+
+    def rates(self, images_per_iteration: int, iterations_to_go: int) -> dict:
+        """Since the last call: images per second, share of time waiting, seconds to go."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        speed = self.iterations / elapsed
+        rates = {
+            "images_per_second": speed * images_per_iteration,
+            "data_share": min(1.0, self.waited / elapsed),
+            "eta_seconds": iterations_to_go / speed if speed else math.inf,
+        }
+        self.waited, self.started, self.iterations = 0.0, time.perf_counter(), 0
+        return rates

@@ -1,0 +1,88 @@
+"""Health of a representation: are the codes spread, are the prototypes used, has it collapsed?"""
+
+import math
+
+import torch
+
+from src import distributed
+
+
+@torch.no_grad()
+def code_entropy(assignments: torch.Tensor) -> torch.Tensor:
+    """Mean entropy in nats of the rows of (B, K) assignments: 0 one-hot, ln(K) says nothing."""
+    return torch.special.entr(assignments.double()).sum(1).mean()
+
+
+@torch.no_grad()
+def prototype_usage(assignments: torch.Tensor) -> torch.Tensor:
+    """Number of prototypes in use by the batch of all processes, from (B, K) assignments.
+
+    Perplexity exp(H) of the histogram of the most likely prototype of each sample: 1 when all
+    samples choose the same one, at most min(K, B). The hard choice is counted, because Sinkhorn's
+    soft codes use all prototypes equally by construction (Eq. 4).
+    """
+    counts = torch.bincount(assignments.argmax(1), minlength=assignments.shape[1]).double()
+    counts = distributed.all_reduce_sum(counts)  # (K,)
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
+
+
+@torch.no_grad()
+def embedding_std(embeddings: torch.Tensor) -> torch.Tensor:
+    """Spread of L2-normalised (B, D) embeddings: 1 when uniform on the sphere, 0 when collapsed.
+
+    Standard deviation over the batch, averaged over dimensions, times sqrt(D).
+    """
+    z = embeddings.double()
+    return z.std(0, unbiased=False).mean() * math.sqrt(z.shape[1])
+
+
+@torch.no_grad()
+def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
+    """Effective rank of (B, D) embeddings (RankMe, Garrido et al., 2023, arXiv:2210.02885, Eq. 1-2).
+
+    Exponential of the entropy of the normalised singular values: between 1 and min(B, D).
+    """
+    singular_values = torch.linalg.svdvals(embeddings.double().cpu())
+    p = singular_values / singular_values.sum().clamp(min=eps) + eps
+    return torch.special.entr(p).sum().exp()
+
+
+def diagnose(history: list[dict], num_prototypes: int) -> str | None:
+    """What is wrong with a run, in one sentence that names the flags that help, or None.
+
+    history: the latest log lines, oldest first, with `loss`, `code_entropy` (nats), `prototypes_used`,
+    `embedding_std` and `batch` (samples that share one assignment problem). The remedies are the
+    published ones ("Common issues" of the SwAV repository): a lower epsilon, prototypes frozen for
+    longer, a queue that is shorter or starts later. Needs 10 lines, all of them in trouble, because a
+    healthy run passes ln(K) too.
+    """
+    recent = history[-10:]
+    if len(recent) < 10 or num_prototypes < 2:
+        return None
+    ceiling = math.log(num_prototypes)
+    if all(line["embedding_std"] < 0.05 for line in recent):
+        return (
+            "collapse: all images have the same embedding (standard deviation "
+            f"{recent[-1]['embedding_std']:.3f}, healthy is near 1); lower --epsilon (0.03), lower "
+            "--base_lr, or freeze the prototypes for longer (--freeze_prototypes_niters)"
+        )
+    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
+        return (
+            f"the loss stays at ln(K) = {ceiling:.3f}, what constant codes give; lower --epsilon "
+            "(0.03), freeze the prototypes for longer (--freeze_prototypes_niters), use fewer "
+            "prototypes (--nmb_prototypes), or a shorter or later queue (--queue_length, "
+            "--epoch_queue_starts)"
+        )
+    if all(line["code_entropy"] > 0.99 * ceiling for line in recent):
+        return (
+            f"the codes are uniform (entropy {recent[-1]['code_entropy']:.2f} of at most "
+            f"{ceiling:.2f}) and carry no signal; lower --epsilon (0.03)"
+        )
+    possible = min(num_prototypes, recent[-1]["batch"])
+    if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
+        return (
+            f"only {recent[-1]['prototypes_used']:.1f} of {possible} possible prototypes are in use; "
+            "freeze the prototypes for longer (--freeze_prototypes_niters), lower --base_lr, or "
+            "start the queue later (--epoch_queue_starts)"
+        )
+    return None

@@ -1,0 +1,248 @@
+"""LARC, LARS, the cosine schedule and the gradient norm, without a host synchronisation on a GPU.
+
+LARC: layer-wise adaptive rates around any optimizer, equal to NVIDIA apex's (You et al. 2017,
+arXiv:1708.03888). What SwAV's paper calls LARS (arXiv:2006.09882, appendix A.1) is this.
+LARS: from the same paper, in the form that DINO's training code uses.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TINY = 1e-30  # keeps ratio / lr finite at lr = 0, and is nothing beside any real learning rate
+
+
+class LARC(torch.optim.Optimizer):
+    """Layer-wise adaptive rate control around `optimizer`, whose groups and state stay its own.
+
+    For every parameter p with gradient g, both of non-zero norm, and the weight decay of its group,
+        a = trust_coefficient |p| / (|g| + weight_decay |p| + eps),    g <- a (g + weight_decay p),
+    and the optimizer then steps without weight decay. `clip=True` uses min(a / lr, 1) for a, so
+    that a bounds the learning rate. A parameter or gradient of zero norm is left as it is: neither
+    scaled nor decayed. Norms are taken in float32; a norm that overflows gives a = 0.
+
+    It can stand wherever the optimizer can (schedulers, GradScaler, closures, checkpoints).
+    Unlike with apex, what the gradients hold after a step, scaled or not, is not defined.
+    Raises ValueError on a trust coefficient that is not positive.
+    """
+
+    # GradScaler must unscale the gradients before the norms are taken, also if `optimizer` is fused.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, trust_coefficient=1e-3, clip=False, eps=1e-8
+    ):
+        if not trust_coefficient > 0:
+            raise ValueError(f"the trust coefficient must be positive, not {trust_coefficient}")
+        self.optim = optimizer  # and no super().__init__(): nothing is kept twice
+        self.trust_coefficient, self.clip, self.eps = trust_coefficient, clip, eps
+
+    def __getattr__(self, name):  # param_groups, state, defaults, hooks
+        if name == "optim":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.optim, name)
+
+    def __getstate__(self):
+        names = "optim", "trust_coefficient", "clip", "eps"
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+
+    def state_dict(self):
+        return self.optim.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optim.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True):
+        self.optim.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group):
+        self.optim.add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One step; returns the loss of `closure` (called once, before the norms) or None."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        constants = self.trust_coefficient, self.clip, self.eps
+        if _is_plain_sgd_on_cpu(self.optim):
+            _larc_sgd_on_cpu(self.optim, *constants)
+            return loss
+        decays = [group.get("weight_decay", 0) for group in self.param_groups]
+        try:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                for params in _same_kind(p for p in group["params"] if p.grad is not None):
+                    _scale_gradients(params, group["lr"], decay, *constants)
+                if decay:
+                    group["weight_decay"] = 0
+            self.optim.step()
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                if decay:
+                    group["weight_decay"] = decay
+        return loss
+
+
+def _same_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors by device and dtype, as the foreach operations want them."""
+    kinds = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(kinds.values())
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each of n tensors of one kind, (n,), in float32 at least."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+
+
+def _scale_gradients(params, lr, weight_decay, trust_coefficient, clip, eps):
+    """In place g <- a (g + weight_decay p) for parameters of one kind, nothing read by the host."""
+    grads = [p.grad for p in params]
+    param_norms, grad_norms = _norms(params), _norms(grads)  # (n,)
+    ratios = trust_coefficient * param_norms / (grad_norms + weight_decay * param_norms + eps)
+    if clip:
+        ratios = (ratios / (lr + TINY)).clamp(max=1)
+    # Where a norm is 0 so is the tensor, and with these factors the gradient stays what it was.
+    ratios = torch.where(param_norms == 0, 1.0, ratios)
+    ratios = torch.where(grad_norms == 0, 0.0, ratios)
+    if weight_decay:
+        torch._foreach_add_(grads, params, alpha=weight_decay)
+    torch._foreach_mul_(grads, ratios.unbind())
+
+
+def _is_plain_sgd_on_cpu(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether _larc_sgd_on_cpu does all that `optimizer.step` would do."""
+    if type(optimizer) is not torch.optim.SGD or "step" in vars(optimizer):  # a scheduler counts
+        return False
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return not hooks and all(
+        group["momentum"] > 0
+        and not (group["dampening"] or group["nesterov"] or group["maximize"])
+        and all(p.device.type == "cpu" for p in group["params"] if p.grad is not None)
+        for group in optimizer.param_groups
+    )
+
+
+def _larc_sgd_on_cpu(optimizer, trust_coefficient, clip, eps):
+    """LARC and SGD with momentum, tensor by tensor, so that a tensor is read while still in cache.
+
+    m <- momentum m + a (g + weight_decay p),  p <- p - lr m: SGD's fused kernel, dampening 1 - a.
+    7 passes over memory, 2 of them for norms; scaling all gradients and then stepping makes 17.
+    """
+    for group in optimizer.param_groups:
+        lr, momentum = float(group["lr"]), group["momentum"]
+        options = {"lr": lr, "momentum": momentum, "nesterov": False, "maximize": False}
+        for p in (p for p in group["params"] if p.grad is not None):
+            g, state, decay = p.grad, optimizer.state[p], group["weight_decay"]
+            m = state.get("momentum_buffer")
+            if m is None:
+                m = state["momentum_buffer"] = torch.zeros_like(p)
+            param_norm, grad_norm = _norms([p]).item(), _norms([g]).item()
+            if param_norm == 0 or grad_norm == 0:
+                ratio, decay = 1.0, 0.0
+            else:
+                ratio = trust_coefficient * param_norm / (grad_norm + decay * param_norm + eps)
+                if clip:
+                    ratio = min(ratio / (lr + TINY), 1.0)
+            if ratio > 1e-6 and _same_memory(p, g, m):  # below, 1 - a would lose the digits of a
+                options |= {"weight_decay": decay, "dampening": 1 - ratio}
+                torch._fused_sgd_([p], [g], [m], is_first_step=False, **options)
+            else:
+                m.mul_(momentum).add_(g, alpha=ratio).add_(p, alpha=ratio * decay)
+                p.add_(m, alpha=-lr)
+
+
+def _same_memory(*tensors: Tensor) -> bool:
+    """Whether the elements of all lie in one order without gaps, as the fused kernel takes them."""
+    return len({t.dtype for t in tensors}) == 1 and any(
+        all(t.is_contiguous(memory_format=order) for t in tensors)
+        for order in (torch.contiguous_format, torch.channels_last)
+    )
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step in each matrix or kernel p follows the norm of p.
+
+        g <- (g + weight_decay p) eta |p| / |g + weight_decay p|    (factor 1 where a norm is 0)
+        m <- momentum m + g,    p <- p - lr m
+    1-D parameters (biases, BatchNorm) are neither decayed nor scaled. State: "mu" is m.
+    The gradients are left as they are. Raises ValueError on a negative learning rate.
+    """
+
+    def __init__(
+        self, params, lr: float = 0.0, weight_decay=0.0, momentum: float = 0.9, eta: float = 1e-3
+    ):
+        if not lr >= 0:
+            raise ValueError(f"the learning rate of LARS, {lr}, must be at least 0")
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One step; returns the loss of `closure` or None."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            for p in (p for p in with_grad if "mu" not in self.state[p]):
+                self.state[p]["mu"] = torch.zeros_like(p)
+            matrices = _same_kind(p for p in with_grad if p.ndim != 1)
+            vectors = _same_kind(p for p in with_grad if p.ndim == 1)
+            for params in matrices + vectors:
+                updates = [p.grad for p in params]
+                if params[0].ndim != 1:
+                    updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                    param_norms, norms = _norms(params), _norms(updates)  # (n,)
+                    scaled = (param_norms > 0) & (norms > 0)
+                    ratios = torch.where(scaled, group["eta"] * param_norms / norms, 1.0)
+                    torch._foreach_mul_(updates, ratios.unbind())
+                mu = [self.state[p]["mu"] for p in params]
+                torch._foreach_mul_(mu, group["momentum"])
+                torch._foreach_add_(mu, updates)
+                torch._foreach_add_(params, mu, alpha=-group["lr"])
+        return loss
+
+
+def cosine_schedule(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    iters_per_epoch: int,
+    warmup_epochs: float = 0,
+    start_value: float = 0.0,
+) -> np.ndarray:
+    """Linear warm-up, then a cosine: one value an iteration, float64 (epochs * iters_per_epoch,).
+
+    As published, the warm-up contains both its ends, so that base_value comes twice in a row, and
+    the cosine stops one iteration before final_value. Raises ValueError, naming the flag.
+    """
+    if epochs < 1:
+        raise ValueError(f"--epochs {epochs} must be at least 1")
+    if iters_per_epoch < 1:
+        raise ValueError(f"an epoch of {iters_per_epoch} iterations: --batch_size is too large")
+    if not 0 <= warmup_epochs <= epochs:
+        raise ValueError(f"--warmup_epochs {warmup_epochs} must be between 0 and --epochs {epochs}")
+    num_warmup = int(warmup_epochs * iters_per_epoch)
+    num_cosine = epochs * iters_per_epoch - num_warmup
+    angles = np.pi * np.arange(num_cosine) / max(num_cosine, 1)
+    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(angles))
+    return np.concatenate([np.linspace(start_value, base_value, num_warmup), cosine])
+
+
+def grad_norm(parameters: Tensor | Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together: a 0-d float32 tensor, nothing read by the host.
+
+    Parameters without a gradient are left out; without any gradient the norm is 0.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = [_norms(kind).to(grads[0].device, torch.float32) for kind in _same_kind(grads)]
+    return torch.linalg.vector_norm(torch.cat(norms))

@@ -1,0 +1,229 @@
+"""State of a training run: saving, resuming, logging, stopping. The loop itself is the script's."""
+
+import logging
+import math
+import signal
+from pathlib import Path
+
+import torch
+
+from src import checkpoint, cli, distributed, metrics, plots
+from src.logger import RunLog, duration
+from src.probe import knn_probe, open_validation
+from src.signals import StopSignal, requeue_slurm_job
+
+logger = logging.getLogger(__name__)
+
+STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
+
+
+class Run:
+    """What the next iteration depends on, and the files that keep it.
+
+    module: the network without wrappers; network: the same, wrapped for several processes.
+    method_state: the method's own state by name (a queue, a memory bank), objects with state_dict()
+    and load_state_dict() that all processes call together.
+    global_batch: images of an iteration over all processes.
+    """
+
+    def __init__(
+        self,
+        args,
+        process,
+        precision,
+        module,
+        network,
+        augment,
+        optimizer,
+        iters_per_epoch,
+        global_batch,
+        method_state=None,
+    ):
+        self.process, self.precision = process, precision
+        self.module, self.network = module, network
+        self.augment, self.optimizer = augment, optimizer
+        self.scaler = distributed.grad_scaler(process.device, precision)
+        self.iters_per_epoch, self.global_batch = iters_per_epoch, global_batch
+        self.method_state = method_state or {}
+        self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
+        self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
+        self.stop, self.stopping = StopSignal(), False
+        self.last = ()  # tensors that must be finite: the latest loss and gradient norm
+        self.history, self.diagnosis = [], None
+        self.validation = []  # the val split, opened at the first k-NN
+
+    # ============ saving and resuming ============
+    def save(self, epoch: int, done: int, keep: bool = False) -> None:
+        """Save the run after `done` iterations of `epoch`; keep: also as checkpoints/ckp-<epoch>.pth.
+
+        All processes call it; one writes. Refuses to replace a good checkpoint by a broken one.
+        """
+        self.check_finite()
+        if done == self.iters_per_epoch:
+            epoch, done = epoch + 1, 0
+        state = {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method_state": {name: part.state_dict() for name, part in self.method_state.items()},
+            "epoch": epoch,
+            "samples_done": done * self.global_batch,  # of the epoch
+            "args": self.arguments,
+        }
+        if self.process.rank == 0:
+            keep_as = f"ckp-{epoch}" if keep else None
+            checkpoint.save_checkpoint(self.folder, state, keep_as=keep_as)
+
+    def resume(self) -> tuple[int, int]:
+        """Take over the newest checkpoint of the folder, if any: (epoch, iteration) to go on from."""
+        state = checkpoint.load_checkpoint(self.folder)
+        if state is None:
+            return 0, 0
+        checkpoint.load_state(self.module, state["model"], self.folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self.method_state.items():
+            if name in state["method_state"]:
+                part.load_state_dict(state["method_state"][name])
+        start = min(state["samples_done"] // self.global_batch, self.iters_per_epoch - 1)
+        logger.info("continues from epoch %d, iteration %d", state["epoch"] + 1, start)
+        return state["epoch"], start
+
+    # ============ stopping ============
+    def must_stop(self, done: int) -> bool:
+        """Whether SIGTERM or SIGUSR1 asked any process to stop; all processes agree on the answer.
+
+        done: iterations of the epoch done. Several processes ask each other now and then only.
+        """
+        if self.process.world_size == 1 or done % STOP_CHECK == 0 or done == self.iters_per_epoch:
+            self.stopping = self.stop.agreed()
+        return self.stopping
+
+    def check_finite(self) -> None:
+        """Stop the run if the latest loss or gradient is not finite; what is saved stays as it is."""
+        values = self.last[:1] if self.scaler.is_enabled() else self.last  # the scaler skips inf
+        bad = sum((~torch.isfinite(value.detach().float())).sum() for value in values)
+        if not values or not distributed.all_reduce_max(bad).item():
+            return
+        raise cli.RunError(
+            f"the loss or its gradient is not finite; {self.folder / 'checkpoint.pth'} holds the last "
+            "good state, if one was saved; lower --base_lr, lengthen --warmup_epochs, or use "
+            "--precision fp32"
+        )
+
+    def diagnose(self, line: dict, num_prototypes: int, abort: bool) -> None:
+        """Say it when the log lines show a collapse, once for each kind of trouble; or stop."""
+        self.history = [*self.history, {**line, "batch": self.global_batch}][-10:]
+        found = metrics.diagnose(self.history, num_prototypes)
+        if found and abort:
+            raise cli.RunError(f"--abort_on_collapse: {found}")
+        if found and (self.diagnosis is None or found[:20] != self.diagnosis[:20]):
+            logger.warning("WARNING: %s", found)
+        self.diagnosis = found
+
+    def mean_over_processes(self, value: torch.Tensor) -> float:
+        """Mean over processes of a 0-d tensor."""
+        mean = distributed.all_reduce_sum(value.double()) / self.process.world_size
+        return mean.item() if math.isfinite(mean.item()) else math.nan
+
+    def finished(self) -> int:
+        """Leave after the last epoch. Returns the exit status."""
+        logger.info("all epochs are done: %s", self.folder / checkpoint.NEWEST)
+        self.log.close()
+        self.stop.restore()
+        distributed.shutdown()
+        return 0
+
+    def stopped(self) -> int:
+        """Leave after a signal: the run is saved; under Slurm, have it run again. Returns the status."""
+        logger.warning("stopped by %s; the same command continues the run", self.stop.name)
+        self.log.close()
+        requeue_slurm_job(self.stop)  # before any process leaves: srun then ends the step
+        self.stop.restore()
+        distributed.shutdown()
+        return 128 + getattr(signal, self.stop.name)
+
+    # ============ looking at it ============
+    def report(self, epoch: int, iteration: int, rates: dict, health: dict, text: str) -> dict:
+        """Write a log line, for people with `text` behind it; returns it. All processes call it."""
+        self.check_finite()
+        loss, gradient_norm = self.last
+        line = {
+            "epoch": epoch,
+            "epoch_float": (iteration + 1) / self.iters_per_epoch,
+            "iteration": iteration,
+            "loss": self.mean_over_processes(loss),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": gradient_norm.item(),
+            "peak_memory_mb": distributed.peak_memory_mb(self.process.device),
+            **rates,
+            **health,
+        }
+        self.log.write(iteration, line)
+        logger.info(
+            "epoch %d/%d it %d loss %.4f lr %.4g grad %.3g | %.0f img/s data %.0f%% eta %s mem %.0f MB"
+            " | %s",
+            *(epoch + 1, self.arguments["epochs"], iteration + 1),
+            *(line["loss"], line["lr"], line["gradient_norm"]),
+            *(rates["images_per_second"], 100 * rates["data_share"]),
+            *(duration(rates["eta_seconds"]), line["peak_memory_mb"], text),
+        )
+        return line
+
+    def log_plan(self, dataset, num_iterations: int, peak_lr: float) -> None:
+        """Say what will be computed, before it is."""
+        args, process = self.arguments, self.process
+        names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
+        crops = zip(*(args[name] for name in names), strict=True)
+        for line in (
+            f"preset      {args['preset']}",
+            f"data        {dataset.name}: {len(dataset):,} images",
+            "crops       " + " + ".join(f"{n} x {s} px (scale {a}-{b})" for n, s, a, b in crops),
+            f"batch       {args['batch_size']} x {process.world_size} processes "
+            f"({process.launcher}) = {self.global_batch}; {self.iters_per_epoch:,} iterations an "
+            f"epoch, {args['epochs']} epochs, {num_iterations:,} iterations",
+            f"optimizer   {args['optimizer']}, peak learning rate {peak_lr:.4g} (--base_lr "
+            f"{args['base_lr']}, scaling {args['lr_scaling']}), {args['warmup_epochs']} epochs of "
+            "warm-up",
+            f"network     {args['arch']}, {self.precision} on {process.device}",
+        ):
+            logger.info(line)
+
+    def probe(self, dataset, epoch: int, size: int, workers: int) -> None:
+        """Evaluate by k-NN, if the data has labels, and log it; all processes call it."""
+        if dataset.labels is None:
+            logger.info("--knn_freq: no k-NN, --data_path has no labels")
+            return
+        if not self.validation:
+            where = (self.arguments["data_path"], self.arguments["in_chans"])
+            self.validation = [open_validation(dataset, *where)]
+        top1 = knn_probe(
+            self.module,
+            dataset,
+            self.validation[0],
+            size=size,
+            mean=self.augment.mean.flatten().tolist(),
+            std=self.augment.std.flatten().tolist(),
+            device=self.process.device,
+            num_workers=workers,
+            precision=self.precision,
+        )
+        iteration = (epoch + 1) * self.iters_per_epoch - 1
+        line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": top1}
+        self.log.write(iteration, line)
+        logger.info("epoch %d: 20-NN top-1 %.2f %%", epoch + 1, top1)
+
+    def picture_crops(self, crops: list[torch.Tensor], most: int = 8) -> None:
+        """Draw the first batch's crops to plots/crops.png, once in a run."""
+        path = self.folder / "plots" / "crops.png"
+        if self.process.rank == 0 and not path.exists():
+            mean, std = self.augment.mean, self.augment.std
+            plots.crop_sheet([plots.to_uint8(crop[:most], mean, std) for crop in crops], path)
+
+    def plot(self, num_prototypes: int) -> None:
+        """Draw the log to plots/curves.png."""
+        if self.process.rank == 0:
+            try:
+                plots.plot_curves(self.folder, num_prototypes)
+            except ImportError:
+                logger.info("no curves: pip install matplotlib")

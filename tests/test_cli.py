@@ -1,0 +1,155 @@
+"""src.cli: presets, crops, published spellings, errors in one sentence."""
+
+import argparse
+
+import pytest
+
+from src import cli, image_args
+from src.weights import CheckpointError
+
+PRESETS = {"imagenet": {}, "cifar": {"epochs": 7}, "tiny": {"epochs": 3, "nmb_crops": [2, 4]}}
+
+
+def parser():
+    parser = cli.Parser("A script.\n\nMore.")
+    parser.add_argument("--data_path", default="digits")
+    parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS])
+    parser.add_argument("--epochs", type=cli.positive(int), default=100)
+    parser.add_argument("--nmb_crops", type=cli.positive(int), nargs="+", default=[2])
+    for name in ("size_crops", "min_scale_crops", "max_scale_crops"):
+        parser.add_argument(f"--{name}", type=float, nargs="+", default=None)
+    cli.add_runtime_args(parser)
+    cli.add_training_args(parser)
+    image_args.add_augment_args(parser)
+    return parser
+
+
+def parse(*argv):
+    return cli.parse_args(parser(), PRESETS, list(argv))
+
+
+@pytest.mark.parametrize(
+    "argv, preset, epochs",
+    [
+        ([], "tiny", 3),
+        (["--epochs", "5"], "tiny", 5),
+        (["--data_path", "cifar10"], "cifar", 7),
+        (["--data_path", "/imagenet"], "imagenet", 100),
+        (["--data_path", "/imagenet", "--preset", "tiny"], "tiny", 3),
+    ],
+)
+def test_the_data_choose_the_preset_and_a_flag_wins(argv, preset, epochs):
+    args = parse(*argv)
+    assert (args.preset, args.epochs) == (preset, epochs)
+
+
+def test_two_resolutions_alone_imply_the_published_sizes_and_scales():
+    args = parse("--data_path", "/imagenet", "--nmb_crops", "2", "6")
+    assert args.size_crops == [224, 96]
+    assert args.min_scale_crops == [0.14, 0.05] and args.max_scale_crops == [1.0, 0.14]
+    assert parse("--data_path", "/imagenet").size_crops == [224]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--nmb_crops", "2", "6", "--size_crops", "224"], "--size_crops has 1 values"),
+        (["--nmb_crops", "2", "2", "2"], "--size_crops has 2 values"),
+        (
+            ["--nmb_crops", "2", "--min_scale_crops", "0.5", "--max_scale_crops", "0.1"],
+            "0 < min <= max",
+        ),
+        (["--nmb_crops", "2", "--min_scale_crops", "0"], "0 < min <= max"),
+    ],
+)
+def test_crop_lists_that_do_not_fit_are_named(argv, words):
+    with pytest.raises(ValueError, match=words):
+        parse(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "x"],
+        ["--use_fp16", "maybe"],
+        ["--epo", "3"],
+        ["--blur", "2"],
+    ],
+)
+def test_a_bad_value_is_one_line_with_the_flag_and_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
+
+
+def test_published_spellings_are_taken():
+    args = parse(
+        *("--output_dir", "x", "--num_workers", "3", "--local-rank=1", "--world_size", "8"),
+        *("--rank", "2", "--dist_url", "env://", "--use_fp16", "false"),
+    )
+    assert (args.dump_path, args.workers, args.precision) == ("x", 3, "fp32")
+    assert parse("--local_rank", "3", "--use_fp16", "true").precision == "auto"
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("--epochs 0\nis wrong"), 2),
+        (FileNotFoundError("no such folder"), 2),
+        (CheckpointError("full"), 2),
+        (cli.RunError("nan"), 1),
+    ],
+)
+def test_run_turns_an_error_into_one_sentence(error, status, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_run_lets_a_fault_of_the_program_through():
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+
+
+def test_run_passes_the_status_on():
+    for value, status in ((None, 0), (0, 0), (143, 143)):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda value=value: value)
+        assert stop.value.code == status
+
+
+@pytest.mark.parametrize("rule, factor", [("none", 1), ("linear", 0.0625), ("sqrt", 0.25)])
+def test_learning_rates_are_scaled_by_the_rule(rule, factor):
+    args = argparse.Namespace(
+        lr_scaling=rule, lr_reference_batch=4096, base_lr=4.8, final_lr=0.0048, start_warmup=0.3
+    )
+    assert cli.scaled_lr(args, 256) == pytest.approx((4.8 * factor, 0.0048 * factor, 0.3 * factor))
+
+
+class Data:
+    mean, std = [0.5], [0.2]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--color_jitter", "1", "1"], "--color_jitter takes 4"),
+        (["--in_chans", "1", "--mean", "0.1", "0.2"], "--mean has 2 values"),
+    ],
+)
+def test_bad_photometry_is_named(argv, words):
+    with pytest.raises(ValueError, match=words):
+        image_args.augment_options(parse(*argv), Data)
+
+
+def test_photometry_can_be_switched_off():
+    argv = "--no_flip --color_jitter 0 --grayscale 0 --blur 0".split()
+    options = image_args.augment_options(parse(*argv), Data)
+    assert options["flip_prob"] == options["grayscale_prob"] == options["blur_prob"] == 0
+    assert options["color_jitter"] == (0, 0, 0, 0) and options["mean"] == [0.5]

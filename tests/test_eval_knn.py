@@ -1,0 +1,342 @@
+"""eval_knn.py: what it evaluates, from where, on how many processes, and what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_knn
+from src import checkpoint, cli, image_args
+from src.resnet import build_model
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"arch": "resnet18", "stem": "small", "width": 0.125, "in_chans": 3}
+HEAD = {"hidden_mlp": 16, "feat_dim": 8, "head_dims": None, "head_bn": True}
+QUICK = ["--workers", "0", "--device", "cpu", "--nb_knn", "1", "20", "--size", "8"]
+NETWORK = ["--arch", "resnet18", "--stem", "small", "--width", "0.125"]
+
+
+def evaluate(tmp_path, *argv):
+    """Rows of the table and the settings, from main() in this process."""
+    assert eval_knn.main([*QUICK, "--dump_path", str(tmp_path / "out"), *map(str, argv)]) == 0
+    found = json.loads((tmp_path / "out" / "eval_knn.json").read_text())
+    return found["results"], found["settings"]
+
+
+def top1(rows, features="backbone", labels="all", k=20):
+    (row,) = [r for r in rows if (r["features"], r["labels"], r["k"]) == (features, labels, k)]
+    return row["top1"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of two classes, red and blue noise, that nothing splits: 20 images each."""
+    generator = np.random.default_rng(0)
+    for label, channel in (("blue", 2), ("red", 0)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = generator.integers(0, 100, (10, 12, 3), dtype=np.uint8)
+            pixels[:, :, channel] += 100
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i:02}.png")
+    return tmp_path / "images"
+
+
+def make_run(folder, seed=5, **arguments):
+    """The folder of a run whose network is the untrained one of another seed than its own."""
+    arguments = {**SMALL, **HEAD, "seed": 3, "data_path": "digits", **arguments}
+    arguments |= {"nmb_prototypes": [6], "size_crops": [8, 6], "zero_init_residual": False}
+    torch.manual_seed(seed)
+    options = {name: arguments[name] for name in ("stem", "width", "in_chans", "hidden_mlp")}
+    model = build_model(
+        arguments["arch"], normalize=True, output_dim=8, nmb_prototypes=[6], **options
+    )
+    checkpoint.save_checkpoint(folder, {"model": model.state_dict(), "epoch": 1}, keep_as="ckp-1")
+    (folder / "args.json").write_text(json.dumps(arguments))
+    return model
+
+
+# ============ networks ============
+
+
+def test_the_bare_command_evaluates_an_untrained_network_on_digits_and_says_so(tmp_path, capsys):
+    rows, settings = evaluate(tmp_path, *NETWORK)
+    assert settings["data_path"] == "digits" and settings["pretrained"] == ""
+    assert [(r["features"], r["k"]) for r in rows] == [("untrained network", k) for k in (1, 20)]
+    assert all(10 < r["top1"] < r["top5"] <= 100 for r in rows)  # chance is 10 %
+    said = capsys.readouterr().out
+    assert "UNTRAINED" in said and "top-1" in said and "images/s" in said
+
+
+def test_small_images_get_a_small_network_unless_one_is_named():
+    args, _ = eval_knn.parse_args([])
+    assert (args.arch, args.stem, args.size) == (
+        "resnet10",
+        "small",
+        image_args.CROPS["tiny"]["size"][0],
+    )
+    args, _ = eval_knn.parse_args(["--data_path", "cifar10", "--size", "40"])
+    assert (args.arch, args.stem, args.size) == ("resnet18", "small", 40)
+    args, _ = eval_knn.parse_args(["--arch", "resnet34"])
+    assert (args.arch, args.stem, args.size) == ("resnet34", "imagenet", 224)
+    args, _ = eval_knn.parse_args(["--data_path", "/imagenet"])
+    assert (args.arch, args.stem, args.size) == ("resnet50", "imagenet", 224)
+
+
+@pytest.mark.parametrize("which", ["", "checkpoint.pth", "checkpoints/ckp-1.pth"])
+def test_a_run_needs_no_other_flag_than_where_it_is(tmp_path, which):
+    make_run(tmp_path / "run")
+    pretrained = ["--pretrained", str(tmp_path / "run" / which)]
+    args, run = eval_knn.parse_args(pretrained)
+    assert (args.arch, args.width, args.size, args.seed) == ("resnet18", 0.125, 8, 3)
+    assert run["nmb_prototypes"] == [6] and args.nb_knn == [10, 20, 100, 200]
+    args, _ = eval_knn.parse_args([*pretrained, "--size", "12", "--seed", "4"])
+    assert (args.size, args.seed) == (12, 4)  # the command line wins
+    rows, settings = evaluate(tmp_path, *pretrained)
+    assert settings["feat_dim"] == 8 and {r["features"] for r in rows} == {"backbone"}
+
+
+def test_the_weights_of_the_run_are_those_evaluated_and_untrained_is_its_own_start(tmp_path):
+    make_run(tmp_path / "run", seed=5)
+    run = ["--pretrained", tmp_path / "run"]
+    rows, _ = evaluate(tmp_path, *run, "--untrained")
+    make_run(tmp_path / "same", seed=3)  # saved at its start: seed 3 is that of its args.json
+    same, _ = evaluate(tmp_path, "--pretrained", tmp_path / "same", "--untrained")
+    start = [r["top1"] for r in same if r["features"] == "untrained network"]
+    assert [r["top1"] for r in same if r["features"] == "backbone"] == start
+    assert [r["top1"] for r in rows if r["features"] == "untrained network"] == start
+    assert [r["top1"] for r in rows if r["features"] == "backbone"] != start
+
+
+def test_the_embedding_is_another_feature_than_the_backbone(tmp_path):
+    make_run(tmp_path / "run")
+    dumps = [tmp_path / "a", tmp_path / "b"]
+    for feature, folder in zip(("backbone", "embedding"), dumps, strict=True):
+        rows, settings = evaluate(
+            tmp_path,
+            "--pretrained",
+            tmp_path / "run",
+            "--feature",
+            feature,
+            "--dump_features",
+            folder,
+        )
+        assert settings["feature"] == feature and {r["features"] for r in rows} == {feature}
+    assert np.load(dumps[0] / "val_features.npy").shape == (500, 64)
+    embedding = np.load(dumps[1] / "val_features.npy")
+    assert embedding.shape == (500, 8)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
+
+
+def test_a_released_file_is_read_with_its_prefix_and_without_its_head(tmp_path, images):
+    torch.manual_seed(0)
+    model = build_model(
+        "resnet18", normalize=True, hidden_mlp=2048, output_dim=128, nmb_prototypes=9
+    )
+    released = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(released, tmp_path / "released.pth.tar")
+    files = ["--data_path", images, "--pretrained", tmp_path / "released.pth.tar"]
+    argv = [*files, "--arch", "resnet18", "--size", "32", "--dump_features"]
+    evaluate(tmp_path, *argv, tmp_path / "a")
+    evaluate(tmp_path, *argv, tmp_path / "b", "--feature", "embedding")
+    model.eval()
+    from src.features import centre_crop
+
+    first = torch.from_numpy(np.array(Image.open(images / "blue" / "00.png"))).permute(2, 0, 1)
+    crop = centre_crop(first, 32, 32).float() / 255  # image 0 is the first that is held out
+    crop = (crop - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+        [0.228, 0.224, 0.225]
+    )[:, None, None]
+    with torch.no_grad():
+        expected = model.forward_backbone(crop[None])
+        embedding, _ = model(crop[None])
+    for folder, value in (("a", expected), ("b", embedding)):
+        found = np.load(tmp_path / folder / "val_features.npy")[0]
+        np.testing.assert_allclose(found, value[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_a_trunk_alone_give_features_but_no_embedding(tmp_path, images):
+    trunk = build_model("resnet18", stem="small", width=0.125).state_dict()
+    torch.save(trunk, tmp_path / "trunk.pth")
+    argv = ["--data_path", images, "--pretrained", tmp_path / "trunk.pth", *NETWORK]
+    assert len(evaluate(tmp_path, *argv)[0]) == 2
+    with pytest.raises(OSError, match="trunk.pth lacks .* projection_head"):
+        evaluate(tmp_path, *argv, "--feature", "embedding")
+
+
+@pytest.mark.slow
+def test_torchvision_weights_fit_its_own_trunk_and_ours(tmp_path, images):
+    models = pytest.importorskip("torchvision.models")
+    for arch in ("squeezenet1_1", "resnet18"):
+        torch.manual_seed(0)
+        torch.save(models.get_model(arch).state_dict(), tmp_path / f"{arch}.pth")
+        weights = ["--pretrained", tmp_path / f"{arch}.pth", "--arch", arch, "--size", "64"]
+        rows, _ = evaluate(tmp_path, "--data_path", images, *weights)
+        assert top1(rows, k=1) > 50
+
+
+# ============ data ============
+
+
+def test_images_that_nothing_splits_are_held_out_rather_than_found_again(tmp_path, images, capsys):
+    folder = tmp_path / "dump"
+    rows, _ = evaluate(
+        tmp_path, "--data_path", images, *NETWORK, "--raw_pixels", "--dump_features", folder
+    )
+    assert "held out" in capsys.readouterr().out
+    assert np.load(folder / "train_labels.npy").tolist() == [0] * 18 + [1] * 18
+    assert np.load(folder / "val_labels.npy").tolist() == [0, 0, 1, 1]
+    assert top1(rows, "raw pixels", k=1) == 100.0
+
+
+def test_classes_of_two_folders_are_matched_by_name(tmp_path, images):
+    (tmp_path / "val").mkdir()
+    for name in (
+        "red",
+        "amber",
+    ):  # red is class 1 here
+        (tmp_path / "val" / name).mkdir()
+        for i in range(3):
+            source = images / "red" / f"{i:02}.png"
+            (tmp_path / "val" / name / f"{i}.png").write_bytes(source.read_bytes())
+    (images / "green").mkdir()  # and class 2 there
+    (images / "green" / "00.png").write_bytes((images / "blue" / "00.png").read_bytes())
+    paths = ["--train_path", images, "--val_path", tmp_path / "val"]
+    rows, _ = evaluate(tmp_path, *paths, *NETWORK, "--raw_pixels")
+    assert top1(rows, "raw pixels", k=1) == 50.0  # red is found, amber cannot be
+
+
+def test_few_labels_report_k_up_to_their_number_for_each_kind_of_features(tmp_path):
+    make_run(tmp_path / "run")
+    rows, _ = evaluate(
+        tmp_path,
+        *("--pretrained", tmp_path / "run", "--raw_pixels", "--labels_per_class", 5),
+        *("--draws", 3, "--nb_knn", 20, 100),
+    )
+    few = [r for r in rows if r["labels"] == 5]
+    assert [r["k"] for r in few] == [1, 5, 20] * 2 and all(r["std"] > 0 for r in few)
+    assert 80 < top1(rows, "raw pixels", 5, 5) < 92 and top1(rows, "raw pixels") > 97
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_neighbour_sheet_shows_images_and_frames_them_by_label(tmp_path, images, split):
+    data = "digits" if split else images
+    evaluate(tmp_path, "--data_path", data, *NETWORK, "--neighbour_sheet")
+    sheet = np.asarray(Image.open(tmp_path / "out" / "plots" / "neighbours.png").convert("RGB"))
+    assert sheet.shape[0] > 60 * (12 if split else 4)  # a row for each query: 12, or all held out
+    # red and blue noise: the query's own colour fills the tiles of neighbours framed in green
+    green = (sheet == (40, 160, 60)).all(2).sum()
+    assert green > (sheet == (210, 40, 40)).all(2).sum()
+
+
+def test_faiss_gives_the_same_table(tmp_path):
+    pytest.importorskip("faiss")
+    assert (
+        evaluate(tmp_path, *NETWORK)[0] == evaluate(tmp_path, *NETWORK, "--knn_backend", "faiss")[0]
+    )
+
+
+# ============ features on disk ============
+
+
+def test_dumped_features_give_the_same_table_and_only_their_own(tmp_path):
+    argv, folder = [*NETWORK, "--labels_per_class", 2, "--draws", 2], tmp_path / "dump"
+    rows, settings = evaluate(tmp_path, *argv, "--dump_features", folder)
+    load = ["--load_features", folder, "--labels_per_class", 2, "--draws", 2]
+    assert evaluate(tmp_path, *load) == (rows, settings)
+    with pytest.raises(ValueError, match="--load_features .* width 0.125, not 0.25"):
+        evaluate(tmp_path, *load, "--width", "0.25")
+    with pytest.raises(ValueError, match="--dump_features .* size 8, not 16"):
+        evaluate(tmp_path, *NETWORK, "--dump_features", folder, "--size", 16)
+
+
+# ============ command line ============
+
+OFFICIAL = (
+    "--batch_size_per_gpu 128 --nb_knn 10 20 --temperature 0.07 --pretrained_weights w.pth --use_cuda "
+    "true --arch resnet50 --patch_size 16 --checkpoint_key teacher --dump_features d --load_features "
+    "l --num_workers 10 --dist_url env:// --local_rank 0 --data_path /imagenet"
+)
+
+
+def test_the_published_command_line_is_taken_with_its_defaults():
+    args = eval_knn.get_parser().parse_args(OFFICIAL.split())
+    assert (args.batch_size, args.workers, args.pretrained) == (128, 10, "w.pth")
+    defaults = eval_knn.get_parser().parse_args([])
+    assert defaults.nb_knn == [10, 20, 100, 200] and defaults.temperature == 0.07
+    assert (defaults.batch_size, defaults.workers, defaults.use_cuda) == (128, 10, True)
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--pretrained", "nowhere.pth"], "nowhere.pth"),
+        (["--data_path", "/nowhere"], "--data_path /nowhere"),
+        (["--val_path", "/nowhere"], "--val_path /nowhere"),
+        (["--arch", "vit_small"], "--arch vit_small"),
+        (["--load_features", "/nowhere"], "--load_features /nowhere"),
+        (["--load_features", "/nowhere", "--raw_pixels"], "leave out --raw_pixels"),
+        (["--mean", "0.5"], "--mean has 1"),
+        (["--dump_features", "/proc/nowhere"], "--dump_features /proc/nowhere"),
+        (["--data_path", "UNLABELLED"], "no labels"),
+        (["--knn_backend", "annoy"], "--knn_backend"),
+        (["--temperature", "0"], "--temperature"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_status_2(tmp_path, argv, sentence, images, capfd):
+    if argv[-1] == "UNLABELLED":
+        argv = ["--data_path", str(images / "red")]
+    argv = [*QUICK, "--dump_path", str(tmp_path / "out"), *argv]
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda: eval_knn.main(argv))
+    assert exit.value.code == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and sentence in said[0]
+
+
+def script(tmp_path, name, launcher, *argv):
+    """Rows from a run of the script by itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [*QUICK, *map(str, argv), "--dump_path", str(tmp_path / name)]
+    command = [sys.executable, *launcher, "eval_knn.py", *argv]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / name / "eval_knn.json").read_text())["results"], done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_give_the_table_of_one(tmp_path):
+    make_run(tmp_path / "run")
+    argv = ["--pretrained", tmp_path / "run", "--labels_per_class", 5, "--draws", 3, "--raw_pixels"]
+    one, _ = script(tmp_path, "one", [], *argv, "--dump_features", tmp_path / "dump")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    two, said = script(tmp_path, "two", torchrun, *argv)
+    assert two == one
+    assert said.count("top-1") == 1 and said.count("written to") == 1  # one process speaks
+    # what one process dumped, two load
+    loaded, _ = script(
+        *(tmp_path, "three", torchrun, "--load_features", tmp_path / "dump"),
+        *("--labels_per_class", 5, "--draws", 3, "--seed", 3),
+    )
+    assert loaded == [row for row in one if row["features"] == "backbone"]
+
+
+@pytest.mark.slow
+def test_help_needs_nothing_and_shows_the_defaults():
+    done = subprocess.run(
+        [sys.executable, "eval_knn.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "(default: [10, 20, 100, 200])" in said
+    assert "(default: resnet50)" in said and "(default: digits)" in said

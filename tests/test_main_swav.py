@@ -1,0 +1,334 @@
+"""main_swav.py as its users run it: bare, resumed, killed, signalled, misused, on several processes."""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_swav
+from src.logger import read_log
+
+ROOT = Path(__file__).parent.parent
+SMALL = shlex.split(
+    "--arch resnet18 --width 0.125 --stem small --hidden_mlp 32 --feat_dim 16 --nmb_crops 2 1 "
+    "--size_crops 16 8 --nmb_prototypes 10 --batch_size 128 --epochs 2 --warmup_epochs 0 "
+    "--freeze_prototypes_niters 3 --base_lr 0.5 --workers 0 --log_freq 1 --knn_freq 0 --no-tensorboard"
+)
+
+
+def train(folder, *argv):
+    """Run main in this process: its status and the log by iteration."""
+    status = main_swav.main([*SMALL, "--dump_path", str(folder), *map(str, argv)])
+    return status, losses(folder)
+
+
+def losses(folder):
+    return {line["iteration"]: line["loss"] for line in read_log(folder) if "loss" in line}
+
+
+def start(folder, *argv, processes=1, **options):
+    """Run the script as a user does, in a process group of its own."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, "main_swav.py", *SMALL, "--dump_path", str(folder), *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, **{**pipes, **options}
+    )
+
+
+def wait_for_lines(folder, process, lines):
+    """Wait until the log has so many lines."""
+    log, deadline = Path(folder) / "log.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < lines:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no progress for two minutes"
+        time.sleep(0.01)
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that ends in an error leaves its handlers to the process, which is about to end."""
+    names = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(name) for name in names]
+    yield
+    for name, handler in zip(names, before, strict=True):
+        signal.signal(name, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: folder and losses."""
+    folder = tmp_path_factory.mktemp("whole")
+    status, values = train(folder, "--knn_freq", "2", "--checkpoint_freq", "1")
+    assert status == 0
+    return folder, values
+
+
+def test_a_run_leaves_what_the_readme_promises(whole):
+    folder, values = whole
+    assert sorted(values) == list(range(20))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        *(
+            "checkpoint.pth",
+            "checkpoint.prev.pth",
+            "checkpoints/ckp-1.pth",
+            "checkpoints/ckp-2.pth",
+        ),
+        *("log.jsonl", "train.log", "args.json", "plots/curves.png", "plots/crops.png"),
+    }
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    wanted = {
+        *("loss", "lr", "gradient_norm", "images_per_second", "data_share", "eta_seconds"),
+        *("peak_memory_mb", "code_entropy", "prototypes_used", "embedding_std", "rankme"),
+    }
+    assert all(wanted <= line.keys() for line in lines if "knn" not in line)
+    assert 20 < lines[-1]["knn"] <= 100
+    state = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert state["epoch"] == 2 and state["args"]["epsilon"] == 0.02
+    text = (folder / "train.log").read_text()
+    assert "ln(K) = 2.303" in text and "loss" in text
+
+
+def test_the_prototypes_stay_frozen_for_as_long_as_asked(whole, tmp_path):
+    train(tmp_path / "a", "--epochs", "1", "--freeze_prototypes_niters", "100")
+    train(tmp_path / "b", "--epochs", "1", "--fixed_prototypes", "--freeze_prototypes_niters", "0")
+    weights = {}
+    for name in "ab":
+        state = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
+        weights[name] = state["model"]["prototypes.weight"]
+    torch.manual_seed(31)
+    options = {"stem": "small", "width": 0.125, "hidden_mlp": 32, "output_dim": 16}
+    fresh = main_swav.build_model("resnet18", nmb_prototypes=10, **options).prototypes.weight
+    fresh = torch.nn.functional.normalize(fresh.detach(), dim=1)
+    torch.testing.assert_close(weights["a"], fresh)
+    torch.testing.assert_close(weights["b"], fresh)
+    state = torch.load(whole[0] / "checkpoint.pth", weights_only=True)
+    assert (state["model"]["prototypes.weight"] - fresh).abs().max() > 1e-3
+
+
+def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
+    iterations = iter(range(20))
+    with monkeypatch.context() as patch:
+        must_stop = main_swav.Run.must_stop
+
+        def send_a_signal_in_the_tenth(self, done):
+            if next(iterations) == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return must_stop(self, done)
+
+        patch.setattr(main_swav.Run, "must_stop", send_a_signal_in_the_tenth)
+        assert train(tmp_path)[0] == 128 + signal.SIGTERM
+    status, values = train(tmp_path)
+    assert status == 0 and values == whole[1]
+
+
+def test_a_finished_run_is_left_as_it_is(whole, capsys):
+    before = (whole[0] / "checkpoint.pth").stat().st_mtime_ns
+    assert train(whole[0])[0] == 0
+    assert (whole[0] / "checkpoint.pth").stat().st_mtime_ns == before
+    assert "all epochs are done" in capsys.readouterr().out
+
+
+QUEUE = ("--queue_length", "256", "--epoch_queue_starts", "0", "--checkpoint_iters", "3")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
+    batch = ("--batch_size", 128 // processes, "--workers", processes - 1)
+    whole = start(tmp_path / "whole", *QUEUE, *batch, processes=processes)
+    finish(whole)
+    killed = start(tmp_path / "killed", *QUEUE, *batch, processes=processes)
+    wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    output = finish(start(tmp_path / "killed", *QUEUE, *batch, processes=processes))
+    assert "continues from epoch" in output
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert found == expected
+    # lines that were written before the kill and again after it are equal too
+    lines = [json.loads(x) for x in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == expected[line["iteration"]] for line in lines)
+
+
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 1), ("SIGUSR1", 2)])
+def test_a_signal_finishes_the_iteration_saves_and_leaves(tmp_path, name, processes):
+    argv = ("--batch_size", 128 // processes, "--epochs", 40)
+    process = start(tmp_path, *argv, processes=processes)
+    wait_for_lines(tmp_path, process, 3)
+    if processes == 1:
+        process.send_signal(getattr(signal, name))
+    else:  # torchrun does not pass SIGUSR1 on; Slurm sends it to every process of the step
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), getattr(signal, name))
+    output = process.communicate(timeout=120)[0]
+    assert f"stopped by {name}" in output, output
+    if processes == 1:
+        assert process.returncode == 128 + getattr(signal, name)
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    last = max(line["iteration"] for line in read_log(tmp_path))
+    assert saved["epoch"] * 10 + saved["samples_done"] // 128 == last + 1
+
+
+def test_another_number_of_processes_takes_the_run_over(tmp_path):
+    argv = ("--queue_length", "256", "--epoch_queue_starts", "0")
+    finish(start(tmp_path, *argv, "--batch_size", 64, "--epochs", 1, processes=2))
+    assert train(tmp_path, *argv, "--batch_size", 128, "--epochs", 2)[0] == 0
+    assert sorted(line["iteration"] for line in read_log(tmp_path)) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--queue_length 256 --epoch_queue_starts 1",
+        "--nmb_prototypes 10 20",
+        "--head_dims 32 32 16",
+        "--no-head_bn",
+        "--hidden_mlp 0",
+        "--optimizer lars",
+        "--optimizer sgd --base_lr 0.05",
+        "--sinkhorn_float64 --epsilon 0.01 --sinkhorn_iterations 5",
+        "--hard_assignment_iters 5",
+        "--crops_for_assign 0 1 2",
+        "--in_chans 1 --no_flip --color_jitter 0 --grayscale 0 --blur 0",
+        "--precision bf16",
+        "--lr_scaling linear --lr_reference_batch 128",
+        "--arch mobilenet_v3_small --width 1 --stem imagenet --size_crops 32 16",
+        "--workers 2",
+        "--interpolation bicubic --solarize 0.2",
+        "--zero_init_residual",
+        "--nmb_crops 2 --size_crops 16",
+    ],
+)
+def test_every_option_trains(tmp_path, argv):
+    status, values = train(tmp_path, "--epochs", "1", *argv.split())
+    assert status == 0 and len(values) == 10
+    assert all(0 < loss < 20 for loss in values.values())
+
+
+def test_training_goes_on_from_given_weights(whole, tmp_path):
+    train(
+        tmp_path,
+        "--epochs",
+        "1",
+        "--init_from",
+        whole[0] / "checkpoint.pth",
+        "--base_lr",
+        "1e-9",
+        "--final_lr",
+        "0",
+    )
+    assert re.search(r"matched (\d+) of \1 tensors", (tmp_path / "train.log").read_text())
+    old = torch.load(whole[0] / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
+    new = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
+    torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
+
+
+# ============ what can go wrong ============
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--data_path /nowhere", "--data_path /nowhere"),
+        ("--data_path {empty}", "no image in it"),
+        ("--nmb_crops 2 6 --size_crops 24", "--size_crops has 1 values"),
+        ("--nmb_prototypes 0", "--nmb_prototypes"),
+        ("--epsilon 0", "--epsilon"),
+        ("--epsilon -0.05", "--epsilon"),
+        ("--temperature 0", "--temperature"),
+        ("--sinkhorn_iterations 0", "--sinkhorn_iterations"),
+        ("--queue_length 100", "--queue_length 100 has no room"),
+        ("--arch resnet51", "--arch resnet51"),
+        ("--batch_size 5000", "--batch_size 5000"),
+        ("--crops_for_assign 0 7", "--crops_for_assign"),
+        ("--nmb_crops 1 --size_crops 16", "--nmb_crops 1"),
+        ("--warmup_epochs 99", "--warmup_epochs 99"),
+        ("--dump_path {file}", "--dump_path"),
+        ("--init_from /nowhere.pth", "/nowhere.pth"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--precision fp8", "--precision"),
+        ("--unknown 3", "--unknown"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    argv = argv.format(empty=tmp_path / "empty", file=tmp_path / "file").split()
+    with pytest.raises(SystemExit) as stop:
+        main_swav.cli.run(
+            lambda: main_swav.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])
+        )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
+
+
+def test_a_checkpoint_of_another_network_stops_the_run_and_stays(whole, tmp_path):
+    before = (whole[0] / "checkpoint.pth").read_bytes()
+    with pytest.raises(OSError, match="--nmb_prototypes"):
+        train(whole[0], "--nmb_prototypes", "12", "--epochs", "3")
+    with pytest.raises(OSError, match="--arch"):
+        train(whole[0], "--arch", "resnet34", "--epochs", "3")
+    assert (whole[0] / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, whole, capsys):
+    _, values = train(tmp_path)
+    newest = tmp_path / "checkpoint.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / "log.jsonl").unlink()
+    status, again = train(tmp_path)
+    assert status == 0 and again == {i: values[i] for i in range(10, 20)}
+    assert "the checkpoint before" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoint(tmp_path):
+    train(tmp_path, "--epochs", "1")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(main_swav.cli.RunError, match="--base_lr"):
+        train(
+            tmp_path, "--epochs", "3", "--optimizer", "sgd", "--base_lr", "1e30", "--log_freq", "50"
+        )
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_collapse_is_named_while_it_happens(tmp_path, capsys):
+    train(tmp_path, "--epsilon", "100", "--log_freq", "1")
+    assert "WARNING: the codes are uniform" in capsys.readouterr().out
+    with pytest.raises(main_swav.cli.RunError, match="--epsilon"):
+        train(tmp_path / "again", "--epsilon", "100", "--abort_on_collapse")
+
+
+def test_help_reads_without_a_gpu_or_network_and_shows_the_published_defaults():
+    text = subprocess.run(
+        [sys.executable, "main_swav.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for words in (
+        "epsilon",
+        "(default: 0.05)",
+        "Eq. 3",
+        "arXiv:2006.09882",
+        "(default: [3000])",
+        "tau",
+    ):
+        assert words in text
