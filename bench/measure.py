@@ -48,4 +48,6 @@ def print_table(title, header, rows):
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     print(f"\n{title} (torch {torch.__version__}, {torch.get_num_threads()} threads)")
     for row in [header, *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )

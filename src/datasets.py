@@ -145,12 +145,8 @@ class ImageDataset:
                 return self.read(candidate)
             except (BrokenImage, UnfitImage, OSError) as error:
                 self._is_broken[candidate] = 1
-                logger.warning(
-                    "cannot read %s (%s): the next image takes its place, %d so far",
-                    self._source.name(candidate),
-                    error,
-                    int(self._is_broken.sum()),
-                )
+                file, count = self._source.name(candidate), int(self._is_broken.sum())
+                logger.warning("cannot read %s (%s): took the next, %d so far", file, error, count)
         raise RuntimeError(f"{self._flag} {self.name}: none of its {len(self)} images is readable")
 
 

@@ -66,7 +66,10 @@ def build_network(
     ValueError and OSError.
     """
     if run:
-        options = {**options, "nmb_prototypes": run.get("nmb_prototypes", 0)}
+        sets = run.get("nmb_prototypes", 0)
+        if isinstance(sets, list) and len(sets) == 1:  # a single set, as the scripts build it
+            sets = sets[0]
+        options = {**options, "nmb_prototypes": sets}
     torch.manual_seed(seed)
     model = build_model(arch, normalize=True, **options)
     if weights:

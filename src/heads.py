@@ -1,7 +1,7 @@
 """Heads on top of a backbone: projection MLP, prototypes, and the passage of crops through both.
 
-SwAV (Caron et al. 2020, arXiv:2006.09882), section 3.1 and appendix A.1: features are projected by a
-small MLP, L2-normalised and multiplied with K trainable prototypes.
+SwAV (Caron et al. 2020, arXiv:2006.09882), section 3.1 and appendix A.1: features are projected
+by a small MLP, L2-normalised and multiplied with K trainable prototypes.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ def build_head(
 def apply_head(
     x: Tensor, projection_head: nn.Module | None, prototypes: nn.Module | None, normalize: bool
 ) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
-    """Features (B, num_features) -> embedding (B, D), or (embedding, scores (B, K)) with prototypes.
+    """Features (B, num_features) -> embedding (B, D); with prototypes (embedding, scores (B, K)).
 
     Under autocast the MLP runs in low precision, the normalisation and the scores in float32:
     scores are divided by epsilon = 0.05, where the 8 bits of bfloat16 would show.

@@ -28,7 +28,7 @@ class LARC(torch.optim.Optimizer):
     Raises ValueError on a trust coefficient that is not positive.
     """
 
-    # GradScaler must unscale the gradients before the norms are taken, also if `optimizer` is fused.
+    # GradScaler must unscale gradients before their norms are taken, also if `optimizer` is fused.
     _step_supports_amp_scaling = False
 
     def __init__(

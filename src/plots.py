@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from src.logger import read_log
 
 GAP = 2  # pixels between images of a sheet
+PAPER = 215  # grey level behind the images, which are often white or black themselves
 PANELS = [
     ("loss", "loss"),
     ("lr", "learning rate"),
@@ -83,7 +84,7 @@ def neighbour_sheet(
     """
     rows = []
     for i, (query, row) in enumerate(zip(queries, neighbours, strict=True)):
-        tiles = [_tile(query, side, side), np.full((side + GAP, 3 * GAP, 3), 255, np.uint8)]
+        tiles = [_tile(query, side, side), np.full((side + GAP, 3 * GAP, 3), PAPER, np.uint8)]
         for j, image in enumerate(row):
             tile = Image.fromarray(_tile(image, side, side))
             if correct is not None:
@@ -95,11 +96,11 @@ def neighbour_sheet(
 
 
 def _tile(image, size, side):
-    """uint8 (C, H, W) -> (side + GAP, side + GAP, 3) array, the image `size` wide on white."""
+    """uint8 (C, H, W) -> (side + GAP, side + GAP, 3) array, the image `size` wide on grey."""
     channels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     picture = Image.fromarray(channels.permute(1, 2, 0).contiguous().cpu().numpy())
     smooth = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.BILINEAR
-    tile = np.full((side + GAP, side + GAP, 3), 255, np.uint8)
+    tile = np.full((side + GAP, side + GAP, 3), PAPER, np.uint8)
     tile[:size, :size] = np.asarray(picture.resize((size, size), smooth))
     return tile
 

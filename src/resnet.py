@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (grouped, strided), 1x1; (B, in_planes, H, W) -> (B, 4 planes, H/stride, W/stride)."""
+    """1x1, 3x3 (grouped, strided), 1x1; (B, in_planes, H, W) -> (B, 4 planes, H/stride, ...)."""
 
     expansion = 4
 

@@ -1,6 +1,7 @@
 """Run a function in several gloo processes and collect what each returns."""
 
 import multiprocessing
+import queue
 import tempfile
 import traceback
 from datetime import timedelta
@@ -25,7 +26,7 @@ def run_ranks(function, world_size, *args):
     if world_size == 1:
         return [function(0, 1, *args)]
     with tempfile.TemporaryDirectory() as folder:
-        results = CONTEXT.SimpleQueue()
+        results = CONTEXT.Queue()
         processes = [
             CONTEXT.Process(
                 target=_rank_main, args=(function, rank, world_size, folder, results, args)
@@ -34,20 +35,20 @@ def run_ranks(function, world_size, *args):
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(TIMEOUT)
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for rank in hung:
-            processes[rank].kill()
         collected = {}
-        while not results.empty():
-            rank, result, error = results.get()
-            if error:
-                raise RuntimeError(f"rank {rank} of {world_size} failed:\n{error}")
-            collected[rank] = result
-        if hung:
-            raise RuntimeError(f"ranks {hung} of {world_size} hung for {TIMEOUT} s")
-        assert len(collected) == world_size, f"only ranks {sorted(collected)} returned"
+        try:
+            while len(collected) < world_size:  # read first: a rank ends when its result is taken
+                rank, result, error = results.get(timeout=TIMEOUT)
+                if error:
+                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{error}")
+                collected[rank] = result
+        except queue.Empty:
+            missing = sorted(set(range(world_size)) - set(collected))
+            raise RuntimeError(f"ranks {missing} of {world_size} hung for {TIMEOUT} s") from None
+        finally:
+            for process in processes:
+                process.join(10 if len(collected) == world_size else 0)
+                process.kill()
         return [collected[rank] for rank in range(world_size)]
 
 

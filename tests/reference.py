@@ -25,7 +25,9 @@ def sinkhorn(scores, epsilon, iterations):
 def swav_loss(scores, assignments, num_crops, crops_for_assign, temperature):
     """SwAV, Eq. 2 and 6, averaged over the pairs: scores (sum(num_crops) B, K), crop-major."""
     total = sum(num_crops)
-    log_p = log_softmax(np.asarray(scores, np.float64).reshape(total, -1, scores.shape[-1]) / temperature)
+    log_p = log_softmax(
+        np.asarray(scores, np.float64).reshape(total, -1, scores.shape[-1]) / temperature
+    )
     loss = 0.0
     for i, q in zip(crops_for_assign, assignments, strict=True):
         others = [v for v in range(total) if v != i]

@@ -104,12 +104,15 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_a_crop_sheet_has_a_row_for_each_image_and_keeps_relative_sizes(tmp_path):
-    crops = [torch.zeros(3, 3, 24, 24, dtype=torch.uint8), torch.zeros(3, 1, 12, 12, dtype=torch.uint8)]
+    crops = [
+        torch.zeros(3, 3, 24, 24, dtype=torch.uint8),
+        torch.zeros(3, 1, 12, 12, dtype=torch.uint8),
+    ]
     with Image.open(plots.crop_sheet(crops, tmp_path / "a" / "crops.png", side=24)) as picture:
         pixels = np.asarray(picture)
     assert pixels.shape == (3 * 26, 2 * 26, 3)
     assert (pixels[:24, :24] == 0).all() and (pixels[:12, 26:38] == 0).all()
-    assert (pixels[12:26, 26:] == 255).all()
+    assert (pixels[12:26, 26:] == plots.PAPER).all()
 
 
 def test_normalisation_is_undone_for_pictures():
@@ -121,7 +124,9 @@ def test_normalisation_is_undone_for_pictures():
 
 def test_neighbours_are_framed_by_whether_they_are_right(tmp_path):
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    path = plots.neighbour_sheet([image], [[image, image]], [[True, False]], tmp_path / "nn.png", 16)
+    path = plots.neighbour_sheet(
+        [image], [[image, image]], [[True, False]], tmp_path / "nn.png", 16
+    )
     with Image.open(path) as picture:
         pixels = np.asarray(picture).astype(int)
     left, right = pixels[0, 16 + 2 + 6 + 1], pixels[0, 16 + 2 + 6 + 18 + 1]

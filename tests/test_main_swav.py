@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main_swav
 from src.logger import read_log
@@ -240,6 +242,31 @@ def test_training_goes_on_from_given_weights(whole, tmp_path):
     old = torch.load(whole[0] / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
     new = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
     torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
+
+
+def images(folder, count, broken_every=0, size=16):
+    """A flat folder of JPEG files of noise; every n-th is cut short."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"{i:05}.jpg"
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(path)
+        if broken_every and i % broken_every == 0:
+            path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "count, processes", [(300, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)]
+)
+def test_a_folder_with_one_percent_of_broken_files_trains_through(tmp_path, count, processes):
+    folder = images(tmp_path / "images", count, broken_every=100)
+    argv = ("--data_path", folder, "--epochs", 1, "--batch_size", 50, "--workers", 1)
+    argv += ("--preset", "tiny", "--knn_freq", 1, "--log_freq", 10)
+    output = finish(start(tmp_path / "run", *argv, processes=processes))
+    assert f"{count:,} images" in output and "has no labels" in output
+    named = set(re.findall(r"cannot read \S*/(\d{5}).jpg", output))
+    assert named == {f"{i:05}" for i in range(0, count, 100)}
 
 
 # ============ what can go wrong ============

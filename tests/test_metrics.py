@@ -24,7 +24,7 @@ def test_usage_counts_the_prototypes_that_samples_choose():
 
 
 def _usage_of_my_rows(rank, world_size):
-    return metrics.prototype_usage(torch.eye(8)[rank :: world_size]).item()
+    return metrics.prototype_usage(torch.eye(8)[rank::world_size]).item()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -34,7 +34,9 @@ def test_usage_is_that_of_all_processes(world_size):
 
 def test_std_is_one_on_the_sphere_and_zero_when_collapsed():
     torch.manual_seed(0)
-    assert metrics.embedding_std(F.normalize(torch.randn(20000, 32), dim=1)) == pytest.approx(1, abs=0.01)
+    assert metrics.embedding_std(F.normalize(torch.randn(20000, 32), dim=1)) == pytest.approx(
+        1, abs=0.01
+    )
     assert metrics.embedding_std(torch.ones(10, 32) / math.sqrt(32)).item() < 1e-6
 
 
@@ -47,7 +49,13 @@ def test_rankme_is_the_number_of_directions_in_use():
     assert math.isfinite(metrics.rankme(torch.zeros(10, 4)).item())
 
 
-HEALTHY = {"loss": 3.0, "code_entropy": 1.0, "prototypes_used": 40, "embedding_std": 0.9, "batch": 256}
+HEALTHY = {
+    "loss": 3.0,
+    "code_entropy": 1.0,
+    "prototypes_used": 40,
+    "embedding_std": 0.9,
+    "batch": 256,
+}
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,23 @@ def test_weight_decay_comes_back_when_the_step_raises():
     assert optimizer.param_groups[0]["weight_decay"] == 0.2
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_off_the_cpu_the_host_reads_nothing(clip):
+    # A tensor on the meta device has no value: reading one raises.
+    params = [torch.nn.Parameter(torch.empty(n, 3, device="meta")) for n in (2, 5)]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    for optimizer in (
+        LARC(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1), clip=clip),
+        LARS(params, lr=0.1, weight_decay=0.1),
+    ):
+        optimizer.step()
+        optimizer.step()
+    norm = grad_norm(params)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        norm.item()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_larc_under_a_grad_scaler_equals_larc_without(fused):
     def run(scaler):

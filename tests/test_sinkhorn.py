@@ -99,7 +99,9 @@ def _sinkhorn_of_my_rows(rank, world_size, scores, sizes, epsilon, bound):
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (13, 3), (16, 0), (4, 4, 4, 4), (9, 1, 0, 6)])
-@pytest.mark.parametrize("scale, epsilon, bound", [(1, 0.05, 1.0), (1, 0.01, None), (50, 0.01, None)])
+@pytest.mark.parametrize(
+    "scale, epsilon, bound", [(1, 0.05, 1.0), (1, 0.01, None), (50, 0.01, None)]
+)
 def test_processes_with_their_rows_equal_one_process_with_all(sizes, scale, epsilon, bound):
     scores = np.random.default_rng(0).uniform(-scale, scale, (16, 11)).astype(np.float32)
     shares = run_ranks(_sinkhorn_of_my_rows, len(sizes), scores, sizes, epsilon, bound)

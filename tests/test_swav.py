@@ -31,9 +31,13 @@ def tensors(golden, *names):
 
 
 @pytest.mark.parametrize("case, crops_for_assign", [("nq", [0, 1]), ("nq1", [1])])
-def test_loss_gradient_and_codes_without_queue_equal_the_golden_step(golden, case, crops_for_assign):
+def test_loss_gradient_and_codes_without_queue_equal_the_golden_step(
+    golden, case, crops_for_assign
+):
     embedding, prototypes = tensors(golden, "nq_embedding", "prototypes_normalized")
-    loss, gradient, codes = step(embedding.unflatten(0, (8, -1)), prototypes, None, crops_for_assign)
+    loss, gradient, codes = step(
+        embedding.unflatten(0, (8, -1)), prototypes, None, crops_for_assign
+    )
     arrays = golden("swav_loss")
     np.testing.assert_allclose(loss, arrays[f"{case}_loss"][0], atol=2e-5)
     np.testing.assert_allclose(gradient, arrays[f"{case}_grad_scores"], atol=1e-6, rtol=1e-4)
@@ -89,7 +93,9 @@ def test_hard_codes_have_a_single_one_where_the_soft_code_is_largest(golden):
     views = embedding.unflatten(0, (8, -1))
     soft = step(views, prototypes, None)[2]
     hard = step(views, prototypes, None, hard=True)[2]
-    assert torch.equal(hard.sum(-1), torch.ones(2, 8)) and torch.equal(hard.max(-1)[0], hard.sum(-1))
+    assert torch.equal(hard.sum(-1), torch.ones(2, 8)) and torch.equal(
+        hard.max(-1)[0], hard.sum(-1)
+    )
     assert torch.equal(hard.argmax(-1), soft.argmax(-1))
 
 

@@ -1,0 +1,106 @@
+"""Every script alike: flags that are read and published, sections, imports, lengths."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = json.loads((ROOT / "tests" / "golden" / "official_flags.json").read_text())
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if re.match("main_|eval_", path.stem))
+SOURCES = sorted((ROOT / "src").glob("*.py"))
+LAUNCHER_FLAGS = {"dist_url", "world_size", "rank", "local_rank"}
+# Published flags without a use here yet: vision transformers come with DINO.
+NOT_READ = {"eval_knn": {"patch_size"}}
+# Published defaults that differ on purpose, with the reason.
+OTHER_DEFAULTS = {
+    ("main_swav", "data_path"): "digits, so that the bare command runs",
+    ("main_swav", "use_fp16"): "--precision decides; true is what auto does on a GPU",
+    ("eval_knn", "data_path"): "digits, so that the bare command runs",
+    ("eval_knn", "arch"): "a ResNet until the vision transformers are here",
+    ("eval_knn", "checkpoint_key"): "found in the file",
+    ("eval_knn", "pretrained_weights"): "",
+}
+PUBLISHED = {"main_swav": "swav/main_swav.py", "eval_knn": "dino/eval_knn.py"}
+
+
+def actions(script):
+    parser = importlib.import_module(script).get_parser()
+    return {flag: action for action in parser._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_published_flag_is_taken_with_its_type_and_default(script):
+    mine = actions(script)
+    for flag in FLAGS[PUBLISHED[script]]:
+        name = flag["flags"][0]
+        assert name in mine, name
+        action, name = mine[name], name.lstrip("-")
+        if name in LAUNCHER_FLAGS or (script, name) in OTHER_DEFAULTS:
+            continue
+        published = ast.literal_eval(flag["default"]) if "default" in flag else None
+        default = action.default[0] if name == "nmb_prototypes" else action.default
+        if default is None and isinstance(published, list):  # crops: filled in from the preset
+            from src.presets import CROPS
+
+            default = CROPS["imagenet"][name.replace("_crops", "")][:1]
+        assert default == published, name
+        if "nargs" in flag:
+            assert action.nargs == "+", name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_somewhere(script):
+    text = (ROOT / f"{script}.py").read_text() + "".join(path.read_text() for path in SOURCES)
+    ignored = LAUNCHER_FLAGS | NOT_READ.get(script, set())
+    for action in set(actions(script).values()):
+        name = action.dest
+        if name in ignored or name == "help":
+            continue
+        read = rf'args\.{name}\b|args\["{name}"\]|"{name}"[,\])]|arguments\["{name}"\]'
+        assert re.search(read, text), f"--{name} is parsed and never read"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_can_be_read_in_one_sitting_and_imports_no_other(script):
+    text = (ROOT / f"{script}.py").read_text()
+    assert text.count("\n") <= 400
+    modules = [
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert not set(SCRIPTS) & set(modules)
+    doc = ast.get_docstring(ast.parse(text))
+    assert "Deviations" in doc and "arXiv:" in doc and doc.count("\n") <= 30
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_source_file_is_short_and_keeps_the_direction_of_imports(path):
+    text = path.read_text()
+    assert text.count("\n") <= 255, path
+    assert not re.search(r"^\s*(from|import) (main_|eval_)", text, re.M)
+    if path.stem not in ("distributed", "launch"):
+        assert "os.environ" not in text and '"cuda"' not in text and ".cuda(" not in text
+    mathematics = {"sinkhorn", "knn", "neighbours", "metrics", "losses", "optim", "heads", "resnet"}
+    if path.stem in mathematics:
+        imported = set(re.findall(r"^from src\.?(\w*) import ([\w, ]+)$", text, re.M))
+        allowed = {"distributed", "neighbours", "heads"}
+        for module, names in imported:
+            assert (module or names) in allowed | {"nearest_neighbours"}, (path, module, names)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "run_with_submitit"])
+def test_importing_a_script_does_nothing(script):
+    code = (
+        f"import sys, torch; before = torch.random.get_rng_state(); import {script}\n"
+        "assert torch.equal(before, torch.random.get_rng_state()) and not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
