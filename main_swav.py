@@ -46,11 +46,11 @@ from src.sinkhorn import sinkhorn
 logger = logging.getLogger(__name__)
 
 # Changed defaults of the method on small data, beside those of src/presets.py.
-SMALL = {"temperature": 0.2, "epsilon": 0.02, "freeze_prototypes_niters": 100}
+SMALL = {"temperature": 0.2, "freeze_prototypes_niters": 100}
 PRESETS = {
     "imagenet": {},
-    "cifar": {**SMALL, "nmb_prototypes": [512], "dump_path": "runs/swav_cifar"},
-    "tiny": {**SMALL, "nmb_prototypes": [60], "dump_path": "runs/swav_digits"},
+    "cifar": {**SMALL, "epsilon": 0.01, "nmb_prototypes": [100], "dump_path": "runs/swav_cifar"},
+    "tiny": {**SMALL, "epsilon": 0.02, "nmb_prototypes": [60], "dump_path": "runs/swav_digits"},
 }
 MAX_SCORE = 1.0  # scores are cosines: embeddings and prototypes have norm 1
 
@@ -349,8 +349,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive(int), default=100, help="passes over the data")
     add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=64,
         help="B, images per process")
-    add("--optimizer", default="larc", choices=["larc", "lars", "sgd"],
-        help="around or instead of SGD with momentum 0.9")
+    add("--optimizer", default="larc", choices=["larc", "lars", "sgd", "adamw"],
+        help="larc: around SGD with momentum 0.9, as published; or another")
     add("--base_lr", type=positive(float), default=4.8, help="learning rate after the warm-up")
     add("--final_lr", type=at_least_zero(float), default=0.0, help="learning rate at the end")
     add("--start_warmup", type=at_least_zero(float), default=0.0, help="learning rate at the start")

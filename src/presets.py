@@ -10,7 +10,7 @@ PRESET_OF = {"digits": "tiny", "cifar10": "cifar", "cifar100": "cifar", "stl10":
 # imagenet: SwAV, arXiv:2006.09882, appendix A.2. Images of cifar are 32 px, those of digits 8 px.
 CROPS = {
     "imagenet": {"size": [224, 96], "min_scale": [0.14, 0.05], "max_scale": [1.0, 0.14]},
-    "cifar": {"size": [32, 16], "min_scale": [0.2, 0.05], "max_scale": [1.0, 0.3]},
+    "cifar": {"size": [32, 16], "min_scale": [0.3, 0.1], "max_scale": [1.0, 0.4]},
     "tiny": {"size": [16, 8], "min_scale": [0.4, 0.2], "max_scale": [1.0, 0.5]},
 }
 
@@ -33,7 +33,8 @@ SHARED = {
         **SMALL,
         "arch": "resnet18",
         "hidden_mlp": 512,
-        "color_jitter": [0.4, 0.4, 0.2, 0.1],
+        "base_lr": 0.2,
+        "final_lr": 0.0002,
         "epochs": 100,
         "knn_freq": 10,
         "workers": 2,

@@ -32,10 +32,12 @@ def wrap_network(module, process, sync_bn, group_size, compiled):
 
 
 def build_optimizer(name: str, parameters: list[Tensor], weight_decay: float):
-    """ "larc" (around SGD, as SwAV is trained), "lars" or "sgd", with momentum 0.9.
+    """"larc" (around SGD, as SwAV is trained), "lars", "sgd", all with momentum 0.9, or "adamw".
 
     The learning rate is 0 until the training loop sets it, at every iteration.
     """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
     options = {"lr": 0.0, "momentum": 0.9, "weight_decay": weight_decay}
     if name == "lars":
         return LARS(parameters, **options)

@@ -207,6 +207,7 @@ def test_another_number_of_processes_takes_the_run_over(tmp_path):
         "--hidden_mlp 0",
         "--optimizer lars",
         "--optimizer sgd --base_lr 0.05",
+        "--optimizer adamw --base_lr 0.001",
         "--sinkhorn_float64 --epsilon 0.01 --sinkhorn_iterations 5",
         "--hard_assignment_iters 5",
         "--crops_for_assign 0 1 2",
