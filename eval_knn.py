@@ -37,6 +37,7 @@ from src.evaluation import (
     open_labelled_splits,
     run_arguments,
     run_defaults,
+    run_folder,
     split_features,
 )
 from src.feature_files import check_dump, dump_features, load_features
@@ -182,6 +183,8 @@ def parse_args(argv):
     if not args.pretrained and "arch" not in given:
         preset = cli.preset_of(args.data_path)
         defaults = {"size": image_args.CROPS[preset]["size"][0], **PRESETS.get(preset, {})}
+    if run:
+        defaults["dump_path"] = str(run_folder(args.pretrained))  # results lie beside the run
     parser.set_defaults(**defaults, given=given)
     args = parser.parse_args(argv)
     if args.use_fp16 is not None and args.precision == "auto":

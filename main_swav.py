@@ -17,8 +17,8 @@ Contrasting Cluster Assignments, NeurIPS 2020, arXiv:2006.09882.
 Starting the same command again continues where it stopped.
 
 Deviations from the authors' code: Sinkhorn is finite for all finite scores (theirs overflows at
-epsilon <= 0.011); photometry runs in batches on the device, in float, not on 8-bit images; the order
-of images, crops and photometry depends on (seed, epoch, index) only; the queue is in the checkpoint.
+epsilon <= 0.011); photometry runs in batches on the device, in float, not on 8-bit images; images and
+crops depend on (seed, epoch, index) only, photometry on (seed, epoch, iteration, rank).
 Kept: normalisation with red std 0.228 (usually 0.229), so that features fit the released weights;
 the schedule repeats its peak and stops short of its end; the queue is read before it is pushed, and
 only once full; its length is rounded down to whole batches.
@@ -158,13 +158,14 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
 
         # ============ multi-crop forward ============
         draws = generator(args.seed, epoch, it, run.process.rank)
+        torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
         with distributed.autocast(device, run.precision):
             embedding, scores = run.network(crops)  # (V * B, D), (V * B, K) for each head
         embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
 
         # ============ swav loss ============
-        loss = 0.0
+        loss, codes_of_heads = 0.0, []
         for prototypes, s in zip(heads, scores if len(heads) > 1 else [scores], strict=True):
             codes = assign_codes(
                 *(s.detach().unflatten(0, (num_crops, -1)), prototypes, args.crops_for_assign),
@@ -173,31 +174,30 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
                 iterations=args.sinkhorn_iterations,
                 dtype=torch.float64 if args.sinkhorn_float64 else torch.float32,
             )
+            codes_of_heads.append(codes)
             swapped = (args.nmb_crops, args.crops_for_assign, args.temperature)
             loss = loss + swav_loss(s, codes, *swapped) / len(heads)
         if queue is not None:
-            queue.push(embedding[args.crops_for_assign])
+            queue.push(torch.stack([embedding[crop] for crop in args.crops_for_assign]))
 
         # ============ backward and optim step ============
         run.optimizer.zero_grad()
         run.scaler.scale(loss).backward()
         run.scaler.unscale_(run.optimizer)
-        if iteration < args.freeze_prototypes_niters:
-            for prototypes in heads:
-                prototypes.grad = None
+        for prototypes in heads if iteration < args.freeze_prototypes_niters else ():
+            prototypes.grad = None
         run.last = (loss.detach(), grad_norm(run.module.parameters()))
         run.scaler.step(run.optimizer)
         run.scaler.update()
 
         # ============ log, save, stop ============
         done = it + 1
-        if iteration == 0:
-            run.picture_crops(crops)
+        run.picture_crops(crops)
         if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
             assigned = embedding[args.crops_for_assign].flatten(0, 1)  # (crops * B, D)
             rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
-            log_progress(run, epoch, iteration, codes[0], assigned, rates, args)
-        if run.must_stop(done):
+            log_progress(run, epoch, iteration, codes_of_heads[0][0], assigned, rates, args)
+        if done < run.iters_per_epoch and run.must_stop(done):
             run.save(epoch, done)
             return done
         if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
@@ -207,6 +207,7 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
 
 def log_progress(run, epoch, iteration, codes, embedding, rates, args):
     """Write a log line with the health of the codes (B, K) and of the embeddings (N, D)."""
+    run.check_finite()
     num_prototypes = codes.shape[1]
     health = {
         "code_entropy": run.mean_over_processes(metrics.code_entropy(codes)),
@@ -248,8 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     precision = args.precision
     if precision == "auto":
         precision = distributed.default_precision(process.device)
-    if process.rank == 0:
-        describe_run(vars(args), args.dump_path)
 
     # ============ data ============
     crops = MultiCropDataset(
@@ -269,9 +268,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
-    iters_per_epoch = len(dataset) // global_batch
-    peak, end, begin = cli.scaled_lr(args, global_batch)
-    schedule = cosine_schedule(peak, end, args.epochs, iters_per_epoch, args.warmup_epochs, begin)
     queue = None
     if queue_length:
         dim = args.head_dims[-1] if args.head_dims else args.feat_dim
@@ -279,11 +275,16 @@ def main(argv: list[str] | None = None) -> int:
         queue = Queue(*shape, args.batch_size, process.device)
     run = Run(
         *(args, process, precision, model, network, augment, optimizer),
-        *(iters_per_epoch, global_batch, {"queue": queue} if queue else {}),
+        *(len(dataset), global_batch, {"queue": queue} if queue else {}),
     )
-    run.log_plan(dataset, len(schedule), peak)
-    log_codes(args, global_batch + queue_length)
+    peak, end, begin = cli.scaled_lr(args, global_batch)
+    times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
+    schedule = cosine_schedule(peak, end, *times, begin)
+    run.log_plan(dataset, peak)
+    log_codes(args, global_batch, queue_length)
     first_epoch, start = run.resume()
+    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
+        describe_run(vars(args), args.dump_path)
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -292,28 +293,29 @@ def main(argv: list[str] | None = None) -> int:
         done = train_one_epoch(run, loader, schedule, active, epoch, start, args)
         if run.stopping:
             return run.stopped()
-        last = epoch + 1 == args.epochs
+        last, start = epoch + 1 == args.epochs, 0
+        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
             run.probe(dataset, epoch, args.size_crops[0], args.workers)
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         run.plot(args.nmb_prototypes[0])
-        start = 0
+        if not last and run.must_stop(done):
+            return run.stopped()
     return run.finished()
 
 
-def log_codes(args, samples):
+def log_codes(args, global_batch, queue_length):
     """Say what the assignment problem will be; too few samples for the prototypes is a known trap."""
     num_prototypes = args.nmb_prototypes[0]
     logger.info(
-        "codes       K = %s prototypes share %s samples, ln(K) = %.3f is the loss of constant codes; "
-        "epsilon %g, %d iterations",
-        *(f"{num_prototypes:,}", f"{samples:,}", math.log(num_prototypes)),
-        *(args.epsilon, args.sinkhorn_iterations),
+        "codes       K = %s prototypes share %s images and a queue of %s; ln(K) = %.3f is the loss of "
+        "constant codes; epsilon %g, %d iterations",
+        *(f"{num_prototypes:,}", f"{global_batch:,}", f"{queue_length:,}"),
+        *(math.log(num_prototypes), args.epsilon, args.sinkhorn_iterations),
     )
-    if samples < num_prototypes:
-        logger.info(
-            "note: that is less than one sample each; the paper adds a queue of about K rows"
-        )
+    if queue_length < args.queue_length:
+        logger.info("note: --queue_length %d rounded down to whole batches", args.queue_length)
+    if global_batch + queue_length < num_prototypes:
+        logger.info("note: less than one sample each; the paper adds a queue of about K rows")
 
 
 # ============ arguments ============
@@ -381,16 +383,14 @@ def check_args(args, global_batch: int, num_images: int) -> int:
             f"--data_path {args.data_path} has {num_images}: use a smaller one"
         )
     if args.warmup_epochs > args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}")
+        raise ValueError(
+            f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: use a smaller one"
+        )
     length = args.queue_length - args.queue_length % global_batch
     if args.queue_length and not length:
         raise ValueError(
             f"--queue_length {args.queue_length} has no room for one batch of {global_batch} images: "
             f"use a multiple of {global_batch}, or 0 for no queue"
-        )
-    if length < args.queue_length:
-        logger.info(
-            "--queue_length %d rounded down to %d, whole batches", args.queue_length, length
         )
     return length
 

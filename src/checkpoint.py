@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def save_checkpoint(folder: str | Path, state: dict, keep_as: str | None = None)
         free = shutil.disk_usage(folder).free / 1e6 if folder.is_dir() else 0.0
         raise CheckpointError(
             f"{target} cannot be written ({cause(reason)}): it needs {size / 1e6:.1f} MB and "
-            f"{free:.1f} MB are free; the checkpoint before it is untouched"
+            f"{free:.1f} MB are free; what was saved before is untouched"
         ) from error
 
 
@@ -106,7 +107,7 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     folder = Path(folder)
     if distributed.is_main():
         for pattern in (f"{NEWEST}.tmp-*", f"{PREVIOUS}.tmp-*", "checkpoints/*.pth.tmp-*"):
-            _remove(folder.glob(pattern))
+            _remove(path for path in folder.glob(pattern) if _is_old(path))
     unreadable = []
     for path in (folder / NEWEST, folder / PREVIOUS):
         try:
@@ -198,6 +199,13 @@ def _remove(paths):
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _is_old(path):
+    """Whether nobody can still be writing the file, a run that overlaps with this one included."""
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > 600
+    return False
 
 
 def _flush_folder(folder):

@@ -18,7 +18,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         super().__init__(
-            description=doc, formatter_class=HelpFormatter, allow_abbrev=False, add_help=True
+            usage="%(prog)s [flags]",
+            description=doc,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message):
@@ -42,7 +45,7 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
         default=".",
         help="folder of the run: checkpoints, logs, plots",
     )
-    add("--seed", type=int, default=31, help="seed of every random draw")
+    add("--seed", type=at_least_zero(int), default=31, help="seed of every random draw")
     add("--workers", "--num_workers", type=at_least_zero(int), default=10,
         help="loader processes per training process; 0: load in the process itself")  # fmt: skip
     add(
@@ -65,7 +68,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--lr_reference_batch", type=positive(int), default=4096, help="images, see --lr_scaling")
     add("--init_from", default=None, help="weights to start from: a checkpoint or released file")
     add("--sync_bn", default="pytorch", choices=["pytorch", "apex", "none"],
-        help="batch norm across processes; apex where it is installed")  # fmt: skip
+        help="batch norm across processes; apex where it is installed, else as pytorch")  # fmt: skip
     add("--syncbn_process_group_size", type=at_least_zero(int), default=8,
         help="processes that share their batch norm; 0: all")  # fmt: skip
     add("--compile", action="store_true", help="compile the network with torch.compile")
@@ -116,7 +119,10 @@ def run(main: Callable[[], int | None]) -> None:
         status = main()
     except (ValueError, OSError, RunError) as error:
         logger.debug("stopped by an error", exc_info=True)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sentence = str(error).strip()
+        if sentence.startswith("Caught "):  # in a loader's worker, with its traceback before it
+            sentence = sentence.splitlines()[-1].partition(": ")[2]
+        sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
         status = 1 if isinstance(error, RunError) else 2
     sys.exit(status or 0)
 

@@ -52,7 +52,7 @@ def open_dataset(
     unlabelled. Classes are sorted; those of `val` are numbered as in the `train` beside it. Shards
     are labelled when every sample has a .cls, which holds a number or a name.
 
-    Raises FileNotFoundError, ValueError or RuntimeError with one sentence that names `flag`.
+    Raises FileNotFoundError or ValueError with one sentence that names `flag`.
     """
     if in_chans < 1:
         raise ValueError(f"--in_chans {in_chans} must be at least 1")
@@ -135,7 +135,7 @@ class ImageDataset:
     def load(self, index: int) -> torch.Tensor:
         """Image `index`, or the next that is readable, uint8 `(C, H, W)`.
 
-        Raises RuntimeError when the whole dataset has none.
+        Raises ValueError when the whole dataset has none.
         """
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
@@ -147,7 +147,7 @@ class ImageDataset:
                 self._is_broken[candidate] = 1
                 file, count = self._source.name(candidate), int(self._is_broken.sum())
                 logger.warning("cannot read %s (%s): took the next, %d so far", file, error, count)
-        raise RuntimeError(f"{self._flag} {self.name}: none of its {len(self)} images is readable")
+        raise ValueError(f"{self._flag} {self.name}: none of its {len(self)} images is readable")
 
 
 def _split_folder(path, split, flag):

@@ -63,6 +63,7 @@ def init(device: str = "auto", timeout: float = 1800.0) -> Process:
         if chosen.index is None:
             chosen = torch.device("cuda", gpu_index(launch, torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # the shapes of the crops stay the same
     if launch.world_size > 1 and not _has_group():
         method = rendezvous(launch, os.environ)
         logger.info("%s meets the others at %s", launch, method)

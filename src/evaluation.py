@@ -25,15 +25,16 @@ MODEL_FLAGS = ("arch", "stem", "width", "hidden_mlp", "feat_dim", "head_dims", "
 RUN_FLAGS = (*MODEL_FLAGS, "zero_init_residual", "data_path", "in_chans", "mean", "std", "seed")
 
 
+def run_folder(pretrained: str | Path) -> Path:
+    """The folder of the run that a folder or a checkpoint belongs to."""
+    path = Path(pretrained)
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def run_arguments(pretrained: str | Path) -> dict:
     """The args.json of the run that a folder or a checkpoint belongs to; {} where there is none."""
-    path = Path(pretrained)
-    if not path.exists():
-        return {}
-    folder = path if path.is_dir() else path.parent
-    if folder.name == "checkpoints":
-        folder = folder.parent
-    file = folder / "args.json"
+    file = run_folder(pretrained) / "args.json"
     if not file.is_file():
         return {}
     try:

@@ -103,18 +103,22 @@ class RunLog:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """The lines of a run's log.jsonl by iteration; of lines written twice (a killed run) the later.
+    """The lines of a run's log.jsonl that led to its present state.
 
-    A torn last line is left out.
+    Where a killed run went on from before its last line, what came after that point is left out, and
+    so is a torn line.
     """
-    lines = {}
+    lines = []
     for text in (Path(folder) / "log.jsonl").read_text().splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        lines[(line["iteration"], "knn" in line)] = line
-    return [lines[key] for key in sorted(lines)]
+        place = (line["epoch_float"], "knn" in line)  # a probe follows the iteration of its epoch
+        while lines and (lines[-1]["epoch_float"], "knn" in lines[-1]) >= place:
+            lines.pop()
+        lines.append(line)
+    return lines
 
 
 class Stopwatch:

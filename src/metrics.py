@@ -10,7 +10,7 @@ from src import distributed
 @torch.no_grad()
 def code_entropy(assignments: torch.Tensor) -> torch.Tensor:
     """Mean entropy in nats of the rows of (B, K) assignments: 0 one-hot, ln(K) says nothing."""
-    return torch.special.entr(assignments.double()).sum(1).mean()
+    return torch.special.entr(assignments.cpu().double()).sum(1).mean()
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def prototype_usage(assignments: torch.Tensor) -> torch.Tensor:
     samples choose the same one, at most min(K, B). The hard choice is counted, because Sinkhorn's
     soft codes use all prototypes equally by construction (Eq. 4).
     """
-    counts = torch.bincount(assignments.argmax(1), minlength=assignments.shape[1]).double()
+    counts = torch.bincount(assignments.argmax(1).cpu(), minlength=assignments.shape[1]).double()
     counts = distributed.all_reduce_sum(counts)  # (K,)
     return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
 
@@ -32,7 +32,7 @@ def embedding_std(embeddings: torch.Tensor) -> torch.Tensor:
 
     Standard deviation over the batch, averaged over dimensions, times sqrt(D).
     """
-    z = embeddings.double()
+    z = embeddings.cpu().double()  # on the CPU: some devices have no float64
     return z.std(0, unbiased=False).mean() * math.sqrt(z.shape[1])
 
 
@@ -42,6 +42,8 @@ def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
 
     Exponential of the entropy of the normalised singular values: between 1 and min(B, D).
     """
+    if not torch.isfinite(embeddings).all():
+        return torch.tensor(math.nan)
     singular_values = torch.linalg.svdvals(embeddings.double().cpu())
     p = singular_values / singular_values.sum().clamp(min=eps) + eps
     return torch.special.entr(p).sum().exp()

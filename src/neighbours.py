@@ -153,6 +153,7 @@ def _full_precision():
 
 def _faiss_search(train):
     try:
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
         import faiss
     except ImportError:
         raise ValueError(

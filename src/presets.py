@@ -4,7 +4,9 @@ imagenet is what the parsers say themselves, the published values. The others we
 on two CPU cores (digits) and are what the README and RESULTS.md run.
 """
 
-PRESET_OF = {"digits": "tiny", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
+PRESET_OF = {"digits": "tiny"} | dict.fromkeys(
+    ("cifar10", "cifar100", "stl10", "stl10_unlabeled", "svhn", "mnist", "fashion_mnist"), "cifar"
+)
 
 # Side in pixels and share of the image's area of the crops, for one or two resolutions.
 # imagenet: SwAV, arXiv:2006.09882, appendix A.2. Images of cifar are 32 px, those of digits 8 px.
@@ -56,4 +58,4 @@ SHARED = {
 
 def preset_of(data_path: str) -> str:
     """The preset that --preset auto means: imagenet for all but the small named sets."""
-    return PRESET_OF.get(data_path.lower(), "imagenet")
+    return PRESET_OF.get(data_path, "imagenet")

@@ -246,5 +246,5 @@ def build_model(arch: str, **options) -> nn.Module:
     ours = dict(in_chans=3, stem="imagenet", width=1.0, zero_init_residual=False, eval_mode=False)
     for name, default in ours.items():
         if options.pop(name, default) != default:
-            raise ValueError(f"--{name} needs a ResNet of ours: --arch {arch} has {default} only")
+            raise ValueError(f"--arch {arch} is not a ResNet of ours: add --{name} {default}")
     return TorchvisionTrunk(arch, **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from src import checkpoint, cli, distributed, metrics, plots
+from src import checkpoint, cli, distributed, metrics, plots, resume
 from src.logger import RunLog, duration
 from src.probe import knn_probe, open_validation
 from src.signals import StopSignal, requeue_slurm_job
@@ -23,7 +23,7 @@ class Run:
     module: the network without wrappers; network: the same, wrapped for several processes.
     method_state: the method's own state by name (a queue, a memory bank), objects with state_dict()
     and load_state_dict() that all processes call together.
-    global_batch: images of an iteration over all processes.
+    num_images: of the data. global_batch: images of an iteration over all processes.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Run:
         network,
         augment,
         optimizer,
-        iters_per_epoch,
+        num_images,
         global_batch,
         method_state=None,
     ):
@@ -43,7 +43,8 @@ class Run:
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
         self.scaler = distributed.grad_scaler(process.device, precision)
-        self.iters_per_epoch, self.global_batch = iters_per_epoch, global_batch
+        self.num_images, self.global_batch = num_images, global_batch
+        self.iters_per_epoch = num_images // global_batch  # the last, smaller batch is left out
         self.method_state = method_state or {}
         self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
         self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
@@ -51,6 +52,7 @@ class Run:
         self.last = ()  # tensors that must be finite: the latest loss and gradient norm
         self.history, self.diagnosis = [], None
         self.validation = []  # the val split, opened at the first k-NN
+        self.pictured = False
 
     # ============ saving and resuming ============
     def save(self, epoch: int, done: int, keep: bool = False) -> None:
@@ -69,24 +71,41 @@ class Run:
             "epoch": epoch,
             "samples_done": done * self.global_batch,  # of the epoch
             "args": self.arguments,
+            "num_images": self.num_images,
         }
+        failed = None
         if self.process.rank == 0:
-            keep_as = f"ckp-{epoch}" if keep else None
-            checkpoint.save_checkpoint(self.folder, state, keep_as=keep_as)
+            try:
+                keep_as = f"ckp-{epoch}" if keep else None
+                checkpoint.save_checkpoint(self.folder, state, keep_as=keep_as)
+            except checkpoint.CheckpointError as error:
+                failed = error
+        if distributed.all_reduce_max(torch.tensor(int(failed is not None))).item():
+            raise failed or checkpoint.CheckpointError("rank 0 could not save, see its message")
 
     def resume(self) -> tuple[int, int]:
         """Take over the newest checkpoint of the folder, if any: (epoch, iteration) to go on from."""
         state = checkpoint.load_checkpoint(self.folder)
+        place = (state["epoch"], state["samples_done"]) if state else (-1, 0)
+        resume.check_same_place(*place, self.folder)
         if state is None:
             return 0, 0
+        resume.check_same_run(state, self.arguments, self.num_images, self.folder)
         checkpoint.load_state(self.module, state["model"], self.folder)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        resume.load_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         for name, part in self.method_state.items():
             if name in state["method_state"]:
                 part.load_state_dict(state["method_state"][name])
         start = min(state["samples_done"] // self.global_batch, self.iters_per_epoch - 1)
-        logger.info("continues from epoch %d, iteration %d", state["epoch"] + 1, start)
+        if state["epoch"] >= self.arguments["epochs"]:
+            logger.info(
+                "%s is trained for %d epochs already: raise --epochs, or use another --dump_path",
+                *(self.folder, state["epoch"]),
+            )
+        else:
+            logger.info("continues from epoch %d, iteration %d", state["epoch"] + 1, start)
         return state["epoch"], start
 
     # ============ stopping ============
@@ -123,7 +142,7 @@ class Run:
 
     def mean_over_processes(self, value: torch.Tensor) -> float:
         """Mean over processes of a 0-d tensor."""
-        mean = distributed.all_reduce_sum(value.double()) / self.process.world_size
+        mean = distributed.all_reduce_sum(value.cpu().double()) / self.process.world_size
         return mean.item() if math.isfinite(mean.item()) else math.nan
 
     def finished(self) -> int:
@@ -136,7 +155,8 @@ class Run:
 
     def stopped(self) -> int:
         """Leave after a signal: the run is saved; under Slurm, have it run again. Returns the status."""
-        logger.warning("stopped by %s; the same command continues the run", self.stop.name)
+        if self.process.rank == 0:
+            logger.warning("stopped by %s; the same command continues the run", self.stop.name)
         self.log.close()
         requeue_slurm_job(self.stop)  # before any process leaves: srun then ends the step
         self.stop.restore()
@@ -146,7 +166,6 @@ class Run:
     # ============ looking at it ============
     def report(self, epoch: int, iteration: int, rates: dict, health: dict, text: str) -> dict:
         """Write a log line, for people with `text` behind it; returns it. All processes call it."""
-        self.check_finite()
         loss, gradient_norm = self.last
         line = {
             "epoch": epoch,
@@ -170,7 +189,7 @@ class Run:
         )
         return line
 
-    def log_plan(self, dataset, num_iterations: int, peak_lr: float) -> None:
+    def log_plan(self, dataset, peak_lr: float) -> None:
         """Say what will be computed, before it is."""
         args, process = self.arguments, self.process
         names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
@@ -181,19 +200,27 @@ class Run:
             "crops       " + " + ".join(f"{n} x {s} px (scale {a}-{b})" for n, s, a, b in crops),
             f"batch       {args['batch_size']} x {process.world_size} processes "
             f"({process.launcher}) = {self.global_batch}; {self.iters_per_epoch:,} iterations an "
-            f"epoch, {args['epochs']} epochs, {num_iterations:,} iterations",
+            f"epoch, {args['epochs']} epochs, {self.iters_per_epoch * args['epochs']:,} iterations",
             f"optimizer   {args['optimizer']}, peak learning rate {peak_lr:.4g} (--base_lr "
             f"{args['base_lr']}, scaling {args['lr_scaling']}), {args['warmup_epochs']} epochs of "
             "warm-up",
             f"network     {args['arch']}, {self.precision} on {process.device}",
         ):
             logger.info(line)
+        if args["preset"] == "imagenet" and self.global_batch <= 1024 and peak_lr > 2:
+            logger.info(
+                "note: the learning rate %.3g is for 4096 images; --lr_scaling linear fits it to %d",
+                *(peak_lr, self.global_batch),
+            )
+        if args["knn_freq"] and dataset.labels is None:
+            logger.info("note: --knn_freq needs labels, and --data_path has no labels: no k-NN")
 
     def probe(self, dataset, epoch: int, size: int, workers: int) -> None:
         """Evaluate by k-NN, if the data has labels, and log it; all processes call it."""
         if dataset.labels is None:
-            logger.info("--knn_freq: no k-NN, --data_path has no labels")
             return
+        for buffer in self.module.buffers():  # batch statistics of rank 0, as in the checkpoint
+            buffer.copy_(distributed.broadcast(buffer))
         if not self.validation:
             where = (self.arguments["data_path"], self.arguments["in_chans"])
             self.validation = [open_validation(dataset, *where)]
@@ -211,14 +238,17 @@ class Run:
         iteration = (epoch + 1) * self.iters_per_epoch - 1
         line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": top1}
         self.log.write(iteration, line)
-        logger.info("epoch %d: 20-NN top-1 %.2f %%", epoch + 1, top1)
+        val = self.validation[0]
+        of = f"the {len(val):,} validation images" if val else "every tenth training image"
+        logger.info("epoch %d: 20-NN top-1 %.2f %% of %s", epoch + 1, top1, of)
 
     def picture_crops(self, crops: list[torch.Tensor], most: int = 8) -> None:
-        """Draw the first batch's crops to plots/crops.png, once in a run."""
+        """Draw a batch's crops to plots/crops.png, once in a run."""
         path = self.folder / "plots" / "crops.png"
-        if self.process.rank == 0 and not path.exists():
+        if self.process.rank == 0 and not self.pictured and not path.exists():
             mean, std = self.augment.mean, self.augment.std
             plots.crop_sheet([plots.to_uint8(crop[:most], mean, std) for crop in crops], path)
+        self.pictured = True
 
     def plot(self, num_prototypes: int) -> None:
         """Draw the log to plots/curves.png."""
@@ -227,3 +257,5 @@ class Run:
                 plots.plot_curves(self.folder, num_prototypes)
             except ImportError:
                 logger.info("no curves: pip install matplotlib")
+            except OSError as error:
+                logger.warning("no curves: %s", error)

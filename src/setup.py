@@ -32,7 +32,7 @@ def wrap_network(module, process, sync_bn, group_size, compiled):
 
 
 def build_optimizer(name: str, parameters: list[Tensor], weight_decay: float):
-    """"larc" (around SGD, as SwAV is trained), "lars", "sgd", all with momentum 0.9, or "adamw".
+    """ "larc" (around SGD, as SwAV is trained), "lars", "sgd", all with momentum 0.9, or "adamw".
 
     The learning rate is 0 until the training loop sets it, at every iteration.
     """

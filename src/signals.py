@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # The later one wins where processes got different ones. A user signal announces a time limit or a
 # preemption, after which the job shall run again; SIGTERM alone is a cancellation.
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class StopSignal:
@@ -42,6 +42,8 @@ class StopSignal:
         name = signal.Signals(number).name
         if os.getpid() == self._pid and SIGNALS.index(name) > self._place():
             self.name = name
+        if name == "SIGINT":  # who presses Ctrl-C again does not want to wait
+            signal.signal(number, self._previous[name])
 
     def _place(self):
         return -1 if self.name is None else SIGNALS.index(self.name)
@@ -58,7 +60,8 @@ class StopSignal:
             return False
         self.name = SIGNALS[max(highest, self._place())]
         if not self._said:
-            logger.warning("%s: saving, then stopping", self.name)
+            if distributed.is_main():
+                logger.warning("%s: saving, then stopping", self.name)
             self._said = True
         return True
 

@@ -44,6 +44,8 @@ def sinkhorn(
     # u and v lie between exp(-spread / epsilon) / (B K) and its inverse.
     batch_size = max(1, len(scores)) * distributed.world_size()
     exponent = spread / epsilon + math.log(batch_size * scores.shape[1])
+    if scores.device.type == "mps" and exponent > LARGEST_EXPONENT[torch.float32]:
+        return sinkhorn(scores.cpu(), epsilon, iterations, dtype, max_score).to(scores.device)
     if dtype == torch.float32 and exponent > LARGEST_EXPONENT[torch.float32]:
         return sinkhorn(scores, epsilon, iterations, torch.float64, max_score).float()
     if exponent > LARGEST_EXPONENT[torch.float64]:

@@ -38,7 +38,7 @@ def read_small_set(name: str, split: str, flag: str, root: str):
 
     Returns uint8 `(N, C, H, W)`, int64 `(N,)` or None, and a list of str or None.
     Raises ValueError for a split other than train, val and test (val and test are the same), and
-    RuntimeError when a package is missing or a download fails.
+    ValueError when a package is missing or a download fails.
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"{flag} {name} has no split {split}: take train or val")
@@ -75,7 +75,7 @@ def _download(class_name, arguments, name, flag, root):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             return make(root, download=True, **arguments)
     except (OSError, RuntimeError, EOFError) as error:
-        raise RuntimeError(
+        raise ValueError(
             f"{flag} {name} cannot be downloaded to the folder {root} "
             f"({type(error).__name__}: {error}); put torchvision's {class_name} files there by "
             f"hand, or give a folder of images"
@@ -86,7 +86,7 @@ def _read_digits(split, flag):
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise RuntimeError(
+        raise ValueError(
             f"{flag} digits needs the package scikit-learn: pip install scikit-learn"
         ) from None
     data = load_digits()

@@ -129,7 +129,7 @@ def test_empty_folder_names_the_path_and_the_flag(tmp_path):
 def test_folder_of_broken_files_is_one_sentence(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"\xff\xd8 no")
-    with pytest.raises(RuntimeError, match="--data_path .*: none of its 3 images is readable"):
+    with pytest.raises(ValueError, match="--data_path .*: none of its 3 images is readable"):
         open_dataset(str(tmp_path))
 
 

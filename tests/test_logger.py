@@ -36,10 +36,11 @@ def test_lines_are_json_and_what_is_not_finite_is_null(tmp_path):
 
 
 def test_the_log_of_a_killed_run_keeps_the_later_of_two_lines_and_drops_a_torn_one(tmp_path):
-    lines = [{"iteration": 0, "loss": 1}, {"iteration": 1, "loss": 2}, {"iteration": 1, "loss": 3}]
+    places = [(0.1, 1), (0.2, 2), (0.3, 3), (0.2, 4), (0.3, 5)]
+    lines = [{"iteration": 0, "epoch_float": place, "loss": loss} for place, loss in places]
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 2, "lo'
     (tmp_path / "log.jsonl").write_text(text)
-    assert [line["loss"] for line in read_log(tmp_path)] == [1, 3]
+    assert [line["loss"] for line in read_log(tmp_path)] == [1, 4, 5]
 
 
 def test_only_the_main_process_writes(tmp_path):

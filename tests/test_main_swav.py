@@ -59,6 +59,11 @@ def wait_for_lines(folder, process, lines):
         time.sleep(0.01)
 
 
+def children_of(process):
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
 def finish(process):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
@@ -150,7 +155,7 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
     assert "all epochs are done" in capsys.readouterr().out
 
 
-QUEUE = ("--queue_length", "256", "--epoch_queue_starts", "0", "--checkpoint_iters", "3")
+QUEUE = "--queue_length 256 --epoch_queue_starts 0 --checkpoint_iters 3 --epochs 4".split()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -160,7 +165,8 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
     finish(whole)
     killed = start(tmp_path / "killed", *QUEUE, *batch, processes=processes)
     wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
-    os.killpg(killed.pid, signal.SIGKILL)
+    for pid in [*children_of(killed), killed.pid]:  # torchrun's workers have sessions of their own
+        os.kill(pid, signal.SIGKILL)
     killed.communicate()
     output = finish(start(tmp_path / "killed", *QUEUE, *batch, processes=processes))
     assert "continues from epoch" in output
@@ -179,8 +185,7 @@ def test_a_signal_finishes_the_iteration_saves_and_leaves(tmp_path, name, proces
     if processes == 1:
         process.send_signal(getattr(signal, name))
     else:  # torchrun does not pass SIGUSR1 on; Slurm sends it to every process of the step
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), getattr(signal, name))
+        os.kill(children_of(process)[0], getattr(signal, name))
     output = process.communicate(timeout=120)[0]
     assert f"stopped by {name}" in output, output
     if processes == 1:

@@ -58,7 +58,7 @@ def test_digits_have_no_other_split():
 @pytest.mark.parametrize("name", sorted(TORCHVISION))
 def test_what_cannot_be_downloaded_is_one_sentence(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=f"--train {name} cannot be downloaded to the folder"):
+    with pytest.raises(ValueError, match=f"--train {name} cannot be downloaded to the folder"):
         open_dataset(name, flag="--train", root=str(tmp_path / "file" / "below"))
 
 
