@@ -71,8 +71,9 @@ def swav_loss(
     """
     num_crops = sum(nmb_crops)
     views = scores.view(num_crops, -1, scores.shape[-1])  # (V, B, K)
-    loss = swapped_cross_entropy(views, assignments, crops_for_assign, temperature)
-    return loss / (len(crops_for_assign) * (num_crops - 1))
+    num_pairs = len(crops_for_assign) * (num_crops - 1)
+    pairs = (views, assignments, crops_for_assign)
+    return swapped_cross_entropy(*pairs, temperature, weight=1 / num_pairs)
 
 
 @torch.no_grad()

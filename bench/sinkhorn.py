@@ -38,9 +38,13 @@ def main():
     torch.manual_seed(0)
     shape = (args.batch, args.prototypes)
     crops = [torch.rand(shape, device=args.device) * 2 - 1 for _ in range(2)]
+    memory = [torch.empty_like(scores) for scores in crops]
     forms = {
         "published": lambda: [published(scores) for scores in crops],
         "ours, bound known": lambda: [sinkhorn(scores, max_score=1.0) for scores in crops],
+        "ours, into given memory": lambda: [
+            sinkhorn(scores, max_score=1.0, out=q) for scores, q in zip(crops, memory, strict=True)
+        ],
         "ours": lambda: [sinkhorn(scores) for scores in crops],
         "ours, float64": lambda: [sinkhorn(scores, dtype=torch.float64) for scores in crops],
         "ours, epsilon 0.01": lambda: [sinkhorn(scores, 0.01) for scores in crops],

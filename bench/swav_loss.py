@@ -32,8 +32,8 @@ def published(scores, assignments, temperature=0.1):
 
 def ours(scores, assignments, temperature=0.1):
     views = scores.view(-1, *assignments[0].shape)
-    loss = swapped_cross_entropy(views, assignments, [0, 1], temperature)
-    return loss / (2 * (len(views) - 1))
+    weight = 1 / (2 * (len(views) - 1))
+    return swapped_cross_entropy(views, assignments, [0, 1], temperature, weight)
 
 
 def main():

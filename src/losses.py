@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-CPU_BLOCK, GPU_BLOCK = 2**17, 2**24  # scores worked on at a time: a core's cache, few launches
+CPU_BLOCK, GPU_BLOCK = 2**16, 2**24  # scores worked on at a time: small, few launches
 
 
 def swapped_cross_entropy(
@@ -12,11 +12,12 @@ def swapped_cross_entropy(
     assignments: Sequence[torch.Tensor],
     views: Sequence[int],
     temperature: float,
+    weight: float = 1.0,
 ) -> torch.Tensor:
     """Predict the assignment of each assigned view from every other view (SwAV, Eq. 2 and 6).
 
-    Sum over all pairs (view i with an assignment q_i, another view v) of the batch mean of
-    - sum_k q_i^(k) log softmax(scores_v / temperature)^(k).
+    `weight` times the sum over all pairs (view i with an assignment q_i, another view v) of the mean
+    over the batch of - sum_k q_i^(k) log softmax(scores_v / temperature)^(k).
 
     scores: (V, B, K), any floating type, carries gradient. assignments: one (B, K) for each entry of
     `views`, constants, rows need not sum to 1. views: the views that the assignments belong to.
@@ -25,14 +26,14 @@ def swapped_cross_entropy(
     formed while the block of rows is in the cache: beyond the scores only the gradient is held.
     The result can be differentiated once.
     """
-    return _SwappedCrossEntropy.apply(scores, assignments, views, temperature)
+    return _SwappedCrossEntropy.apply(scores, assignments, views, temperature, weight)
 
 
 class _SwappedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, assignments, views, temperature):
+    def forward(ctx, scores, assignments, views, temperature, weight):
         num_views, batch_size, num_prototypes = scores.shape
-        scale = 1 / (temperature * batch_size)
+        scale = weight / (temperature * batch_size)
         gradient = torch.empty_like(scores)
         loss = scores.new_zeros((), dtype=torch.float32)
         if scores.is_cuda:  # few launches
@@ -49,6 +50,7 @@ class _SwappedCrossEntropy(torch.autograd.Function):
             mass = total.sum(-1, keepdim=True).repeat(num_views, 1, 1)  # (V, b, 1)
             for view, own in zip(views, q, strict=True):
                 mass[view] -= own.sum(-1, keepdim=True)  # no view predicts its own assignment
+            scaled_mass, minus_total = mass * scale, total * -scale
             for first in range(0, num_views, views_at_once):
                 some = slice(first, first + views_at_once)
                 logits = scores[some, rows].float().mul(1 / temperature)  # (n, b, K)
@@ -60,7 +62,7 @@ class _SwappedCrossEntropy(torch.autograd.Function):
                 summed = logits.sum(0) if len(logits) > 1 else logits[0]  # (b, K)
                 loss += torch.vdot(mass[some].flatten(), lse.flatten())
                 loss -= torch.vdot(summed.flatten(), total.flatten())
-                p.mul_(mass[some] * scale).sub_(total, alpha=scale)
+                torch.addcmul(minus_total, p, scaled_mass[some], out=p)
                 for view, own in zip(views, q, strict=True):
                     if first <= view < first + views_at_once:
                         loss += torch.vdot(logits[view - first].flatten(), own.flatten())
@@ -68,11 +70,13 @@ class _SwappedCrossEntropy(torch.autograd.Function):
                 if not in_place:
                     gradient[some, rows] = p
         ctx.gradient = gradient
-        return loss / batch_size
+        return loss * (weight / batch_size)
 
     @staticmethod
     def backward(ctx, grad_output):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("swapped_cross_entropy can be differentiated only once")
-        return gradient.mul_(grad_output), None, None, None
+        if grad_output.is_cuda or grad_output != 1:  # on a GPU looking would be a synchronisation
+            gradient.mul_(grad_output)
+        return gradient, None, None, None, None
