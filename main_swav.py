@@ -13,7 +13,6 @@ Contrasting Cluster Assignments, NeurIPS 2020, arXiv:2006.09882.
       --batch_size 32 --base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --epochs 200 \\
       --freeze_prototypes_niters 5005 --queue_length 3840
   sbatch scripts/swav_800ep_pretrain.sh                  64 GPUs, 75.3 % linear in the paper
-
 Starting the same command again continues where it stopped.
 
 Deviations from the authors' code: Sinkhorn is finite for all finite scores (theirs overflows at
@@ -229,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse_args(get_parser(), PRESETS, argv)
     launch = distributed.read_environment()
     setup_logging(None, launch.rank == 0)
+    cli.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
     queue_length = check_args(args, global_batch, len(dataset))

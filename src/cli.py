@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from src import image_args
+from src import distributed, image_args
 from src.cli_types import at_least_zero, boolean, positive
 from src.presets import SHARED, preset_of
 
@@ -103,6 +103,17 @@ def parse_args(
         args.precision = "auto" if args.use_fp16 else "fp32"
     image_args.fill_in_crops(args)
     return args
+
+
+def check_runtime(args: argparse.Namespace, world_size: int) -> None:
+    """ValueError for a device that is not there, or groups that do not divide the processes."""
+    distributed.resolve_device(args.device)
+    size = min(args.syncbn_process_group_size, world_size) or world_size
+    if args.sync_bn != "none" and world_size % size:
+        raise ValueError(
+            f"--syncbn_process_group_size {args.syncbn_process_group_size} does not divide "
+            f"{world_size} processes: use a divisor of it, or 0 for all of them"
+        )
 
 
 class RunError(RuntimeError):

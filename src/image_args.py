@@ -26,19 +26,18 @@ def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> 
 
 def fill_in_crops(args: argparse.Namespace) -> None:
     """Crop sizes and scales that were not given are those of the preset; all lists equally long."""
-    num_resolutions = len(args.nmb_crops)
-    for name, key in (
-        ("size_crops", "size"),
-        ("min_scale_crops", "min_scale"),
-        ("max_scale_crops", "max_scale"),
-    ):
+    num_resolutions, wrong = len(args.nmb_crops), []
+    for key in ("size", "min_scale", "max_scale"):
+        name = f"{key}_crops"
         if getattr(args, name) is None:
             setattr(args, name, CROPS[args.preset][key][:num_resolutions])
         if len(getattr(args, name)) != num_resolutions:
-            raise ValueError(
-                f"--{name} has {len(getattr(args, name))} values and --nmb_crops has "
-                f"{num_resolutions}: give one value for each resolution"
-            )
+            wrong.append(f"--{name} has {len(getattr(args, name))} values")
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} and --nmb_crops has {num_resolutions}: give one value for each "
+            "resolution to each of them"
+        )
     for low, high in zip(args.min_scale_crops, args.max_scale_crops, strict=True):
         if not 0 < low <= high <= 1:
             raise ValueError(

@@ -124,6 +124,19 @@ def test_run_passes_the_status_on():
         assert stop.value.code == status
 
 
+@pytest.mark.parametrize(
+    "device, size, words",
+    [("cuda:99", 8, "--device cuda:99"), ("cpu", 8, "--syncbn_process_group_size 8")],
+)
+def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words):
+    args = argparse.Namespace(device=device, sync_bn="pytorch", syncbn_process_group_size=size)
+    with pytest.raises(ValueError, match=words):
+        cli.check_runtime(args, world_size=12)
+    args = argparse.Namespace(device="cpu", sync_bn="pytorch", syncbn_process_group_size=8)
+    for world_size in (1, 4, 8, 16):
+        cli.check_runtime(args, world_size)
+
+
 @pytest.mark.parametrize("rule, factor", [("none", 1), ("linear", 0.0625), ("sqrt", 0.25)])
 def test_learning_rates_are_scaled_by_the_rule(rule, factor):
     args = argparse.Namespace(

@@ -321,6 +321,51 @@ def test_a_checkpoint_of_another_network_stops_the_run_and_stays(whole, tmp_path
     assert (whole[0] / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--optimizer", "lars"], "--optimizer sgd, not lars"),
+        (["--fixed_prototypes"], "--fixed_prototypes False, not True"),
+        (["--data_path", "{images}"], "--data_path digits with 1,297 images, not 200"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(whole, tmp_path, argv, words):
+    folder = images(tmp_path / "images", 200)
+    before = {path: path.read_bytes() for path in whole[0].glob("*.*") if path.name != "train.log"}
+    argv = [word.format(images=folder) for word in argv]
+    with pytest.raises(OSError, match=words):
+        train(whole[0], "--epochs", "3", "--preset", "tiny", *argv)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_the_weight_decay_of_a_resumed_run_is_that_of_the_command_line(tmp_path):
+    train(tmp_path, "--epochs", "1", "--wd", "0.01")
+    train(tmp_path, "--epochs", "2", "--wd", "0.5")
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5]
+
+
+def test_a_trunk_that_draws_random_numbers_goes_on_to_the_last_bit(tmp_path):
+    argv = (
+        "--arch efficientnet_b0 --width 1 --stem imagenet --epochs 1 --checkpoint_iters 4".split()
+    )
+    _, values = train(tmp_path / "whole", *argv)  # stochastic depth
+    process = start(tmp_path / "killed", *argv)
+    wait_for_lines(tmp_path / "killed", process, 6)
+    process.kill()
+    process.communicate()
+    assert train(tmp_path / "killed", *argv)[1] == values
+
+
+def test_ctrl_c_saves_and_a_second_one_kills(tmp_path):
+    process = start(tmp_path, "--epochs", 40)
+    wait_for_lines(tmp_path, process, 3)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "stopped by SIGINT" in output
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
 def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, whole, capsys):
     _, values = train(tmp_path)
     newest = tmp_path / "checkpoint.pth"
@@ -337,6 +382,10 @@ def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoi
     with pytest.raises(main_swav.cli.RunError, match="--base_lr"):
         train(
             tmp_path, "--epochs", "3", "--optimizer", "sgd", "--base_lr", "1e30", "--log_freq", "50"
+        )
+    with pytest.raises(main_swav.cli.RunError, match="--base_lr"):
+        train(
+            tmp_path, "--epochs", "3", "--optimizer", "sgd", "--base_lr", "1e30", "--log_freq", "1"
         )
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
