@@ -32,7 +32,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Defaults behind each flag that has one, the script's docstring as it stands."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        switch = action.default is False and action.nargs == 0
+        no_default = action.default is None or switch
+        return action.help if no_default else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", "")
+        if "int" in kind:
+            return "N"
+        return "X" if "float" in kind or "probability" in kind else "VALUE"
 
 
 def add_runtime_args(parser: argparse.ArgumentParser) -> None:
