@@ -39,7 +39,7 @@ from src.multicrop import MultiCropDataset, multicrop_loader
 from src.optim import cosine_schedule, grad_norm
 from src.resnet import build_model
 from src.run import Run
-from src.setup import build_optimizer, generator, wrap_network
+from src.setup import build_optimizer, generator, log_plan, wrap_network
 from src.sinkhorn import sinkhorn
 
 logger = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     peak, end, begin = cli.scaled_lr(args, global_batch)
     times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
     schedule = cosine_schedule(peak, end, *times, begin)
-    run.log_plan(dataset, peak)
+    log_plan(run, dataset, peak)
     log_codes(args, global_batch, queue_length)
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was

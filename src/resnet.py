@@ -246,5 +246,6 @@ def build_model(arch: str, **options) -> nn.Module:
     ours = dict(in_chans=3, stem="imagenet", width=1.0, zero_init_residual=False, eval_mode=False)
     for name, default in ours.items():
         if options.pop(name, default) != default:
-            raise ValueError(f"--arch {arch} is not a ResNet of ours: add --{name} {default}")
+            hint = "leave it out" if default is False else f"use --{name} {default}"
+            raise ValueError(f"--{name} needs a ResNet of ours: for --arch {arch} {hint}")
     return TorchvisionTrunk(arch, **options)

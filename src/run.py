@@ -189,32 +189,6 @@ class Run:
         )
         return line
 
-    def log_plan(self, dataset, peak_lr: float) -> None:
-        """Say what will be computed, before it is."""
-        args, process = self.arguments, self.process
-        names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
-        crops = zip(*(args[name] for name in names), strict=True)
-        for line in (
-            f"preset      {args['preset']}",
-            f"data        {dataset.name}: {len(dataset):,} images",
-            "crops       " + " + ".join(f"{n} x {s} px (scale {a}-{b})" for n, s, a, b in crops),
-            f"batch       {args['batch_size']} x {process.world_size} processes "
-            f"({process.launcher}) = {self.global_batch}; {self.iters_per_epoch:,} iterations an "
-            f"epoch, {args['epochs']} epochs, {self.iters_per_epoch * args['epochs']:,} iterations",
-            f"optimizer   {args['optimizer']}, peak learning rate {peak_lr:.4g} (--base_lr "
-            f"{args['base_lr']}, scaling {args['lr_scaling']}), {args['warmup_epochs']} epochs of "
-            "warm-up",
-            f"network     {args['arch']}, {self.precision} on {process.device}",
-        ):
-            logger.info(line)
-        if args["preset"] == "imagenet" and self.global_batch <= 1024 and peak_lr > 2:
-            logger.info(
-                "note: the learning rate %.3g is for 4096 images; --lr_scaling linear fits it to %d",
-                *(peak_lr, self.global_batch),
-            )
-        if args["knn_freq"] and dataset.labels is None:
-            logger.info("note: --knn_freq needs labels, and --data_path has no labels: no k-NN")
-
     def probe(self, dataset, epoch: int, size: int, workers: int) -> None:
         """Evaluate by k-NN, if the data has labels, and log it; all processes call it."""
         if dataset.labels is None:

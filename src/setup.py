@@ -1,4 +1,6 @@
-"""What comes before the first iteration: the network on its device, its optimizer, random draws."""
+"""What comes before the first iteration: network, optimizer, random draws, the plan that is printed."""
+
+import logging
 
 import numpy as np
 import torch
@@ -7,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src.optim import LARC, LARS
 from src.syncbn import sync_batchnorm
+
+logger = logging.getLogger(__name__)
 
 
 def generator(*keys: int) -> torch.Generator:
@@ -43,3 +47,30 @@ def build_optimizer(name: str, parameters: list[Tensor], weight_decay: float):
         return LARS(parameters, **options)
     sgd = torch.optim.SGD(parameters, **options)
     return LARC(sgd, trust_coefficient=0.001, clip=False) if name == "larc" else sgd
+
+
+def log_plan(run, dataset, peak_lr: float) -> None:
+    """Say what will be computed, before it is."""
+    args, process = run.arguments, run.process
+    names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
+    crops = zip(*(args[name] for name in names), strict=True)
+    for line in (
+        f"preset      {args['preset']}",
+        f"data        {dataset.name}: {len(dataset):,} images",
+        "crops       " + " + ".join(f"{n} x {s} px (scale {a}-{b})" for n, s, a, b in crops),
+        f"batch       {args['batch_size']} x {process.world_size} processes "
+        f"({process.launcher}) = {run.global_batch}; {run.iters_per_epoch:,} iterations an "
+        f"epoch, {args['epochs']} epochs, {run.iters_per_epoch * args['epochs']:,} iterations",
+        f"optimizer   {args['optimizer']}, peak learning rate {peak_lr:.4g} (--base_lr "
+        f"{args['base_lr']}, scaling {args['lr_scaling']}), {args['warmup_epochs']} epochs of "
+        "warm-up",
+        f"network     {args['arch']}, {run.precision} on {process.device}",
+    ):
+        logger.info(line)
+    if args["preset"] == "imagenet" and run.global_batch <= 1024 and peak_lr > 2:
+        logger.info(
+            "note: the learning rate %.3g is for 4096 images; --lr_scaling linear fits it to %d",
+            *(peak_lr, run.global_batch),
+        )
+    if args["knn_freq"] and dataset.labels is None:
+        logger.info("note: --knn_freq needs labels, and --data_path has no labels: no k-NN")

@@ -84,7 +84,7 @@ def test_a_script_can_be_read_in_one_sitting_and_imports_no_other(script):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_source_file_is_short_and_keeps_the_direction_of_imports(path):
     text = path.read_text()
-    assert text.count("\n") <= 262, path
+    assert text.count("\n") <= 255, path
     assert not re.search(r"^\s*(from|import) (main_|eval_)", text, re.M)
     if path.stem not in ("distributed", "launch"):
         assert "os.environ" not in text and '"cuda"' not in text and ".cuda(" not in text
