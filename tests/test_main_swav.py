@@ -158,7 +158,7 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
 QUEUE = "--queue_length 256 --epoch_queue_starts 0 --checkpoint_iters 3 --epochs 4".split()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
     batch = ("--batch_size", 128 // processes, "--workers", processes - 1)
     whole = start(tmp_path / "whole", *QUEUE, *batch, processes=processes)
@@ -195,6 +195,7 @@ def test_a_signal_finishes_the_iteration_saves_and_leaves(tmp_path, name, proces
     assert saved["epoch"] * 10 + saved["samples_done"] // 128 == last + 1
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_takes_the_run_over(tmp_path):
     argv = ("--queue_length", "256", "--epoch_queue_starts", "0")
     finish(start(tmp_path, *argv, "--batch_size", 64, "--epochs", 1, processes=2))
@@ -345,6 +346,7 @@ def test_the_weight_decay_of_a_resumed_run_is_that_of_the_command_line(tmp_path)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5]
 
 
+@pytest.mark.slow
 def test_a_trunk_that_draws_random_numbers_goes_on_to_the_last_bit(tmp_path):
     argv = (
         "--arch efficientnet_b0 --width 1 --stem imagenet --epochs 1 --checkpoint_iters 4".split()
