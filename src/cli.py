@@ -9,6 +9,7 @@ from collections.abc import Callable
 from src import distributed, image_args
 from src.cli_types import at_least_zero, boolean, positive
 from src.presets import SHARED, preset_of
+from src.syncbn import sharing_processes
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,8 @@ def parse_args(
 def check_runtime(args: argparse.Namespace, world_size: int) -> None:
     """ValueError for a device that is not there, or groups that do not divide the processes."""
     distributed.resolve_device(args.device)
-    size = min(args.syncbn_process_group_size, world_size) or world_size
-    if args.sync_bn != "none" and world_size % size:
-        raise ValueError(
-            f"--syncbn_process_group_size {args.syncbn_process_group_size} does not divide "
-            f"{world_size} processes: use a divisor of it, or 0 for all of them"
-        )
+    if args.sync_bn != "none":
+        sharing_processes(args.syncbn_process_group_size, world_size)
 
 
 class RunError(RuntimeError):

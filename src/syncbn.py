@@ -15,6 +15,21 @@ from src.distributed import Process
 logger = logging.getLogger(__name__)
 
 
+def sharing_processes(group_size: int, world_size: int) -> int:
+    """Processes that share statistics: `group_size`, or all for 0 or more than there are.
+
+    Raises ValueError naming --syncbn_process_group_size where that does not divide `world_size`.
+    """
+    size = min(group_size, world_size) or world_size
+    if size < 0 or world_size % size:
+        fitting = [str(n) for n in range(1, world_size) if world_size % n == 0]
+        raise ValueError(
+            f"--syncbn_process_group_size {group_size} does not divide {world_size} processes; "
+            f"use {', '.join(fitting)} or 0 (all of them)"
+        )
+    return size
+
+
 def sync_batchnorm(model: nn.Module, kind: str, group_size: int, process: Process) -> nn.Module:
     """`model` with its batch normalisations computed over groups of `group_size` processes.
 
@@ -26,13 +41,7 @@ def sync_batchnorm(model: nn.Module, kind: str, group_size: int, process: Proces
     if kind not in ("pytorch", "apex", "none"):
         raise ValueError(f"--sync_bn must be pytorch, apex or none, not {kind!r}")
     world_size = process.world_size
-    size = min(group_size, world_size) or world_size
-    if size < 0 or world_size % size:
-        fitting = [str(n) for n in range(1, world_size) if world_size % n == 0]
-        raise ValueError(
-            f"--syncbn_process_group_size {group_size} does not divide {world_size} processes; "
-            f"use {', '.join(fitting)} or 0 (all of them)"
-        )
+    size = sharing_processes(group_size, world_size)
     if kind == "none" or size == 1:
         return model
     logger.info("batch normalisation (%s) over groups of %d processes", kind, size)
