@@ -1,0 +1,251 @@
+"""Vision transformers as DINO trains them: ViT-Tiny, Small and Base with patches of any size.
+
+ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), section 3.1, Eq. 1-4, in the sizes of DeiT (Touvron
+et al. 2020, arXiv:2012.12877, Table 1); stochastic depth (Huang et al. 2016, arXiv:1603.09382);
+register tokens (Darcet et al. 2023, arXiv:2309.16588). The names of parameters are those of the
+released DINO checkpoints (Caron et al. 2021, arXiv:2104.14294).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D): softmax(q k^T / sqrt(D / heads)) v."""
+
+    def __init__(self, dim, num_heads, qkv_bias):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens (B, T, D) -> queries, keys and values, each (B, heads, T, D / heads)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x, class_only=False):
+        queries, keys, values = self.split(x)
+        queries = queries[:, :, :1] if class_only else queries
+        x = F.scaled_dot_product_attention(queries, keys, values)  # (B, heads, T or 1, D / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What every token attends to, (B, T, D) -> (B, heads, T, T); rows sum to 1."""
+        queries, keys, _ = self.split(x)
+        scale = queries.shape[-1] ** -0.5
+        return (queries * scale @ keys.transpose(-2, -1)).softmax(dim=-1)
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear; (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm encoder block (ViT, Eq. 2-3) with stochastic depth, (B, T, D) -> (B, T, D).
+
+    In training each branch of a sample is left out with probability drop_path_rate, else divided
+    by 1 - drop_path_rate. class_only: token 0 alone, (B, 1, D); no output needs more of the last.
+    """
+
+    def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, drop_path_rate):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, class_only=False):
+        branch = self.attn(self.norm1(x), class_only)
+        x = self.add(x[:, :1] if class_only else x, branch)
+        return self.add(x, self.mlp(self.norm2(x)))
+
+    def add(self, x, branch):
+        if not self.training or self.drop_path_rate == 0:
+            return x + branch
+        keep = 1 - self.drop_path_rate
+        dtype = torch.promote_types(x.dtype, torch.float32)  # 1 / keep is no number of bfloat16
+        kept = torch.empty(len(x), 1, 1, device=x.device, dtype=dtype).bernoulli_(keep)
+        return (x + branch * (kept / keep)).to(x.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """(B, C, H, W) -> (B, floor(H/p) floor(W/p), D): a linear map of each p x p patch, by rows."""
+
+    def __init__(self, patch_size, in_chans, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer without a head: images to the class token, or to all tokens.
+
+    patch_size      side of a patch in pixels
+    img_size        side, or (height, width), in pixels that the table of positions is for; images
+                    of any other size get it interpolated, see position_table
+    drop_path_rate  stochastic depth: 0 in the first block, growing linearly to this in the last
+    embed_dim       D, times `width` and rounded to a multiple of num_heads
+    num_registers   R register tokens, which take part in everything and have no position
+
+    Tokens are, in this order, the class token, R registers and the patches by rows: T = 1 + R + N.
+    As published, Linear weights, the class token and the table of positions start as a truncated
+    normal of 0.02, biases at 0, the patch embedding as torch's convolution. Registers start as the
+    class token does. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        img_size: int | Sequence[int] = 224,
+        drop_path_rate: float = 0.0,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        num_registers: int = 0,
+        width: float = 1.0,
+    ):
+        super().__init__()
+        sides = [img_size] if isinstance(img_size, int) else list(img_size)
+        table_height, table_width = sides * 2 if len(sides) == 1 else sides
+        if not 1 <= patch_size <= min(sides):
+            raise ValueError(f"--patch_size {patch_size} must be from 1 to --img_size {img_size}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"--drop_path_rate {drop_path_rate} must be at least 0 and below 1")
+        self.patch_size, self.depth, self.num_heads = patch_size, depth, num_heads
+        self.num_registers = num_registers
+        self.embed_dim = max(1, round(embed_dim * width / num_heads)) * num_heads
+        self.num_features = dim = self.embed_dim
+        self.grid = table_height // patch_size, table_width // patch_size  # rows, columns
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
+        if num_registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, num_registers, dim))
+        self.patch_embed = PatchEmbedding(patch_size, in_chans, dim)
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias, r) for r in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+        for parameter in self.parameters(recurse=False):  # the tokens and the table
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def position_table(self, height: int, width: int) -> Tensor:
+        """Position embeddings of images of height x width pixels, (1, 1 + N, D), class token first.
+
+        The table as it is where its grid is the image's (and the image is square, if the table is),
+        otherwise bicubic interpolation by the factors (floor(height / p) + 0.1) / rows and
+        (floor(width / p) + 0.1) / columns: released weights were trained with this 0.1 added.
+        Raises ValueError on an image smaller than a patch.
+        """
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if min(rows, columns) < 1:
+            raise ValueError(
+                f"--patch_size {self.patch_size} exceeds images of {height}x{width} px"
+            )
+        if (rows, columns) == self.grid and (height == width or rows != columns):
+            return self.pos_embed
+        kind = self.pos_embed.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # in float32
+            table = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
+            patches = table[0, 1:].unflatten(0, self.grid)
+            patches = bicubic_matrix(self.grid[1], columns, table) @ patches
+            patches = bicubic_matrix(self.grid[0], rows, table) @ patches.flatten(1)
+            patches = patches.view(1, rows * columns, self.embed_dim)
+            return torch.cat([table[:, :1], patches], dim=1).to(self.pos_embed.dtype)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> what enters the first block, (B, T, D)."""
+        positions = self.position_table(*x.shape[2:])
+        first = self.cls_token + positions[:, :1]
+        if self.num_registers:
+            first = torch.cat([first, self.register_tokens], dim=1)
+        patches = self.patch_embed(x) + positions[:, 1:]
+        return torch.cat([first.expand(len(x), -1, -1), patches], dim=1)
+
+    def before_last_block(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> what enters the last block, (B, T, D)."""
+        x = self.tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+    def forward_backbone(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> the class token after the final LayerNorm, (B, D)."""
+        x = self.before_last_block(x)
+        return self.norm(self.blocks[-1](x, class_only=True)[:, 0])
+
+    forward = forward_backbone
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> attention of the last block, (B, heads, T, T), rows sum to 1.
+
+        [:, :, 0, 1 + num_registers:] is what the class token takes from the patches, by rows.
+        """
+        x = self.before_last_block(x)
+        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Images (B, C, H, W) -> all tokens after each of the last n blocks and the last LayerNorm.
+
+        n tensors (B, T, D), oldest first; T counts the registers. Raises ValueError.
+        """
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"--n_last_blocks {n} must be from 1 to the {self.depth} blocks")
+        x, outputs = self.tokens(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= self.depth - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+
+def bicubic_matrix(size: int, new_size: int, like: Tensor) -> Tensor:
+    """Bicubic interpolation of `size` samples to new_size as a matrix, (new_size, size).
+
+    Output i lies at (i + 0.5) size / (new_size + 0.1) - 0.5; Keys' kernel with a = -0.75, ends
+    repeated, as in F.interpolate. A product has the same gradient in every run, also on a GPU.
+    """
+    options = {"device": like.device, "dtype": like.dtype}
+    centres = (torch.arange(new_size, **options) + 0.5) * (size / (new_size + 0.1)) - 0.5
+    samples = torch.arange(-2, size + 2, **options)  # two more at either end
+    distance = (centres[:, None] - samples).abs()  # (new_size, size + 4)
+    near = (1.25 * distance - 2.25) * distance**2 + 1
+    far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+    weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    weights[:, 2] += weights[:, 0] + weights[:, 1]
+    weights[:, -3] += weights[:, -2] + weights[:, -1]
+    return weights[:, 2:-2]
+
+
+vit_micro = partial(VisionTransformer, embed_dim=96, num_heads=3, depth=4)  # for small images
+vit_tiny = partial(VisionTransformer, embed_dim=192, num_heads=3)
+vit_small = partial(VisionTransformer, embed_dim=384, num_heads=6)
+vit_base = partial(VisionTransformer, embed_dim=768, num_heads=12)
+deit_tiny, deit_small = vit_tiny, vit_small  # what DINO's first release called them
+
+# What --arch takes.
+ARCHITECTURES = {name: network for name, network in globals().items() if type(network) is partial}
