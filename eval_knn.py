@@ -8,6 +8,7 @@ centre crop of each image and are L2-normalised.
   python eval_knn.py --pretrained runs/swav                a run: its args.json says the rest
   python eval_knn.py --pretrained runs/swav --labels_per_class 5 --raw_pixels --untrained
   torchrun --nproc_per_node 8 eval_knn.py --pretrained swav_800ep.pth.tar --data_path /imagenet
+  python eval_knn.py --pretrained dino.pth --data_path my_images       a ViT is known by its file
   python eval_knn.py --arch vgg16 --pretrained vgg16.pth --data_path my_images
 
 Where nothing splits the images into train/ and val/, every tenth is classified by the others.
@@ -16,8 +17,9 @@ quote is that at k = n: of more neighbours than a class has labels, some must vo
 
 Deviations from the authors' code (DINO's eval_knn.py): any number of images and classes; training
 features stay on the process that computed them; one search for all k; weights that are missing or do
-not fit stop the run; red standard deviation of SwAV, 0.228 (theirs: --std 0.229 0.224 0.225). Kept:
-top-5 needs no vote; among classes without one the lowest index comes first.
+not fit stop the run; --arch is found in the file, else resnet50 (theirs: vit_small); red standard
+deviation 0.229 as theirs for transformers and runs of DINO, else SwAV's 0.228. Kept: top-5 needs no
+vote; among classes without one the lowest index comes first.
 """
 
 import argparse
@@ -28,17 +30,17 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from src import checkpoint, cli, distributed, image_args
+from src import checkpoint, cli, distributed, eval_args
 from src.evaluation import (
     MODEL_FLAGS,
     build_network,
     draw_neighbours,
     forward_of,
+    is_dino,
+    is_transformer,
     open_labelled_splits,
-    run_arguments,
-    run_defaults,
-    run_folder,
     split_features,
+    statistics,
 )
 from src.feature_files import check_dump, dump_features, load_features
 from src.features import extract_features, raw_pixels
@@ -47,11 +49,6 @@ from src.logger import setup_logging
 
 logger = logging.getLogger(__name__)
 
-# For networks that are not of a run, on small images.
-PRESETS = {
-    "tiny": {"arch": "resnet10", "stem": "small", "width": 0.25, "workers": 0},
-    "cifar": {"arch": "resnet18", "stem": "small"},
-}
 # What features depend on, kept with them by --dump_features.
 SETTINGS = ("pretrained", "checkpoint_key", "feature", *MODEL_FLAGS, "data_path", "train_path")
 SETTINGS += ("val_path", "in_chans", "mean", "std", "size", "interpolation")
@@ -95,31 +92,30 @@ def log_table(rows):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0."""
-    args, run = parse_args(argv)
+    args, run = eval_args.parse_args(get_parser, argv)
     setup_logging(None, distributed.read_environment().rank == 0)
     check_args(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not args.load_features:
         splits = open_labelled_splits(args.data_path, args.train_path, args.val_path, args.in_chans)
+        options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
         network = (run, args.feature, args.checkpoint_key, args.seed)
-        model = build_network(args.arch, cli.model_options(args), args.pretrained, *network)
+        model = build_network(args.arch, options, args.pretrained, *network)
     if args.dump_features:
         check_dump(args.dump_features, settings)
     checkpoint.check_writable(args.dump_path)
 
     process = distributed.init(args.device)
-    precision = args.precision
-    if precision == "auto":
-        precision = distributed.default_precision(process.device)
+    precision = distributed.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
     rows, start = [], time.perf_counter()
 
     def features_of(model):
         def extract(dataset):
-            statistics = (args.mean or dataset.mean, args.std or dataset.std)
+            normalise = statistics(args, dataset, is_transformer(args.arch) or is_dino(run))
             return extract_features(
-                *(forward, dataset, args.size, *statistics, process.device),
+                *(forward, dataset, args.size, *normalise, process.device),
                 precision=precision,
                 interpolation=args.interpolation,
                 **loading,
@@ -149,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # ============ baselines ============
     if args.untrained and args.pretrained:
-        untrained = build_network(args.arch, cli.model_options(args), None, *network)
+        untrained = build_network(args.arch, options, None, *network)
         add_rows(UNTRAINED, features_of(untrained))
     if args.raw_pixels:
         add_rows("raw pixels", split_features(lambda data: raw_pixels(data, **loading), *splits))
@@ -168,30 +164,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============ arguments ============
-def parse_args(argv):
-    """The arguments, and those of the run that is evaluated ({} if it is not a run).
-
-    The command line wins over the run, the run over the preset of small images, that over the
-    defaults. `args.given` holds the names on the command line.
-    """
-    parser, blank = get_parser(), get_parser()
-    args = parser.parse_args(argv)
-    blank.set_defaults(**dict.fromkeys(vars(args)))
-    given = {name for name, x in vars(blank.parse_args(argv)).items() if x is not None}
-    run = run_arguments(args.pretrained) if args.pretrained else {}
-    defaults = run_defaults(run)
-    if not args.pretrained and "arch" not in given:
-        preset = cli.preset_of(args.data_path)
-        defaults = {"size": image_args.CROPS[preset]["size"][0], **PRESETS.get(preset, {})}
-    if run:
-        defaults["dump_path"] = str(run_folder(args.pretrained))  # results lie beside the run
-    parser.set_defaults(**defaults, given=given)
-    args = parser.parse_args(argv)
-    if args.use_fp16 is not None and args.precision == "auto":
-        args.precision = "auto" if args.use_fp16 else "fp32"
-    return args, run
-
-
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser, positive = cli.Parser(__doc__), cli.positive
@@ -212,23 +184,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--use_cuda", type=cli.boolean, default=True,
         help="search on the GPU where there is one; false: on the CPU")
 
-    cli.add_model_args(parser)
-    add = parser.add_argument_group("weights").add_argument
-    add("--pretrained", "--pretrained_weights", default="",
-        help="a run's folder, a checkpoint of it, a released file, or torchvision weights")
-    add("--checkpoint_key", default=None, help="section of the file, such as teacher; found if not given")
-    add("--patch_size", type=int, default=16, help="published for vision transformers, not used")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="digits",
-        help="digits, cifar10, ..., a folder of class folders or of train/ and val/, or tar shards")
-    add("--train_path", default=None, help="training images that are not in --data_path")
-    add("--val_path", default=None, help="validation images that are not in --data_path")
-    add("--size", type=positive(int), default=224, help="side in pixels of the centre crop")
+    eval_args.add_network_args(parser)
+    add = eval_args.add_image_args(parser)
     add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
-    add("--in_chans", type=positive(int), default=3, help="channels of the images")
-    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
-    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
     add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=128,
         help="images per process")
     add("--dump_features", default=None, help="folder to keep the features in")
@@ -243,10 +201,7 @@ def check_args(args) -> None:
     for name in ("raw_pixels", "untrained", "neighbour_sheet", "dump_features"):
         if args.load_features and getattr(args, name):
             raise ValueError(f"--load_features opens no images: leave out --{name}")
-    for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values is not None and len(values) != args.in_chans:
-            raise ValueError(f"--{name} has {len(values)} values and --in_chans is {args.in_chans}")
+    eval_args.check_images(args)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from src import checkpoint, cli, distributed, image_args, metrics
+from src import checkpoint, cli, distributed, image_args, metrics, setup
 from src.augment import Augment
-from src.datasets import EpochSampler, open_dataset
+from src.datasets import open_dataset
+from src.gradients import grad_norm
 from src.logger import Stopwatch, describe_run, setup_logging
 from src.losses import swapped_cross_entropy
-from src.multicrop import MultiCropDataset, multicrop_loader
-from src.optim import cosine_schedule, grad_norm
+from src.optim import cosine_schedule
 from src.resnet import build_model
 from src.run import Run
-from src.setup import build_optimizer, generator, log_plan, wrap_network
 from src.sinkhorn import sinkhorn
 
 logger = logging.getLogger(__name__)
@@ -142,10 +141,7 @@ def normalize_prototypes(prototypes):
 
 # ============ one epoch ============
 def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done.
-
-    Fewer than all of them are done when a signal asked to stop.
-    """
+    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
     device, num_crops = run.process.device, sum(args.nmb_crops)
     heads = [p for name, p in run.module.named_parameters() if name.startswith("prototypes")]
     stopwatch = Stopwatch()
@@ -157,7 +153,7 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
         normalize_prototypes(heads)
 
         # ============ multi-crop forward ============
-        draws = generator(args.seed, epoch, it, run.process.rank)
+        draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
         with distributed.autocast(device, run.precision):
@@ -207,7 +203,6 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
 
 def log_progress(run, epoch, iteration, codes, embedding, rates, args):
     """Write a log line with the health of the codes (B, K) and of the embeddings (N, D)."""
-    run.check_finite()
     num_prototypes = codes.shape[1]
     health = {
         "code_entropy": run.mean_over_processes(metrics.code_entropy(codes)),
@@ -219,20 +214,22 @@ def log_progress(run, epoch, iteration, codes, embedding, rates, args):
     text += "std {embedding_std:.2f}, rank {rankme:.0f}"
     text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
     line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, num_prototypes, args.abort_on_collapse)
+    run.diagnose(line, lambda lines: metrics.diagnose(lines, num_prototypes))
 
 
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
     args = cli.parse_args(get_parser(), PRESETS, argv)
+    image_args.fill_in_crops(args)
     launch = distributed.read_environment()
     setup_logging(None, launch.rank == 0)
     cli.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    queue_length = check_args(args, global_batch, len(dataset))
-    augment = Augment(**image_args.augment_options(args, dataset))
+    cli.check_batch(args, global_batch, len(dataset))
+    queue_length = check_args(args, global_batch)
+    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
     sets = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
     options = cli.model_options(args)
@@ -247,28 +244,18 @@ def main(argv: list[str] | None = None) -> int:
             weight.requires_grad_(not name.startswith("prototypes"))
 
     process = distributed.init(args.device)
-    precision = args.precision
-    if precision == "auto":
-        precision = distributed.default_precision(process.device)
+    precision = distributed.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    crops = MultiCropDataset(
-        *(dataset, args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops),
-        seed=args.seed,
-        interpolation=args.interpolation,
-    )
-    sampler = EpochSampler(
-        *(len(dataset), args.batch_size, process.rank, process.world_size, args.seed),
-        groups=dataset.groups,
-    )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
+    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
+    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
 
     # ============ model and optimizer ============
-    model, network = wrap_network(
-        model, process, args.sync_bn, args.syncbn_process_group_size, args.compile
-    )
+    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
+    model, network = setup.wrap_network(model, *placing)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
+    optimizer = setup.build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
     queue = None
     if queue_length:
         dim = args.head_dims[-1] if args.head_dims else args.feat_dim
@@ -278,10 +265,11 @@ def main(argv: list[str] | None = None) -> int:
         *(args, process, precision, model, network, augment, optimizer),
         *(len(dataset), global_batch, {"queue": queue} if queue else {}),
     )
-    peak, end, begin = cli.scaled_lr(args, global_batch)
+    factor = cli.lr_factor(args, global_batch)
+    peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
     times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
     schedule = cosine_schedule(peak, end, *times, begin)
-    log_plan(run, dataset, peak)
+    setup.log_plan(run, crops, peak)
     log_codes(args, global_batch, queue_length)
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
@@ -297,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         last, start = epoch + 1 == args.epochs, 0
         run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(dataset, epoch, args.size_crops[0], args.workers)
+            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
         run.plot(args.nmb_prototypes[0])
         if not last and run.must_stop(done):
             return run.stopped()
@@ -344,7 +332,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="embeddings of past batches that take part in Eq. 3, over all processes; 0: none")
     add("--epoch_queue_starts", type=at_least_zero(int), default=15, help="epoch, counted from 0")
 
-    image_args.add_data_args(parser, PRESETS)
+    image_args.add_crop_args(image_args.add_data_args(parser, PRESETS))
     image_args.add_augment_args(parser)
     cli.add_model_args(parser)
 
@@ -366,7 +354,7 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: on
 
 
-def check_args(args, global_batch: int, num_images: int) -> int:
+def check_args(args, global_batch: int) -> int:
     """Raise ValueError on arguments that do not fit together; returns the queue length used."""
     num_crops = sum(args.nmb_crops)
     if num_crops < 2:
@@ -377,15 +365,6 @@ def check_args(args, global_batch: int, num_images: int) -> int:
         raise ValueError(
             f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
             "the number of crops of --nmb_crops"
-        )
-    if global_batch > num_images:
-        raise ValueError(
-            f"--batch_size {args.batch_size} makes batches of {global_batch} images, and "
-            f"--data_path {args.data_path} has {num_images}: use a smaller one"
-        )
-    if args.warmup_epochs > args.epochs:
-        raise ValueError(
-            f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: use a smaller one"
         )
     length = args.queue_length - args.queue_length % global_batch
     if args.queue_length and not length:

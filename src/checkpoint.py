@@ -24,6 +24,7 @@ from src.weights import (
     cause,
     load_weights,
     read_weights,
+    sections,
     unwrapped,
     without_wrapper,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "read_weights",
     "requeue_slurm_job",
     "save_checkpoint",
+    "sections",
 ]
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.prev.pth"
 FLAGS = {
     "prototypes": "--nmb_prototypes and --feat_dim",
     "projection_head": "--hidden_mlp, --feat_dim, --head_dims and --head_bn",
+    "head.": "--out_dim, --head_layers, --hidden_dim, --bottleneck_dim and the other flags of the head",
+    "backbone.": "--arch, --patch_size, --width, --depth, --stem and --in_chans",
     "": "--arch, --stem and --in_chans",
 }
 

@@ -6,10 +6,12 @@ import math
 import sys
 from collections.abc import Callable
 
-from src import distributed, image_args
-from src.cli_types import at_least_zero, boolean, positive
+from src import distributed
+from src.cli_types import at_least_zero, boolean, positive, probability
 from src.presets import SHARED, preset_of
 from src.syncbn import sharing_processes
+
+__all__ = ["at_least_zero", "boolean", "positive", "probability"]  # scripts have them from here
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         help="processes that share their batch norm; 0: all")  # fmt: skip
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add = parser.add_argument_group("logging and checkpoints").add_argument
-    add("--checkpoint_freq", type=positive(int), default=25,
+    add("--checkpoint_freq", "--saveckp_freq", type=positive(int), default=25,
         help="epochs between the checkpoints that are kept in checkpoints/")  # fmt: skip
     add("--checkpoint_iters", type=at_least_zero(int), default=0,
         help="iterations between saves inside an epoch; 0: only at the end of each epoch")  # fmt: skip
@@ -99,18 +101,17 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse `argv`; the defaults are those of the preset, a flag on the command line wins.
 
-    parser: with --data_path, --preset and the crop flags; its own defaults are the preset imagenet.
-    presets: changed defaults of the method, by preset; those that all methods share are in
-    src.presets.
+    parser: with --data_path and --preset; its own defaults are the preset imagenet. presets: changed
+    defaults of the method, by preset; those that methods share are in src.presets.
     """
     known, _ = parser.parse_known_args(argv)
     preset = preset_of(known.data_path) if known.preset == "auto" else known.preset
-    parser.set_defaults(**{**SHARED[preset], **presets[preset]})
+    defaults = {name: SHARED[preset][name] for name in SHARED[preset] if name in known}
+    parser.set_defaults(**{**defaults, **presets[preset]})
     args = parser.parse_args(argv)
     args.preset = preset
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
-    image_args.fill_in_crops(args)
     return args
 
 
@@ -119,6 +120,19 @@ def check_runtime(args: argparse.Namespace, world_size: int) -> None:
     distributed.resolve_device(args.device)
     if args.sync_bn != "none":
         sharing_processes(args.syncbn_process_group_size, world_size)
+
+
+def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) -> None:
+    """ValueError for more images in a batch than there are, or a warm-up longer than the run."""
+    if global_batch > num_images:
+        raise ValueError(
+            f"--batch_size {args.batch_size} makes batches of {global_batch} images, and "
+            f"--data_path {args.data_path} has {num_images}: use a smaller one"
+        )
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(
+            f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: use a smaller one"
+        )
 
 
 class RunError(RuntimeError):
@@ -143,16 +157,39 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """The network and its projection head."""
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--arch", default="resnet50",
-        help="resnet18 34 50 101 152, resnet50w2 w4 w5, resnext50_32x4d, resnext101_32x8d, or any "
-        "torchvision classification model")  # fmt: skip
+def add_backbone_args(parser: argparse.ArgumentParser, arch: str = "resnet50") -> Callable:
+    """The network without its head; returns the group's add_argument for what a method adds.
+
+    arch: the default. The help names vision transformers after add_vit_args.
+    """
+    add = parser.add_argument_group("model").add_argument
+    transformers = "--patch_size" in parser._option_string_actions
+    vits = "vit_tiny vit_small vit_base, xcit_* (by timm), " if transformers else ""
+    add("--arch", default=arch,
+        help=f"{vits}resnet18 34 50 101 152, resnet50w2 w4 w5, resnext50_32x4d, resnext101_32x8d, "
+        "or any torchvision classification model")  # fmt: skip
     add("--stem", default="imagenet", choices=["imagenet", "small"],
         help="imagenet: 7x7 stride 2 and max-pooling; small, for 32 px: 3x3 stride 1")  # fmt: skip
     add("--width", type=positive(float), default=1.0, help="multiplies the width of every layer")
+    add("--zero_init_residual", action="store_true", help="start every residual branch at zero")
+    return add
+
+
+def add_vit_args(parser: argparse.ArgumentParser) -> Callable:
+    """What only vision transformers have; returns the group's add_argument."""
+    add = parser.add_argument_group("vision transformer").add_argument
+    add("--patch_size", type=positive(int), default=16, help="side of a patch in pixels: 16, 8, 5")
+    add("--img_size", type=positive(int), default=None,
+        help="side in pixels that the table of positions is for (default: of the images, or 224)")  # fmt: skip
+    add("--num_registers", type=at_least_zero(int), default=0,
+        help="register tokens, arXiv:2309.16588")  # fmt: skip
+    add("--depth", type=positive(int), default=None, help="number of blocks (default: of the arch)")
+    return add
+
+
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    """The network and SwAV's projection head."""
+    add = add_backbone_args(parser)
     add("--hidden_mlp", type=at_least_zero(int), default=2048,
         help="hidden units of the projection head; 0: a linear head")  # fmt: skip
     add("--feat_dim", type=positive(int), default=128, help="D, dimension of the embedding z")
@@ -160,25 +197,35 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         help="sizes of a free projection MLP, such as 2048 2048 128; instead of the two above")  # fmt: skip
     add("--head_bn", action=argparse.BooleanOptionalAction, default=True,
         help="batch norm in the projection head; the released RN50-w5 has none")  # fmt: skip
-    add("--zero_init_residual", action="store_true", help="start every residual branch at zero")
+
+
+def backbone_options(args: argparse.Namespace) -> dict:
+    """The arguments of a network that come from the flags of add_backbone_args."""
+    names = ("in_chans", "stem", "width", "zero_init_residual")
+    return {name: getattr(args, name) for name in names}
+
+
+def vit_options(args: argparse.Namespace, img_size: int = 224) -> dict:
+    """The arguments of src.backbones.build_backbone that come from the flags of add_vit_args.
+
+    img_size: where --img_size does not say it.
+    """
+    options = {name: getattr(args, name) for name in ("patch_size", "num_registers", "depth")}
+    return {**options, "img_size": args.img_size or img_size}
 
 
 def model_options(args: argparse.Namespace) -> dict:
     """The arguments of src.resnet.build_model that come from the flags of add_model_args."""
+    head = {"output_dim": args.feat_dim, "hidden_mlp": args.hidden_mlp}
     return {
-        "in_chans": args.in_chans,
-        "stem": args.stem,
-        "width": args.width,
-        "output_dim": args.feat_dim,
-        "hidden_mlp": args.hidden_mlp,
+        **backbone_options(args),
+        **head,
         "head_dims": args.head_dims,
         "head_bn": args.head_bn,
-        "zero_init_residual": args.zero_init_residual,
     }
 
 
-def scaled_lr(args: argparse.Namespace, global_batch: int) -> tuple[float, float, float]:
-    """(base_lr, final_lr, start_warmup) after --lr_scaling for the global batch in use."""
+def lr_factor(args: argparse.Namespace, global_batch: int) -> float:
+    """What --lr_scaling multiplies learning rates by, for the global batch in use."""
     ratio = global_batch / args.lr_reference_batch
-    factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[args.lr_scaling]
-    return args.base_lr * factor, args.final_lr * factor, args.start_warmup * factor
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[args.lr_scaling]

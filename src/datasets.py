@@ -6,6 +6,7 @@ makes epochs that are exact, the same for any number of workers, and can go on f
 
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ SWAV_RED_STD = 0.228
 IMAGENET = ((0.485, 0.456, 0.406), (SWAV_RED_STD, 0.224, 0.225))
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 SHARD_WINDOW = 8  # shards whose samples are mixed with each other
+
+
+def usual_std(std: Sequence[float]) -> list[float]:
+    """The same standard deviations, with the usual red of ImageNet where it is SwAV's."""
+    return [0.229 if value == SWAV_RED_STD else value for value in std]
 
 
 def open_dataset(

@@ -221,6 +221,10 @@ def default_precision(device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    return default_precision(device) if name == "auto" else name
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Context in which operations run in `precision`; "fp32" switches an outer autocast off."""
     if precision not in DTYPES:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import checkpoint, distributed
-from src.datasets import ImageDataset, open_dataset
+from src.backbones import build_backbone, is_vit
+from src.datasets import ImageDataset, open_dataset, usual_std
 from src.features import centre_crop
 from src.neighbours import nearest_neighbours
 from src.plots import neighbour_sheet
@@ -21,7 +22,9 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 10  # without a val split, every tenth image is classified by the others
 
 # Flags that make a network; and those that the args.json of a run decides for its evaluation.
-MODEL_FLAGS = ("arch", "stem", "width", "hidden_mlp", "feat_dim", "head_dims", "head_bn")
+VIT_FLAGS = ("patch_size", "img_size", "num_registers", "depth")
+HEAD_FLAGS = ("hidden_mlp", "feat_dim", "head_dims", "head_bn")
+MODEL_FLAGS = ("arch", "stem", "width", *HEAD_FLAGS, *VIT_FLAGS)
 RUN_FLAGS = (*MODEL_FLAGS, "zero_init_residual", "data_path", "in_chans", "mean", "std", "seed")
 
 
@@ -48,7 +51,20 @@ def run_defaults(run: dict) -> dict:
     defaults = {name: run[name] for name in RUN_FLAGS if name in run}
     if run.get("size_crops"):
         defaults["size"] = max(run["size_crops"])
+    if is_dino(run):
+        defaults["size"] = run["global_crops_size"]  # and so is its position table
+        defaults["img_size"] = run.get("img_size") or run["global_crops_size"]
     return defaults
+
+
+def is_dino(run: dict) -> bool:
+    """Whether these are the arguments of a run of main_dino.py."""
+    return "global_crops_size" in run
+
+
+def is_transformer(arch: str) -> bool:
+    """Whether `arch` is a vision transformer of ours or an XCiT."""
+    return is_vit(arch) or arch.startswith("xcit")
 
 
 def build_network(
@@ -62,23 +78,53 @@ def build_network(
 ) -> nn.Module:
     """The network of `arch` with `weights`, or untrained as `seed` makes it, in evaluation mode.
 
-    options: of src.resnet.build_model. run: the arguments of its training run, {} if there was none.
-    feature: "backbone" or "embedding"; the weights of what comes after it may be missing. Raises
-    ValueError and OSError.
+    options: of src.cli.model_options and vit_options. run: the arguments of its training run, {} if
+    there was none. feature: "backbone" or "embedding"; the weights of what comes after it may be
+    missing. Raises ValueError and OSError.
     """
+    head_of_swav = not (is_transformer(arch) or is_dino(run))
+    if not head_of_swav and feature == "embedding":
+        raise ValueError(
+            "--feature embedding is the output of SwAV's projection head, which vision transformers "
+            "and runs of DINO do not have: use --feature backbone"
+        )
+    torch.manual_seed(seed)
+    if head_of_swav:
+        model = _with_swav_head(arch, options, run)
+    else:
+        without = ("output_dim", "hidden_mlp", "head_dims", "head_bn")
+        options = {name: x for name, x in options.items() if name not in without}
+        model = build_backbone(arch, **options)
+    if weights:
+        module, later = model, ("prototypes",) if head_of_swav else ()
+        if feature == "backbone" and head_of_swav:  # torchvision's files have no name for our trunk
+            module, later = getattr(model, "trunk", model), ("prototypes", "projection_head")
+        checkpoint.load_weights(module, weights, checkpoint_key, allow_missing=later)
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+def _with_swav_head(arch, options, run):
+    options = {**options}
+    for name in ("num_registers", "depth"):
+        if options[name]:
+            raise ValueError(f"--{name} is for vision transformers: leave it out for --arch {arch}")
+    for name in VIT_FLAGS:
+        del options[name]
     if run:
         sets = run.get("nmb_prototypes", 0)
         if isinstance(sets, list) and len(sets) == 1:  # a single set, as the scripts build it
             sets = sets[0]
-        options = {**options, "nmb_prototypes": sets}
-    torch.manual_seed(seed)
-    model = build_model(arch, normalize=True, **options)
-    if weights:
-        module, later = model, ("prototypes",)
-        if feature == "backbone":  # torchvision's own files have no name for our trunk
-            module, later = getattr(model, "trunk", model), ("prototypes", "projection_head")
-        checkpoint.load_weights(module, weights, checkpoint_key, allow_missing=later)
-    return model.to(memory_format=torch.channels_last).eval()
+        options["nmb_prototypes"] = sets
+    return build_model(arch, normalize=True, **options)
+
+
+def statistics(args, dataset: ImageDataset, usual: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation to normalise with: those given, or those of the data.
+
+    usual: with ImageNet's usual red, as DINO; else with SwAV's (src.datasets).
+    """
+    std = usual_std(dataset.std) if usual else dataset.std
+    return args.mean or dataset.mean, args.std or std
 
 
 def forward_of(model: nn.Module, feature: str) -> Callable[[Tensor], Tensor]:
@@ -105,12 +151,8 @@ def open_labelled_splits(
     flags.append("--val_path" if val_path else "--data_path")
     train = open_dataset(train_path or data_path, "train", in_chans, flag=flags[0])
     val = open_dataset(val_path or data_path, "val", in_chans, flag=flags[1])
-    for dataset, flag in zip((train, val), flags, strict=True):
-        if dataset.labels is None:
-            raise ValueError(
-                f"{flag} {dataset.name} has no labels, which this evaluation needs: give a folder "
-                "with one folder for each class, or shards with .cls entries"
-            )
+    check_labelled(train, flags[0])
+    check_labelled(val, flags[1])
     if val.same_files(train):
         logger.info("%s is one split: image 0, %d, ... are held out", train.name, HELD_OUT)
         return train, None
@@ -119,6 +161,15 @@ def open_labelled_splits(
         order = [numbers.setdefault(name, len(numbers)) for name in val.classes]
         val.labels, val.classes = torch.tensor(order)[val.labels], list(numbers)
     return train, val
+
+
+def check_labelled(dataset: ImageDataset, flag: str) -> None:
+    """Raise ValueError, naming `flag`, for a dataset without labels."""
+    if dataset.labels is None:
+        raise ValueError(
+            f"{flag} {dataset.name} has no labels, which this evaluation needs: give a folder "
+            "with one folder for each class, or shards with .cls entries"
+        )
 
 
 def split_features(

@@ -1,19 +1,25 @@
 """Flags of images and crops, shared by the scripts that train: data, multi-crop, photometry."""
 
 import argparse
+from collections.abc import Callable
 
 from src.cli_types import at_least_zero, positive, probability
 from src.presets import CROPS
 
 
-def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None:
-    """Images and crops; what is not given comes from the preset, see parse_args."""
+def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> Callable:
+    """Images and the preset; returns the group's add_argument for the crops."""
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="digits",
         help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")  # fmt: skip
     add("--preset", default="auto", choices=["auto", *presets],
         help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like, else "
         "imagenet, the published values, which are those that this page shows")  # fmt: skip
+    return add
+
+
+def add_crop_args(add: Callable) -> None:
+    """Crops, a value for each resolution; what is not given comes from the preset (fill_in_crops)."""
     add("--nmb_crops", type=positive(int), nargs="+", default=[2],
         help="number of crops for each resolution, such as 2 6")  # fmt: skip
     add("--size_crops", type=positive(int), nargs="+", default=None,
@@ -58,15 +64,17 @@ def add_augment_args(parser: argparse.ArgumentParser) -> None:
         help="strength for brightness, contrast, saturation, hue; 0: none")  # fmt: skip
     add("--jitter_prob", type=probability, default=0.8, help="probability of the colour jitter")
     add("--grayscale", type=probability, default=0.2, help="probability of grayscale")
-    add("--blur", type=probability, default=0.5, help="probability of the Gaussian blur")
+    add("--blur", type=probability, nargs="+", default=[0.5],
+        help="probability of the Gaussian blur: of each crop, the last value for all further ones")  # fmt: skip
     add("--blur_sigma", type=positive(float), nargs=2, default=[0.1, 2.0],
         help="range of the blur's standard deviation, in pixels")  # fmt: skip
-    add("--solarize", type=probability, default=0.0, help="probability of solarisation")
+    add("--solarize", type=probability, nargs="+", default=[0.0],
+        help="probability of solarisation, likewise")  # fmt: skip
     add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"],
         help="of the resize of a crop")  # fmt: skip
 
 
-def augment_options(args: argparse.Namespace, dataset) -> dict:
+def augment_options(args: argparse.Namespace, dataset, num_crops: int) -> dict:
     """The arguments of src.augment.Augment; mean and std are the data's unless given."""
     jitter = args.color_jitter
     if jitter == [0]:
@@ -86,7 +94,14 @@ def augment_options(args: argparse.Namespace, dataset) -> dict:
         "color_jitter": tuple(jitter),
         "jitter_prob": args.jitter_prob,
         "grayscale_prob": args.grayscale,
-        "blur_prob": args.blur,
+        "blur_prob": for_each_crop("--blur", args.blur, num_crops),
         "blur_sigma": tuple(args.blur_sigma),
-        "solarize_prob": args.solarize,
+        "solarize_prob": for_each_crop("--solarize", args.solarize, num_crops),
     }
+
+
+def for_each_crop(flag: str, values: list[float], num_crops: int) -> list[float]:
+    """One value for each crop; the last of `values` holds for all further crops, if there are any."""
+    if len(values) > num_crops + 1:
+        raise ValueError(f"{flag} has {len(values)} values and there are {num_crops} crops")
+    return (values + values[-1:] * num_crops)[:num_crops]

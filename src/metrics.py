@@ -49,6 +49,17 @@ def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     return torch.special.entr(p).sum().exp()
 
 
+@torch.no_grad()
+def kl_to_uniform(probabilities: torch.Tensor) -> torch.Tensor:
+    """KL divergence in nats from the mean of (B, K) probabilities over all processes to 1 / K.
+
+    0 when all outputs are equally likely over the batch, ln(K) when one of them takes all.
+    """
+    mean = probabilities.mean(0, dtype=torch.float32).cpu().double()  # (K,)
+    mean = distributed.all_reduce_sum(mean) / distributed.world_size()
+    return (math.log(len(mean)) - torch.special.entr(mean).sum()).clamp(min=0)
+
+
 def diagnose(history: list[dict], num_prototypes: int) -> str | None:
     """What is wrong with a run, in one sentence that names the flags that help, or None.
 
@@ -86,5 +97,41 @@ def diagnose(history: list[dict], num_prototypes: int) -> str | None:
             f"only {recent[-1]['prototypes_used']:.1f} of {possible} possible prototypes are in use; "
             "freeze the prototypes for longer (--freeze_prototypes_niters), lower --base_lr, or "
             "start the queue later (--epoch_queue_starts)"
+        )
+    return None
+
+
+def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
+    """What is wrong with a run of self-distillation, as `diagnose`, or None.
+
+    history: log lines with `loss`, `teacher_entropy`, `student_kl`, `kl_to_uniform` (nats) and
+    `embedding_std`. Collapse has two forms (section 5.6.3 of the thesis): uniform outputs, or one
+    output that takes all; in both the student's KL to the teacher vanishes.
+    """
+    recent = history[-10:]
+    if len(recent) < 10 or num_outputs < 2:
+        return None
+    ceiling, last = math.log(num_outputs), recent[-1]
+    if all(line["teacher_entropy"] > 0.99 * ceiling for line in recent):
+        return (
+            f"collapse: the teacher's output is uniform (entropy {last['teacher_entropy']:.2f} of at "
+            f"most {ceiling:.2f}); lower --teacher_temp or --warmup_teacher_temp (0.02), or lower --lr"
+        )
+    if all(line["kl_to_uniform"] > 0.9 * ceiling for line in recent):
+        return (
+            f"collapse: one output takes all images (KL to uniform {last['kl_to_uniform']:.2f} of at "
+            f"most {ceiling:.2f}); let the center follow faster (--center_momentum 0.9), use a teacher "
+            "with momentum (--momentum_teacher 0.996), or raise --teacher_temp"
+        )
+    if all(line["student_kl"] < 1e-3 * ceiling for line in recent):
+        return (
+            f"collapse: student and teacher give all crops the same output (KL {last['student_kl']:.4f}"
+            "); use a teacher with momentum (--momentum_teacher 0.996 --momentum_teacher_end 1), "
+            "lower --teacher_temp, or lower --lr"
+        )
+    if all(line["embedding_std"] < 0.05 for line in recent):
+        return (
+            "collapse: all images have the same features (standard deviation "
+            f"{last['embedding_std']:.3f}); lower --lr, or lower --teacher_temp"
         )
     return None

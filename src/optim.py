@@ -1,15 +1,17 @@
-"""LARC, LARS, the cosine schedule and the gradient norm, without a host synchronisation on a GPU.
+"""LARC, LARS, groups of parameters and the cosine schedule, without a host synchronisation on a GPU.
 
 LARC: layer-wise adaptive rates around any optimizer, equal to NVIDIA apex's (You et al. 2017,
 arXiv:1708.03888). What SwAV's paper calls LARS (arXiv:2006.09882, appendix A.1) is this.
 LARS: from the same paper, in the form that DINO's training code uses.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from src.gradients import norms, same_kind
 
 TINY = 1e-30  # keeps ratio / lr finite at lr = 0, and is nothing beside any real learning rate
 
@@ -75,7 +77,7 @@ class LARC(torch.optim.Optimizer):
         decays = [group.get("weight_decay", 0) for group in self.param_groups]
         try:
             for group, decay in zip(self.param_groups, decays, strict=True):
-                for params in _same_kind(p for p in group["params"] if p.grad is not None):
+                for params in same_kind(p for p in group["params"] if p.grad is not None):
                     _scale_gradients(params, group["lr"], decay, *constants)
                 if decay:
                     group["weight_decay"] = 0
@@ -87,24 +89,10 @@ class LARC(torch.optim.Optimizer):
         return loss
 
 
-def _same_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors by device and dtype, as the foreach operations want them."""
-    kinds = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(kinds.values())
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each of n tensors of one kind, (n,), in float32 at least."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
-
-
 def _scale_gradients(params, lr, weight_decay, trust_coefficient, clip, eps):
     """In place g <- a (g + weight_decay p) for parameters of one kind, nothing read by the host."""
     grads = [p.grad for p in params]
-    param_norms, grad_norms = _norms(params), _norms(grads)  # (n,)
+    param_norms, grad_norms = norms(params), norms(grads)  # (n,)
     ratios = trust_coefficient * param_norms / (grad_norms + weight_decay * param_norms + eps)
     if clip:
         ratios = (ratios / (lr + TINY)).clamp(max=1)
@@ -143,7 +131,7 @@ def _larc_sgd_on_cpu(optimizer, trust_coefficient, clip, eps):
             m = state.get("momentum_buffer")
             if m is None:
                 m = state["momentum_buffer"] = torch.zeros_like(p)
-            param_norm, grad_norm = _norms([p]).item(), _norms([g]).item()
+            param_norm, grad_norm = norms([p]).item(), norms([g]).item()
             if param_norm == 0 or grad_norm == 0:
                 ratio, decay = 1.0, 0.0
             else:
@@ -192,21 +180,32 @@ class LARS(torch.optim.Optimizer):
             with_grad = [p for p in group["params"] if p.grad is not None]
             for p in (p for p in with_grad if "mu" not in self.state[p]):
                 self.state[p]["mu"] = torch.zeros_like(p)
-            matrices = _same_kind(p for p in with_grad if p.ndim != 1)
-            vectors = _same_kind(p for p in with_grad if p.ndim == 1)
+            matrices = same_kind(p for p in with_grad if p.ndim != 1)
+            vectors = same_kind(p for p in with_grad if p.ndim == 1)
             for params in matrices + vectors:
                 updates = [p.grad for p in params]
                 if params[0].ndim != 1:
                     updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
-                    param_norms, norms = _norms(params), _norms(updates)  # (n,)
-                    scaled = (param_norms > 0) & (norms > 0)
-                    ratios = torch.where(scaled, group["eta"] * param_norms / norms, 1.0)
+                    param_norms, update_norms = norms(params), norms(updates)  # (n,)
+                    scaled = (param_norms > 0) & (update_norms > 0)
+                    ratios = torch.where(scaled, group["eta"] * param_norms / update_norms, 1.0)
                     torch._foreach_mul_(updates, ratios.unbind())
                 mu = [self.state[p]["mu"] for p in params]
                 torch._foreach_mul_(mu, group["momentum"])
                 torch._foreach_add_(mu, updates)
                 torch._foreach_add_(params, mu, alpha=-group["lr"])
         return loss
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """Two groups for an optimizer: matrices and kernels, then biases and the parameters of norms.
+
+    The second, all that is 1-D, has weight decay 0. Frozen parameters are in neither.
+    """
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
+    decayed = [p for name, p in trained if not (p.ndim == 1 or name.endswith(".bias"))]
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
 
 def cosine_schedule(
@@ -233,16 +232,3 @@ def cosine_schedule(
     angles = np.pi * np.arange(num_cosine) / max(num_cosine, 1)
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(angles))
     return np.concatenate([np.linspace(start_value, base_value, num_warmup), cosine])
-
-
-def grad_norm(parameters: Tensor | Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together: a 0-d float32 tensor, nothing read by the host.
-
-    Parameters without a gradient are left out; without any gradient the norm is 0.
-    """
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norms = [_norms(kind).to(grads[0].device, torch.float32) for kind in _same_kind(grads)]
-    return torch.linalg.vector_norm(torch.cat(norms))

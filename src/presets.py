@@ -20,7 +20,7 @@ SMALL = {
     "nmb_crops": [2, 2],
     "stem": "small",
     "feat_dim": 64,
-    "blur": 0.0,
+    "blur": [0.0],
     "optimizer": "sgd",
     "base_lr": 0.5,
     "final_lr": 0.0005,

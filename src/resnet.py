@@ -188,7 +188,7 @@ class TorchvisionTrunk(nn.Module):
         """Images (B, 3, S, S) -> features (B, num_features)."""
         size = getattr(self.trunk, "image_size", None)  # of the position table of a ViT
         if size is not None and x.shape[2:] != (size, size):
-            raise ValueError(f"--arch {self.arch} takes {size} px only: set --size_crops {size}")
+            raise ValueError(f"--arch {self.arch} takes images of {size} px only, not {x.shape[2]}")
         return self.trunk(x)
 
     def forward_head(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:

@@ -13,8 +13,13 @@ logger = logging.getLogger(__name__)
 SAME = ("optimizer", "fixed_prototypes", "crops_for_assign")
 
 
-def check_same_run(state: dict, arguments: dict, num_images: int, folder) -> None:
-    """Log every flag that has changed; CheckpointError for other data or another optimizer."""
+def check_same_run(state: dict, networks: list[str], arguments: dict, num_images: int, folder):
+    """Log every flag that has changed; CheckpointError for another method, data or optimizer."""
+    if not all(name in state for name in networks):
+        raise CheckpointError(
+            f"{folder} holds a run of another method: use another --dump_path, or start from its "
+            "weights with --init_from"
+        )
     before, changed = state["args"], None
     for name in sorted(before.keys() & arguments.keys()):
         if before[name] != arguments[name]:

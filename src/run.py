@@ -3,11 +3,12 @@
 import logging
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from src import checkpoint, cli, distributed, metrics, plots, resume
+from src import checkpoint, cli, distributed, plots, resume
 from src.logger import RunLog, duration
 from src.probe import knn_probe, open_validation
 from src.signals import StopSignal, requeue_slurm_job
@@ -21,6 +22,7 @@ class Run:
     """What the next iteration depends on, and the files that keep it.
 
     module: the network without wrappers; network: the same, wrapped for several processes.
+    saved: the networks of the checkpoint by name, {"model": module} unless given.
     method_state: the method's own state by name (a queue, a memory bank), objects with state_dict()
     and load_state_dict() that all processes call together.
     num_images: of the data. global_batch: images of an iteration over all processes.
@@ -38,6 +40,7 @@ class Run:
         num_images,
         global_batch,
         method_state=None,
+        saved=None,
     ):
         self.process, self.precision = process, precision
         self.module, self.network = module, network
@@ -45,7 +48,7 @@ class Run:
         self.scaler = distributed.grad_scaler(process.device, precision)
         self.num_images, self.global_batch = num_images, global_batch
         self.iters_per_epoch = num_images // global_batch  # the last, smaller batch is left out
-        self.method_state = method_state or {}
+        self.method_state, self.saved = method_state or {}, saved or {"model": module}
         self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
         self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
         self.stop, self.stopping = StopSignal(), False
@@ -64,7 +67,7 @@ class Run:
         if done == self.iters_per_epoch:
             epoch, done = epoch + 1, 0
         state = {
-            "model": self.module.state_dict(),
+            **{name: module.state_dict() for name, module in self.saved.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "method_state": {name: part.state_dict() for name, part in self.method_state.items()},
@@ -90,8 +93,9 @@ class Run:
         resume.check_same_place(*place, self.folder)
         if state is None:
             return 0, 0
-        resume.check_same_run(state, self.arguments, self.num_images, self.folder)
-        checkpoint.load_state(self.module, state["model"], self.folder)
+        resume.check_same_run(state, list(self.saved), self.arguments, self.num_images, self.folder)
+        for name, module in self.saved.items():
+            checkpoint.load_state(module, state[name], self.folder)
         resume.load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -126,15 +130,18 @@ class Run:
             return
         raise cli.RunError(
             f"the loss or its gradient is not finite; {self.folder / 'checkpoint.pth'} holds the last "
-            "good state, if one was saved; lower --base_lr, lengthen --warmup_epochs, or use "
+            "good state, if one was saved; lower --base_lr or --lr, lengthen --warmup_epochs, or use "
             "--precision fp32"
         )
 
-    def diagnose(self, line: dict, num_prototypes: int, abort: bool) -> None:
-        """Say it when the log lines show a collapse, once for each kind of trouble; or stop."""
+    def diagnose(self, line: dict, judge: Callable[[list[dict]], str | None]) -> None:
+        """Say it when the log lines show a collapse, once for each kind of trouble; or stop.
+
+        judge: the last ten lines -> what is wrong with them, see src.metrics.diagnose.
+        """
         self.history = [*self.history, {**line, "batch": self.global_batch}][-10:]
-        found = metrics.diagnose(self.history, num_prototypes)
-        if found and abort:
+        found = judge(self.history)
+        if found and self.arguments["abort_on_collapse"]:
             raise cli.RunError(f"--abort_on_collapse: {found}")
         if found and (self.diagnosis is None or found[:20] != self.diagnosis[:20]):
             logger.warning("WARNING: %s", found)
@@ -166,6 +173,7 @@ class Run:
     # ============ looking at it ============
     def report(self, epoch: int, iteration: int, rates: dict, health: dict, text: str) -> dict:
         """Write a log line, for people with `text` behind it; returns it. All processes call it."""
+        self.check_finite()
         loss, gradient_norm = self.last
         line = {
             "epoch": epoch,
@@ -189,17 +197,20 @@ class Run:
         )
         return line
 
-    def probe(self, dataset, epoch: int, size: int, workers: int) -> None:
-        """Evaluate by k-NN, if the data has labels, and log it; all processes call it."""
+    def probe(self, network, dataset, epoch: int, size: int, workers: int) -> None:
+        """Evaluate by k-NN, if the data has labels, and log it; all processes call it.
+
+        network: with forward_backbone, of one of the networks saved.
+        """
         if dataset.labels is None:
             return
-        for buffer in self.module.buffers():  # batch statistics of rank 0, as in the checkpoint
+        for buffer in network.buffers():  # batch statistics of rank 0, as in the checkpoint
             buffer.copy_(distributed.broadcast(buffer))
         if not self.validation:
             where = (self.arguments["data_path"], self.arguments["in_chans"])
             self.validation = [open_validation(dataset, *where)]
         top1 = knn_probe(
-            self.module,
+            network,
             dataset,
             self.validation[0],
             size=size,

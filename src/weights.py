@@ -42,39 +42,27 @@ def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[st
     """Named tensors of a file, without DistributedDataParallel's "module.".
 
     path: a file, the folder of a run, or an http(s) address. checkpoint_key: the section to take,
-    such as "student"; None: the first of SECTIONS that there is, or the file as a whole. Raises
+    such as "student"; None: the first of SECTIONS that there is. A file without any is taken whole. Raises
     FileNotFoundError, ValueError (another key would do) or CheckpointError (not a file of weights).
     """
-    path = str(path)
-    if os.path.isdir(path):
-        path = os.path.join(path, "checkpoint.pth")
-    try:
-        found = _read(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no weights file {path}") from None
-    except ImportError as error:
-        raise ValueError(
-            f"{path} needs the package safetensors: pip install safetensors"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or holds objects other than tensors and plain values, which are "
-            f"not read because they could run code ({cause(error)})"
-        ) from error
-    except Exception as error:  # whatever the bytes of a damaged file make torch raise
-        raise CheckpointError(f"{path} cannot be read as weights ({cause(error)})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not tensors by name")
-    sections = [key for key in found if isinstance(found[key], dict)]
-    if checkpoint_key is not None and checkpoint_key not in sections:
-        there = ", ".join(map(str, sections)) or "no sections"
-        raise ValueError(f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {there}")
-    key = checkpoint_key or next((key for key in SECTIONS if key in sections), None)
+    found = _read_file(path)
+    there = _sections(found)
+    if checkpoint_key is not None and there and checkpoint_key not in there:
+        names = ", ".join(there)
+        raise ValueError(f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {names}")
+    if checkpoint_key is not None and not there:
+        logger.info("%s has no sections: --checkpoint_key %s is not needed", path, checkpoint_key)
+    key = next((key for key in (checkpoint_key, *SECTIONS) if key in there), None)
     chosen = found if key is None else found[key]
     weights = {str(k): v for k, v in chosen.items() if isinstance(v, torch.Tensor)}
     if not weights:
         raise CheckpointError(f"{path} holds no tensors by name; it has: {_some(map(str, found))}")
     return without_wrapper(weights)
+
+
+def sections(path: str | Path) -> list[str]:
+    """Names of the parts of a file, such as "student" and "teacher". Raises as read_weights."""
+    return _sections(_read_file(path))
 
 
 def load_weights(
@@ -142,6 +130,35 @@ def cause(error: BaseException) -> str:
     """The first words of an error, for a sentence of ours."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].split(". ")[0]
+
+
+def _sections(found):
+    return [str(key) for key, value in found.items() if isinstance(value, dict)]
+
+
+def _read_file(path):
+    """What a file or the checkpoint of a run's folder holds, a dict; raises as read_weights."""
+    path = str(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "checkpoint.pth")
+    try:
+        found = _read(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no weights file {path}") from None
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs the package safetensors: pip install safetensors"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds objects other than tensors and plain values, which are "
+            f"not read because they could run code ({cause(error)})"
+        ) from error
+    except Exception as error:  # whatever the bytes of a damaged file make torch raise
+        raise CheckpointError(f"{path} cannot be read as weights ({cause(error)})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not tensors by name")
+    return found
 
 
 def _read(path):

@@ -33,3 +33,18 @@ def swav_loss(scores, assignments, num_crops, crops_for_assign, temperature):
         others = [v for v in range(total) if v != i]
         loss += np.mean([-(q * log_p[v]).sum(-1).mean() for v in others])
     return loss / len(crops_for_assign)
+
+
+def dino_loss(student, teacher, center, num_crops, student_temp, teacher_temp):
+    """DINO, Eq. 5.3, averaged over the pairs: student (V B, K), teacher (2 B, K), crop-major."""
+    log_p = log_softmax(
+        np.asarray(student, np.float64).reshape(num_crops, -1, student.shape[-1]) / student_temp
+    )
+    targets = np.exp(log_softmax((np.asarray(teacher, np.float64) - center) / teacher_temp))
+    pairs = [
+        -(q * log_p[v]).sum(-1).mean()
+        for i, q in enumerate(targets.reshape(2, -1, teacher.shape[-1]))
+        for v in range(num_crops)
+        if v != i
+    ]
+    return np.mean(pairs)

@@ -25,7 +25,9 @@ def parser():
 
 
 def parse(*argv):
-    return cli.parse_args(parser(), PRESETS, list(argv))
+    args = cli.parse_args(parser(), PRESETS, list(argv))
+    image_args.fill_in_crops(args)
+    return args
 
 
 @pytest.mark.parametrize(
@@ -139,10 +141,8 @@ def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words)
 
 @pytest.mark.parametrize("rule, factor", [("none", 1), ("linear", 0.0625), ("sqrt", 0.25)])
 def test_learning_rates_are_scaled_by_the_rule(rule, factor):
-    args = argparse.Namespace(
-        lr_scaling=rule, lr_reference_batch=4096, base_lr=4.8, final_lr=0.0048, start_warmup=0.3
-    )
-    assert cli.scaled_lr(args, 256) == pytest.approx((4.8 * factor, 0.0048 * factor, 0.3 * factor))
+    args = argparse.Namespace(lr_scaling=rule, lr_reference_batch=4096)
+    assert cli.lr_factor(args, 256) == pytest.approx(factor)
 
 
 class Data:
@@ -158,11 +158,22 @@ class Data:
 )
 def test_bad_photometry_is_named(argv, words):
     with pytest.raises(ValueError, match=words):
-        image_args.augment_options(parse(*argv), Data)
+        image_args.augment_options(parse(*argv), Data, 4)
 
 
 def test_photometry_can_be_switched_off():
     argv = "--no_flip --color_jitter 0 --grayscale 0 --blur 0".split()
-    options = image_args.augment_options(parse(*argv), Data)
-    assert options["flip_prob"] == options["grayscale_prob"] == options["blur_prob"] == 0
+    options = image_args.augment_options(parse(*argv), Data, 4)
+    assert options["flip_prob"] == options["grayscale_prob"] == 0
+    assert options["blur_prob"] == options["solarize_prob"] == [0.0] * 4
     assert options["color_jitter"] == (0, 0, 0, 0) and options["mean"] == [0.5]
+
+
+def test_blur_and_solarisation_of_each_crop_the_last_value_for_all_further_ones():
+    args = parse(*"--blur 1 0.1 0.5 --solarize 0 0.2 0".split())
+    options = image_args.augment_options(args, Data, 5)
+    assert options["blur_prob"] == [1, 0.1, 0.5, 0.5, 0.5]
+    assert options["solarize_prob"] == [0, 0.2, 0, 0, 0]
+    assert image_args.augment_options(args, Data, 2)["blur_prob"] == [1, 0.1]  # no further crops
+    with pytest.raises(ValueError, match="--blur has 3 values and there are 1 crops"):
+        image_args.augment_options(args, Data, 1)

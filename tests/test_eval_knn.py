@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 
 import eval_knn
-from src import checkpoint, cli, image_args
+from src import checkpoint, cli, eval_args, image_args
+from src.backbones import build_backbone
+from src.datasets import open_dataset
+from src.features import extract_features
+from src.heads import DINOHead, MultiCropWrapper
 from src.resnet import build_model
+from src.vision_transformer import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"arch": "resnet18", "stem": "small", "width": 0.125, "in_chans": 3}
@@ -74,17 +79,17 @@ def test_the_bare_command_evaluates_an_untrained_network_on_digits_and_says_so(t
 
 
 def test_small_images_get_a_small_network_unless_one_is_named():
-    args, _ = eval_knn.parse_args([])
+    args, _ = eval_args.parse_args(eval_knn.get_parser, [])
     assert (args.arch, args.stem, args.size) == (
         "resnet10",
         "small",
         image_args.CROPS["tiny"]["size"][0],
     )
-    args, _ = eval_knn.parse_args(["--data_path", "cifar10", "--size", "40"])
+    args, _ = eval_args.parse_args(eval_knn.get_parser, ["--data_path", "cifar10", "--size", "40"])
     assert (args.arch, args.stem, args.size) == ("resnet18", "small", 40)
-    args, _ = eval_knn.parse_args(["--arch", "resnet34"])
+    args, _ = eval_args.parse_args(eval_knn.get_parser, ["--arch", "resnet34"])
     assert (args.arch, args.stem, args.size) == ("resnet34", "imagenet", 224)
-    args, _ = eval_knn.parse_args(["--data_path", "/imagenet"])
+    args, _ = eval_args.parse_args(eval_knn.get_parser, ["--data_path", "/imagenet"])
     assert (args.arch, args.stem, args.size) == ("resnet50", "imagenet", 224)
 
 
@@ -92,10 +97,12 @@ def test_small_images_get_a_small_network_unless_one_is_named():
 def test_a_run_needs_no_other_flag_than_where_it_is(tmp_path, which):
     make_run(tmp_path / "run")
     pretrained = ["--pretrained", str(tmp_path / "run" / which)]
-    args, run = eval_knn.parse_args(pretrained)
+    args, run = eval_args.parse_args(eval_knn.get_parser, pretrained)
     assert (args.arch, args.width, args.size, args.seed) == ("resnet18", 0.125, 8, 3)
     assert run["nmb_prototypes"] == [6] and args.nb_knn == [10, 20, 100, 200]
-    args, _ = eval_knn.parse_args([*pretrained, "--size", "12", "--seed", "4"])
+    args, _ = eval_args.parse_args(
+        eval_knn.get_parser, [*pretrained, "--size", "12", "--seed", "4"]
+    )
     assert (args.size, args.seed) == (12, 4)  # the command line wins
     rows, settings = evaluate(tmp_path, *pretrained)
     assert settings["feat_dim"] == 8 and {r["features"] for r in rows} == {"backbone"}
@@ -178,6 +185,102 @@ def test_torchvision_weights_fit_its_own_trunk_and_ours(tmp_path, images):
         weights = ["--pretrained", tmp_path / f"{arch}.pth", "--arch", arch, "--size", "64"]
         rows, _ = evaluate(tmp_path, "--data_path", images, *weights)
         assert top1(rows, k=1) > 50
+
+
+# ============ vision transformers and runs of DINO ============
+
+
+def parse(*argv):
+    return eval_args.parse_args(eval_knn.get_parser, list(map(str, argv)))[0]
+
+
+def small_vit(seed=0, **options):
+    """A vit_tiny of an eighth of the width, for images of 16 px."""
+    torch.manual_seed(seed)
+    options = {"patch_size": 4, "img_size": 16, "width": 0.125, "depth": 3, **options}
+    return ARCHITECTURES["vit_tiny"](**options).eval()
+
+
+def dino_checkpoint(student, teacher):
+    """What DINO saves: the student's names with the prefixes of a wrapper, the teacher's without."""
+    head = DINOHead(student.num_features, 16, hidden_dim=8)
+    parts = [MultiCropWrapper(network, head).state_dict() for network in (student, teacher)]
+    return {"student": {f"module.{k}": v for k, v in parts[0].items()}, "teacher": parts[1]}
+
+
+@pytest.mark.parametrize("arch", ["vit_micro", "vit_tiny", "vit_small", "vit_base"])
+def test_a_file_of_a_vision_transformer_says_which_one_it_is(tmp_path, arch):
+    options = {"patch_size": 8, "img_size": 40, "depth": 2, "num_registers": 3}
+    weights = {k: v.clone() for k, v in ARCHITECTURES[arch](**options).state_dict().items()}
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in weights.items()}}, tmp_path / "full.pth")
+    torch.save(weights, tmp_path / "plain.pth")
+    for name in ("full", "plain"):
+        args = parse("--pretrained", tmp_path / f"{name}.pth")
+        assert {flag: getattr(args, flag) for flag in options} == options and args.arch == arch
+    args = parse("--pretrained", tmp_path / "plain.pth", "--arch", arch, "--img_size", 32)
+    assert (args.img_size, args.patch_size) == (32, 8)  # the command line wins
+    args = parse("--pretrained", tmp_path / "plain.pth", "--arch", "resnet18")
+    assert (args.arch, args.img_size, args.patch_size) == ("resnet18", None, 16)
+
+
+def test_files_of_other_networks_say_nothing(tmp_path):
+    torch.save(build_model("resnet10", width=0.125).state_dict(), tmp_path / "resnet.pth")
+    assert parse("--pretrained", tmp_path / "resnet.pth").arch == "resnet50"
+    xcit = {"blocks.0.attn.qkv.weight": torch.zeros(9, 3), "cls_token": torch.zeros(1, 1, 3)}
+    torch.save(xcit, tmp_path / "xcit.pth")
+    assert parse("--pretrained", tmp_path / "xcit.pth").patch_size == 16
+
+
+def test_the_published_command_of_dino_takes_the_class_token_of_the_teacher(tmp_path, images):
+    student, teacher = small_vit(1), small_vit(2)
+    torch.save(dino_checkpoint(student, teacher), tmp_path / "dino.pth")
+    argv = ["--pretrained_weights", tmp_path / "dino.pth", "--data_path", images, "--size", 16]
+    argv += ["--arch", "vit_tiny", "--width", 0.125]
+    dataset = open_dataset(str(images))
+    statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # without SwAV's red
+    keys = {"student": student, "teacher": teacher}
+    for key, options in ((None, []), ("student", ["--checkpoint_key", "student"])):
+        folder = tmp_path / f"dump_{key}"
+        evaluate(tmp_path, *argv, *options, "--dump_features", folder)
+        expected, _ = extract_features(keys[key or "teacher"], dataset, 16, *statistics, "cpu")
+        found = np.load(folder / "val_features.npy")
+        np.testing.assert_allclose(found, expected[::10], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="--feature embedding .* use --feature backbone"):
+        evaluate(tmp_path, *argv, "--feature", "embedding")
+    with pytest.raises(ValueError, match="--checkpoint_key momentum .* student, teacher"):
+        evaluate(tmp_path, *argv, "--checkpoint_key", "momentum")
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "resnet10"])
+def test_a_run_of_dino_needs_no_other_flag_than_where_it_is(tmp_path, arch):
+    flags = {"arch": arch, "width": 0.125, "in_chans": 3, "stem": "imagenet"}
+    flags |= {"patch_size": 4, "num_registers": 0, "depth": 3} if arch == "vit_tiny" else {}
+    networks = []
+    for seed in (7, 8):
+        torch.manual_seed(seed)
+        img_size = {"img_size": 16} if arch == "vit_tiny" else {}
+        networks.append(build_backbone(**flags, **img_size))
+    checkpoint.save_checkpoint(tmp_path / "run", {"epoch": 1, **dino_checkpoint(*networks)})
+    more = {"global_crops_size": 16, "local_crops_size": 8, "mean": None, "std": [0.3, 0.3, 0.3]}
+    more |= {"data_path": "digits", "seed": 8, "img_size": None, "interpolation": "bicubic"}
+    (tmp_path / "run" / "args.json").write_text(json.dumps({**flags, **more}))
+    argv = ["--pretrained", str(tmp_path / "run"), "--workers", "0", "--device", "cpu"]
+    assert eval_knn.main([*argv, "--untrained", "--nb_knn", "20"]) == 0
+    found = json.loads((tmp_path / "run" / "eval_knn.json").read_text())
+    settings = found["settings"]
+    assert (settings["arch"], settings["size"], settings["img_size"]) == (arch, 16, 16)
+    assert settings["std"] == [0.3, 0.3, 0.3] and settings["interpolation"] == "bicubic"
+    # the teacher was saved as the seed of the run makes it
+    assert top1(found["results"]) == top1(found["results"], "untrained network")
+    assert eval_knn.main([*argv, "--checkpoint_key", "student", "--nb_knn", "20"]) == 0
+    student = json.loads((tmp_path / "run" / "eval_knn.json").read_text())["results"]
+    assert top1(student) != top1(found["results"])
+
+
+def test_an_untrained_vision_transformer_fits_the_images(tmp_path):
+    argv = ["--arch", "vit_tiny", "--width", "0.125", "--depth", "2", "--patch_size", "4"]
+    rows, settings = evaluate(tmp_path, *argv, "--num_registers", "2")
+    assert top1(rows, "untrained network") > 10 and settings["num_registers"] == 2
 
 
 # ============ data ============
@@ -278,7 +381,7 @@ def test_the_published_command_line_is_taken_with_its_defaults():
         (["--pretrained", "nowhere.pth"], "nowhere.pth"),
         (["--data_path", "/nowhere"], "--data_path /nowhere"),
         (["--val_path", "/nowhere"], "--val_path /nowhere"),
-        (["--arch", "vit_small"], "--arch vit_small"),
+        (["--arch", "vit_huge"], "--arch vit_huge"),
         (["--load_features", "/nowhere"], "--load_features /nowhere"),
         (["--load_features", "/nowhere", "--raw_pixels"], "leave out --raw_pixels"),
         (["--mean", "0.5"], "--mean has 1"),

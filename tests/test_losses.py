@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bench.measure import peak_megabytes
+from src import losses
 from src.losses import swapped_cross_entropy
 
 
@@ -16,8 +18,11 @@ def plain(scores, assignments, views, temperature):
     return loss
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5), (8, 16, 30), (4, 2, 40000), (10, 700, 97)])
-@pytest.mark.parametrize("views", [[0, 1], [1], [0]])
+SHAPES = [(2, 3, 5), (8, 16, 30), (4, 2, 40000), (10, 700, 97), (3, 5, 66000), (2, 2, 200000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("views", [[0, 1], [1], [0], [1, 0]])
 def test_value_and_gradient_equal_autograd_in_float64(shape, views):
     torch.manual_seed(0)
     scores = torch.randn(shape, requires_grad=True)
@@ -57,3 +62,64 @@ def test_a_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("block", [1, 90, 97, 200, 1000, 2**24])
+def test_value_and_gradient_do_not_depend_on_the_block(monkeypatch, block):
+    torch.manual_seed(0)
+    scores = torch.randn(6, 4, 90)
+    q = list(torch.softmax(torch.randn(2, 4, 90), -1))
+
+    def run():
+        leaf = scores.clone().requires_grad_()
+        loss = swapped_cross_entropy(leaf, q, [4, 1], 0.1)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    expected = run()
+    monkeypatch.setattr(losses, "CPU_BLOCK", block)
+    torch.testing.assert_close(run(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_are_computed_in_float32_and_rounded_once(dtype):
+    torch.manual_seed(0)
+    scores = torch.randn(4, 6, 3000).to(dtype).requires_grad_()
+    q = list(torch.softmax(5 * torch.randn(2, 6, 3000), -1))
+    exact = scores.detach().double().requires_grad_()
+    expected = plain(exact, [x.double() for x in q], [0, 1], 0.1)
+    expected.backward()
+    with torch.autocast("cpu", torch.bfloat16):  # as a loss inside the autocast of a step
+        loss = swapped_cross_entropy(scores, q, [0, 1], 0.1)
+    loss.backward()
+    assert loss.dtype == torch.float32 and scores.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    half_unit = torch.finfo(dtype).eps / 2  # of the last place: one rounding
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    error = (scores.grad.double() - exact.grad).abs()
+    # 1e-7: float32's own error where mass * softmax and the assignments cancel
+    assert (error <= (1.01 * half_unit) * exact.grad.abs() + smallest + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scores_in_any_layout_are_left_as_they_are(dtype):
+    torch.manual_seed(0)
+    scores = torch.randn(7, 4, 3).to(dtype).permute(2, 1, 0).requires_grad_()  # (3, 4, 7)
+    before, q = scores.detach().clone(), [torch.full((4, 7), 1 / 7)] * 2
+    swapped_cross_entropy(scores, q, [0, 1], 0.1).backward()
+    assert torch.equal(scores, before) and torch.equal(q[0], torch.full((4, 7), 1 / 7))
+    contiguous = before.clone(memory_format=torch.contiguous_format).requires_grad_()
+    swapped_cross_entropy(contiguous, q, [0, 1], 0.1).backward()
+    torch.testing.assert_close(scores.grad, contiguous.grad)
+
+
+def test_beyond_the_scores_only_the_gradient_and_a_block_are_held():
+    scores = torch.randn(6, 8, 65536, requires_grad=True)
+    q = list(torch.softmax(torch.randn(2, 8, 65536), -1))
+
+    def step():
+        swapped_cross_entropy(scores, q, [0, 1], 0.1).backward()
+        scores.grad = None
+
+    gradient = 4e-6 * scores.numel()
+    assert gradient < peak_megabytes(step) < gradient + 4e-6 * losses.CPU_BLOCK + 0.1

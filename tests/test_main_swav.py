@@ -8,18 +8,17 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import main_swav
 from src.logger import read_log
+from tests import runs
+from tests.runs import ROOT, children_of, finish, images, losses, signal_handlers, wait_for_lines
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+
 SMALL = shlex.split(
     "--arch resnet18 --width 0.125 --stem small --hidden_mlp 32 --feat_dim 16 --nmb_crops 2 1 "
     "--size_crops 16 8 --nmb_prototypes 10 --batch_size 128 --epochs 2 --warmup_epochs 0 "
@@ -33,51 +32,9 @@ def train(folder, *argv):
     return status, losses(folder)
 
 
-def losses(folder):
-    return {line["iteration"]: line["loss"] for line in read_log(folder) if "loss" in line}
-
-
-def start(folder, *argv, processes=1, **options):
+def start(folder, *argv, **options):
     """Run the script as a user does, in a process group of its own."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, "main_swav.py", *SMALL, "--dump_path", str(folder), *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, **{**pipes, **options}
-    )
-
-
-def wait_for_lines(folder, process, lines):
-    """Wait until the log has so many lines."""
-    log, deadline = Path(folder) / "log.jsonl", time.monotonic() + 120
-    while not log.exists() or log.read_text().count("\n") < lines:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "no progress for two minutes"
-        time.sleep(0.01)
-
-
-def children_of(process):
-    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return [int(pid) for pid in text.split()]
-
-
-def finish(process):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run that ends in an error leaves its handlers to the process, which is about to end."""
-    names = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.getsignal(name) for name in names]
-    yield
-    for name, handler in zip(names, before, strict=True):
-        signal.signal(name, handler)
+    return runs.start("main_swav.py", folder, *SMALL, *argv, **options)
 
 
 @pytest.fixture(scope="module")
@@ -249,18 +206,6 @@ def test_training_goes_on_from_given_weights(whole, tmp_path):
     old = torch.load(whole[0] / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
     new = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
     torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
-
-
-def images(folder, count, broken_every=0, size=16):
-    """A flat folder of JPEG files of noise; every n-th is cut short."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        path = folder / f"{i:05}.jpg"
-        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(path)
-        if broken_every and i % broken_every == 0:
-            path.write_bytes(path.read_bytes()[:200])
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.optim import LARC, LARS, cosine_schedule, grad_norm
+from src.gradients import grad_norm
+from src.optim import LARC, LARS, cosine_schedule, parameter_groups
 from src.resnet import resnet18
 
 
@@ -439,17 +440,13 @@ def test_schedule_names_the_flag_that_is_wrong(arguments, flag):
 # ============ gradient norm ============
 
 
-def test_grad_norm_is_that_of_all_gradients_in_float32():
-    arrays = [torch.randn(5, 3), torch.randn(7), torch.randn(2), torch.randn(4)]
-    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-    params = [make_params([a], d)[0] for a, d in zip(arrays, dtypes, strict=True)]
-    for p in params[:3]:
-        p.grad = 300 * torch.ones_like(p)  # squared in float16 this overflows
-    norm = grad_norm(p for p in params)
-    assert norm.shape == () and norm.dtype == torch.float32
-    assert norm.item() == pytest.approx(300 * (15 + 7 + 2) ** 0.5, rel=1e-6)
-    assert grad_norm(params[0]).item() == pytest.approx(300 * 15**0.5)
-    assert grad_norm(params[3:]).item() == 0
-    params[3].grad = torch.full((4,), float("nan"), dtype=torch.float64)
-    norm = grad_norm(params)
-    assert torch.isnan(norm) and norm.dtype == torch.float32
+def test_groups_of_parameters_leave_biases_and_norms_without_weight_decay():
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
+    )
+    module[2].weight.requires_grad_(False)
+    decayed, plain = parameter_groups(module)
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
+    assert [p.shape for p in plain["params"]] == [(4,), (4,), (4,), (2,)]
+    optimizer = torch.optim.AdamW([decayed, plain], weight_decay=0.04)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.04, 0.0]
