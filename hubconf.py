@@ -1,0 +1,185 @@
+"""Networks for torch.hub: torch.hub.load("<owner>/<this repository>", "dino_vits16").
+
+Also from a checkout, with weights of one's own:
+
+  torch.hub.load("/path/to/this", "dino_vits16", source="local", pretrained="runs/dino")
+
+pretrained: True for the released weights, False for none, or the path or address of a file: a run of
+this repository, a full training checkpoint, a released file. checkpoint_key: its section, such as
+"student"; the teacher unless given. Other keyword arguments go to the network. Weights that are
+missing or do not fit stop the loading. What is returned is the trunk in training mode, without a
+head: images (B, 3, H, W), normalised with the mean and standard deviation of ImageNet, to features
+(B, D). Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV).
+
+Our package src is imported under a name of its own, so that a `src` or `utils` of the caller stays
+what it is, and torch.save and torch.compile of the network find its classes.
+"""
+
+import builtins as _builtins
+import hashlib as _hashlib
+import importlib as _importlib
+import importlib.abc as _importlib_abc
+import importlib.machinery as _machinery
+import importlib.util as _importlib_util
+import os as _os
+import sys as _sys
+
+dependencies = ["torch", "torchvision"]
+
+_SOURCES = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "src")
+_PACKAGE = "hub_" + _hashlib.sha256(_SOURCES.encode()).hexdigest()[:12]  # stands for "src"
+_RELEASED = "https://dl.fbaipublicfiles.com/"
+
+
+# ============ ViT, DINO ============
+def dino_vits16(pretrained=True, **options):
+    """ViT-S/16 by DINO, (B, 3, H, W) -> (B, 384); 74.5 % k-NN on ImageNet as published."""
+    return _dino("vit_small", "dino_deitsmall16", pretrained, patch_size=16, **options)
+
+
+def dino_vits8(pretrained=True, **options):
+    """ViT-S/8 by DINO, (B, 3, H, W) -> (B, 384); 78.3 % k-NN on ImageNet as published."""
+    return _dino("vit_small", "dino_deitsmall8", pretrained, patch_size=8, **options)
+
+
+def dino_vitb16(pretrained=True, **options):
+    """ViT-B/16 by DINO, (B, 3, H, W) -> (B, 768); 76.1 % k-NN on ImageNet as published."""
+    return _dino("vit_base", "dino_vitbase16", pretrained, patch_size=16, **options)
+
+
+def dino_vitb8(pretrained=True, **options):
+    """ViT-B/8 by DINO, (B, 3, H, W) -> (B, 768); 77.4 % k-NN on ImageNet as published."""
+    return _dino("vit_base", "dino_vitbase8", pretrained, patch_size=8, **options)
+
+
+# ============ ResNet and XCiT, DINO ============
+def dino_resnet50(pretrained=True, **options):
+    """ResNet-50 by DINO, (B, 3, H, W) -> (B, 2048); 75.3 % linear on ImageNet as published."""
+    return _dino("resnet50", "dino_resnet50", pretrained, **options)
+
+
+def dino_xcit_small_12_p16(pretrained=True, **options):
+    """XCiT-S12/16 by DINO, (B, 3, H, W) -> (B, 384); needs the package timm."""
+    return _xcit("small_12", 16, pretrained, **options)
+
+
+def dino_xcit_small_12_p8(pretrained=True, **options):
+    """XCiT-S12/8 by DINO, (B, 3, H, W) -> (B, 384); needs the package timm."""
+    return _xcit("small_12", 8, pretrained, **options)
+
+
+def dino_xcit_medium_24_p16(pretrained=True, **options):
+    """XCiT-M24/16 by DINO, (B, 3, H, W) -> (B, 512); needs the package timm."""
+    return _xcit("medium_24", 16, pretrained, **options)
+
+
+def dino_xcit_medium_24_p8(pretrained=True, **options):
+    """XCiT-M24/8 by DINO, (B, 3, H, W) -> (B, 512); needs the package timm."""
+    return _xcit("medium_24", 8, pretrained, **options)
+
+
+# ============ ResNet, SwAV ============
+def resnet50(pretrained=True, **options):
+    """ResNet-50 by SwAV, 800 epochs, (B, 3, H, W) -> (B, 2048), without the random fc that the
+    published entry has; 75.3 % linear on ImageNet as published."""
+    return _load("resnet50", "deepcluster/swav_800ep_pretrain.pth.tar", pretrained, **options)
+
+
+def resnet50w2(pretrained=True, **options):
+    """ResNet-50, twice as wide, by SwAV, (B, 3, H, W) -> (B, 4096); 77.3 % linear as published."""
+    return _swav_wide("resnet50w2", "RN50w2", pretrained, **options)
+
+
+def resnet50w4(pretrained=True, **options):
+    """ResNet-50, 4 times as wide, by SwAV, (B, 3, H, W) -> (B, 8192); 77.9 % linear as published."""
+    return _swav_wide("resnet50w4", "RN50w4", pretrained, **options)
+
+
+def resnet50w5(pretrained=True, **options):
+    """ResNet-50, 5 times as wide, by SwAV, (B, 3, H, W) -> (B, 10240); 78.5 % linear as published."""
+    return _swav_wide("resnet50w5", "RN50w5", pretrained, **options)
+
+
+swav_resnet50, swav_resnet50w2 = resnet50, resnet50w2
+swav_resnet50w4, swav_resnet50w5 = resnet50w4, resnet50w5
+
+
+# ============ building and loading ============
+def _dino(arch, name, pretrained, **options):
+    return _load(arch, f"dino/{name}_pretrain/{name}_pretrain.pth", pretrained, **options)
+
+
+def _xcit(size, patch_size, pretrained, **options):
+    arch = f"xcit_{size}_p{patch_size}"
+    return _dino(arch, f"dino_{arch}", pretrained, patch_size=patch_size, **options)
+
+
+def _swav_wide(arch, name, pretrained, **options):
+    return _load(arch, f"deepcluster/swav_{name}_400ep_pretrain.pth.tar", pretrained, **options)
+
+
+def _load(arch, released, pretrained, checkpoint_key=None, **options):
+    """The network `arch`, with the weights that `pretrained` asks for."""
+    if pretrained is None or pretrained == "":
+        raise ValueError(f"pretrained={pretrained!r} must be True, False, or the path of a file")
+    path = _RELEASED + released if pretrained is True else pretrained
+    if pretrained not in (True, False) and arch.startswith("vit"):
+        found = _ours("eval_args").vit_defaults(path, checkpoint_key)
+        names = ("img_size", "num_registers")  # what the same arch and patches may differ in
+        options = {**{name: found[name] for name in names if name in found}, **options}
+    model = _ours("backbones").build_backbone(arch, **options)
+    if pretrained is False:
+        return model
+    if not arch.startswith("xcit"):
+        _ours("weights").load_weights(model, path, checkpoint_key)
+        return model
+    from timm.models.xcit import checkpoint_filter_fn as with_names_of_timm
+
+    weights = _ours("weights").read_weights(path, checkpoint_key)
+    weights = {name.removeprefix("backbone."): x for name, x in weights.items()}
+    trunk = {name: x for name, x in weights.items() if not name.startswith("head.")}
+    _ours("checkpoint").load_state(model, with_names_of_timm(trunk, model), path)
+    return model
+
+
+# ============ importing src under another name ============
+def _ours(name):
+    """The module src.<name> of this repository, as <_PACKAGE>.<name>."""
+    if not any(getattr(finder, "package", None) == _PACKAGE for finder in _sys.meta_path):
+        _sys.meta_path.insert(0, _Finder(_PACKAGE, _SOURCES))
+    return _importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+class _Finder(_importlib_abc.MetaPathFinder):
+    """Finds `package` and what is in it in the folder `sources`."""
+
+    def __init__(self, package, sources):
+        self.package, self.sources = package, sources
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.package and not fullname.startswith(f"{self.package}."):
+            return None
+        parts = fullname.split(".")[1:]
+        file = _os.path.join(self.sources, *parts) + ".py"
+        where = None
+        if not parts:
+            file, where = _os.path.join(self.sources, "__init__.py"), [self.sources]
+        if not _os.path.isfile(file):
+            return None
+        return _importlib_util.spec_from_file_location(
+            fullname, file, loader=_Loader(fullname, file), submodule_search_locations=where
+        )
+
+
+class _Loader(_machinery.SourceFileLoader):
+    """Runs a module whose import statements, also those inside its functions, say _PACKAGE for src."""
+
+    def exec_module(self, module):
+        module.__dict__["__builtins__"] = {**vars(_builtins), "__import__": _import}
+        super().exec_module(module)
+
+
+def _import(name, globals=None, locals=None, fromlist=(), level=0):
+    if level == 0 and name.partition(".")[0] == "src":
+        name = _PACKAGE + name.removeprefix("src")
+    return _builtins.__import__(name, globals, locals, fromlist, level)

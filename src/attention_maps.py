@@ -1,0 +1,227 @@
+"""Where the class token of a vision transformer looks: mass, masks, heat maps and their pictures.
+
+Source: Caron et al. 2021, arXiv:2104.14294, figures 1, 3, 4 and 8: the self-attention of the class
+token in the last block, one map for each head; masks keep the patches with 60 % of the mass.
+Pictures are uint8 arrays (H, W, 3).
+"""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+ROUNDING = 1e-9  # of the mass: what is reached but for rounding is reached
+BATCH_BYTES, IMAGE_BYTES, MOST_IMAGES = 256 << 20, 8 << 30, 32  # see images_at_once
+GAP, CAPTION, PAPER = 4, 14, 215  # of a sheet: pixels between tiles, of a caption, grey behind
+GIF_FRAMES = 1000  # they are all in memory until the file is written
+
+
+# ============ mathematics ============
+def class_attention(attention: Tensor, rows: int, cols: int, num_registers: int = 0) -> Tensor:
+    """Attention of the class token to the patches: (B, heads, T, T) -> (B, heads, rows, cols).
+
+    Tokens are the class token, `num_registers` registers, then rows * cols patches row by row. What
+    the class token gives to itself and to registers is left out, so that a map sums to 1 or less.
+    """
+    return attention[:, :, 0, 1 + num_registers :].unflatten(2, (rows, cols))
+
+
+def keep_mass(attention: Tensor, mass: float) -> Tensor:
+    """The smallest set of patches with at least `mass` of a map's sum, 0 < mass <= 1.
+
+    (..., rows, cols) float -> (..., rows, cols) bool. Of equal patches the first ones are taken.
+    """
+    values = attention.flatten(-2).double()  # (..., N)
+    ordered, order = values.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # mass of the patches that come earlier
+    kept = before < mass * (1 - ROUNDING) * values.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
+
+
+def images_at_once(model, image: Tensor) -> int:
+    """How many images (C, H, W) a batch may have, so that its attention fits into BATCH_BYTES.
+
+    Raises ValueError where that of a single one takes more than IMAGE_BYTES.
+    """
+    num_tokens = 1 + model.num_registers + image[0].numel() // model.patch_size**2
+    size = 4 * model.num_heads * num_tokens**2
+    if size > IMAGE_BYTES:
+        text = " ".join(map(str, image.shape[1:]))
+        raise ValueError(
+            f"--image_size {text} makes {num_tokens:,} tokens, whose attention takes "
+            f"{size / 2**30:.0f} GiB an image: use a smaller one"
+        )
+    return min(MOST_IMAGES, max(1, BATCH_BYTES // size))
+
+
+def fit_image(image: Tensor, size: Sequence[int], patch_size: int) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, H', W'), resized, then cut at the bottom and right to patches.
+
+    size: height and width in pixels; or one value, of the shorter side. Raises ValueError where no
+    patch is left.
+    """
+    if len(size) == 1:  # the shape stays, as torchvision's Resize has it
+        shorter = min(image.shape[1:])
+        size = [size[0] * side // shorter for side in image.shape[1:]]
+    if min(size) < patch_size:
+        text = " ".join(map(str, size))
+        raise ValueError(f"--image_size {text} leaves no whole patch of --patch_size {patch_size}")
+    if tuple(image.shape[1:]) != tuple(size):
+        image = F.interpolate(image[None], size=tuple(size), mode="bilinear", antialias=True)[0]
+    height, width = (side - side % patch_size for side in size)
+    return image[:, :height, :width].contiguous()
+
+
+# ============ pictures of one image ============
+def draw_attention(
+    image: Tensor, attention: Tensor, threshold: float | None = None
+) -> dict[str, np.ndarray]:
+    """Pictures by file name, without suffix, of one image and the maps of its heads.
+
+    image: uint8 (C, H, W). attention: (heads, rows, cols). "img"; for each head and for the mean of
+    all heads "attn-<head>", a heat map from its minimum to its maximum, and "overlay-<head>", the
+    same over the image; with a threshold "mask_th<threshold>_<head>", the patches of `keep_mass`,
+    and "masks_th<threshold>", the masks of all heads in their colours.
+    """
+    picture = three_channels(image).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+    maps = torch.cat([attention, attention.mean(0, keepdim=True)]).float().cpu()
+    names = [*(f"head{i}" for i in range(len(attention))), "mean"]
+    pictures = {"img": picture}
+    for name, values in zip(names, maps.numpy(), strict=True):
+        heat = heat_map(values, picture.shape[:2])
+        pictures[f"attn-{name}"] = heat
+        pictures[f"overlay-{name}"] = blend(picture, heat, 0.6)
+    if threshold is not None:
+        together = picture
+        colours = distinct_colours(len(names))
+        for name, mask, colour in zip(
+            names, keep_mass(maps, threshold).numpy(), colours, strict=True
+        ):
+            mask = _enlarge(mask, picture.shape[:2])
+            pictures[f"mask_th{threshold}_{name}"] = paint_mask(picture, mask, colour)
+            if name != "mean":
+                together = paint_mask(together, mask, colour)
+        pictures[f"masks_th{threshold}"] = together
+    return pictures
+
+
+def three_channels(images: Tensor) -> Tensor:
+    """(..., C, H, W) -> (..., 3, H, W): the first three channels, or the first one as grey."""
+    if images.shape[-3] >= 3:
+        return images[..., :3, :, :]
+    return images[..., :1, :, :].expand(*images.shape[:-3], 3, -1, -1)
+
+
+def heat_map(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(rows, cols) float -> (H, W, 3), a square of one colour for each patch, darkest the minimum."""
+    from matplotlib import colormaps  # here, since it takes a second to import
+
+    low, high = values.min(), values.max()
+    scaled = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+    colours = colormaps["viridis"](scaled, bytes=True)[:, :, :3]  # (rows, cols, 3)
+    return _enlarge(colours, shape)
+
+
+def blend(picture: np.ndarray, colours, share: float) -> np.ndarray:
+    """`share` of `colours` (a picture, or one colour) over a picture, which is seen as grey."""
+    grey = picture.mean(2, keepdims=True)
+    return (grey * (1 - share) + np.asarray(colours) * share).round().astype(np.uint8)
+
+
+def paint_mask(picture: np.ndarray, mask: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """Tint where `mask` (H, W) is true, and draw its outline."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    painted = picture.copy()
+    tint = picture[mask] * 0.5 + np.array(colour) * 0.5
+    painted[mask] = tint.round().astype(np.uint8)
+    painted[mask & ~inner] = colour
+    return painted
+
+
+def distinct_colours(number: int) -> list[tuple[int, int, int]]:
+    """So many colours (red, green, blue), around the circle of hues."""
+    hues = (i / number for i in range(number))
+    return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.85, 1.0)) for hue in hues]
+
+
+def _enlarge(values, shape):
+    """(rows, cols, ...) -> (H, W, ...), each value as a rectangle."""
+    tall, wide = (n // cells for n, cells in zip(shape, values.shape[:2], strict=True))
+    return values.repeat(tall, 0).repeat(wide, 1)
+
+
+# ============ sheets and animations ============
+def sheet_rows(pictures: dict[str, np.ndarray], threshold: float | None) -> list[list]:
+    """The pictures of one image as rows of a sheet, (caption, picture): heat, overlays, masks."""
+    names = [name.removeprefix("attn-") for name in pictures if name.startswith("attn-")]
+    image = ("image", pictures["img"])
+    rows = [
+        [image, *((name.replace("head", "head "), pictures[f"attn-{name}"]) for name in names)],
+        [image, *(("", pictures[f"overlay-{name}"]) for name in names)],
+    ]
+    if threshold is not None:
+        first = (f"{threshold:g} of the mass", pictures[f"masks_th{threshold}"])
+        rows.append([first, *(("", pictures[f"mask_th{threshold}_{name}"]) for name in names)])
+    return rows
+
+
+def summary_row(name: str, pictures: dict[str, np.ndarray], side: int = 240) -> list:
+    """One row of a sheet of several images: the image, its overlays, all masks on one picture."""
+    shown = {key: x for key, x in pictures.items() if key.startswith(("overlay", "masks"))}
+    row = [(name[-side // 8 :], pictures["img"])]
+    row += [(key.removeprefix("overlay-").replace("_", " "), x) for key, x in shown.items()]
+    return [(caption, np.asarray(shrink(picture, side))) for caption, picture in row]
+
+
+def make_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]], side: int = 240) -> Image.Image:
+    """Pictures with captions above them in rows; the longer side of each is `side` pixels."""
+    tiles = [[(caption, shrink(picture, side)) for caption, picture in row] for row in rows]
+    width = max(tile.width for row in tiles for _, tile in row) + GAP
+    heights = [max(tile.height for _, tile in row) + CAPTION + GAP for row in tiles]
+    size = (GAP + width * max(map(len, tiles)), GAP + sum(heights))
+    sheet = Image.new("RGB", size, (PAPER,) * 3)
+    top = GAP
+    for row, height in zip(tiles, heights, strict=True):
+        for column, (caption, tile) in enumerate(row):
+            left = GAP + column * width
+            ImageDraw.Draw(sheet).text((left, top), caption, fill=(30, 30, 30))
+            sheet.paste(tile, (left, top + CAPTION))
+        top += height
+    return sheet
+
+
+def shrink(picture: np.ndarray, side: int) -> Image.Image:
+    """A picture whose longer side is `side` pixels; small ones are enlarged, pixel by pixel."""
+    image = Image.fromarray(picture)
+    scale = side / max(image.size)
+    smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    return image.resize([max(1, round(scale * length)) for length in image.size], smooth)
+
+
+class Animation:
+    """A GIF of the first GIF_FRAMES pictures; the later ones take its size from the first."""
+
+    def __init__(self):
+        self.frames, self.left_out = [], 0
+
+    def add(self, pictures: Sequence[np.ndarray], side: int = 240) -> None:
+        """One frame: pictures side by side."""
+        if len(self.frames) == GIF_FRAMES:
+            self.left_out += 1
+            return
+        frame = Image.fromarray(np.concatenate([np.asarray(shrink(p, side)) for p in pictures], 1))
+        if self.frames and frame.size != self.frames[0].size:
+            frame = frame.resize(self.frames[0].size)
+        self.frames.append(frame.quantize(256, dither=Image.Dither.NONE))  # a byte a pixel
+
+    def save(self, path: str | Path, fps: float) -> None:
+        first, *rest = self.frames
+        # A GIF counts in hundredths of a second.
+        milliseconds = max(10, round(100 / fps) * 10)
+        first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
