@@ -1,0 +1,178 @@
+"""A whole DINO training step on crops in memory: both networks, loss, backward, clipping, AdamW, teacher.
+
+Published form: attention as a softmax over written-out scores, all tokens through the last block, a
+log-softmax per pair of crops, the loss read by the host, gradients clipped and the teacher updated
+parameter by parameter (on a GPU with fp16 autocast and loss scaling, as the published runs). Ours: the
+operations of main_dino.train_one_epoch (on a GPU in bf16, and compiled with --compile).
+Floor: the matrix products of both networks, forward and for the student twice that backward; those
+of the last layer, (V B) x 256 x K, are alike on both sides.
+
+    python -m bench.dino_step
+    python -m bench.dino_step --device cuda --arch vit_small --batch 64 --local_crops 10 --compile
+"""
+
+import argparse
+import copy
+from functools import partial
+
+import torch
+
+from bench.dino_loss import build_criterion
+from bench.dino_loss import published as published_loss
+from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.teacher_update import published as published_update
+from main_dino import NUM_GLOBAL, update_teacher
+from src import distributed, setup
+from src.backbones import build_backbone
+from src.gradients import clip_gradients
+from src.heads import DINOHead, MultiCropWrapper
+from src.optim import parameter_groups
+from src.vision_transformer import Attention
+
+CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 1e-5, 0.04
+
+
+def attention(module, x, class_only):
+    queries, keys, values = module.split(x)
+    scores = (queries @ keys.transpose(-2, -1)) * queries.shape[-1] ** -0.5  # (B, heads, T, T)
+    return module.proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+
+
+def all_tokens(backbone, x):
+    x = backbone.tokens(x)
+    for block in backbone.blocks:
+        x = block(x)
+    return backbone.norm(x)[:, 0]
+
+
+def write_out(network):
+    """Give `network` the published operations in place of ours."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.forward = partial(attention, module)
+    network.backbone.forward = partial(all_tokens, network.backbone)
+    return network
+
+
+def published_step(student, teacher, crops, center, optimizer, scaler, precision):
+    with distributed.autocast(center.device, precision):
+        with torch.no_grad():
+            teacher_output = teacher(crops[:NUM_GLOBAL])
+        loss = published_loss(student(crops), teacher_output, center)
+    value = loss.item()  # the published loop stops when this is not finite
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for p in student.parameters():
+        if p.grad is not None:
+            factor = CLIP / (p.grad.norm().item() + 1e-6)
+            if factor < 1:
+                p.grad.mul_(factor)
+    scaler.step(optimizer)
+    scaler.update()
+    published_update(teacher.parameters(), student.parameters(), MOMENTUM)
+    return value
+
+
+def our_step(student, teacher, crops, criterion, optimizer, scaler, precision):
+    with distributed.autocast(criterion.center.device, precision):
+        with torch.no_grad():
+            features = teacher.forward_backbone(torch.cat(crops[:NUM_GLOBAL]))
+            teacher_output = teacher.head(features)
+        student_output = student(crops)
+    loss = criterion(student_output, teacher_output, 0)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    clip_gradients(student.parameters(), CLIP)
+    scaler.step(optimizer)
+    scaler.update()
+    update_teacher(list(teacher.parameters()), list(student.parameters()), MOMENTUM)
+    return loss.detach()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arch", default="vit_tiny")
+    parser.add_argument("--patch_size", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--local_crops", type=int, default=2)
+    parser.add_argument("--sizes", type=int, nargs=2, default=[224, 96])
+    parser.add_argument("--out_dim", type=int, default=65536)
+    parser.add_argument("--drop_path_rate", type=float, default=0.1)
+    parser.add_argument(
+        "--precision", default="auto", help="of ours; on a GPU the published is fp16"
+    )
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=8)
+    args = parser.parse_args()
+    process = distributed.init(args.device)
+    device = process.device
+    precision = distributed.resolve_precision(args.precision, device)
+    torch.manual_seed(0)
+
+    def network(rate):
+        backbone = build_backbone(args.arch, args.patch_size, args.sizes[0], drop_path_rate=rate)
+        return MultiCropWrapper(backbone, DINOHead(backbone.num_features, args.out_dim))
+
+    student, teacher = network(args.drop_path_rate), network(0.0)
+    setup.start_teacher(student, teacher, None)
+    their_student, their_teacher = (
+        write_out(copy.deepcopy(x)).to(device) for x in (student, teacher)
+    )
+    student, teacher = (
+        setup.place_network(x, process, "none", 0, args.compile) for x in (student, teacher)
+    )
+    numbers = [NUM_GLOBAL, args.local_crops]
+    crops = [
+        torch.randn(args.batch, 3, size, size, device=device)
+        for number, size in zip(numbers, args.sizes, strict=True)
+        for _ in range(number)
+    ]
+    center = torch.zeros(1, args.out_dim, device=device)
+    criterion = build_criterion(args.out_dim, sum(numbers), device)
+    their_optimizer = torch.optim.AdamW(
+        parameter_groups(their_student), lr=LR, weight_decay=WEIGHT_DECAY
+    )
+    our_optimizer = setup.build_optimizer("adamw", parameter_groups(student), WEIGHT_DECAY)
+    for group in our_optimizer.param_groups:
+        group["lr"] = LR
+    half = "fp16" if device.type == "cuda" else "fp32"
+    scalers = [distributed.grad_scaler(device, name) for name in (half, precision)]
+    forms = {
+        "published": lambda: published_step(
+            their_student, their_teacher, crops, center, their_optimizer, scalers[0], half
+        ),
+        "ours": lambda: our_step(
+            student, teacher, crops, criterion, our_optimizer, scalers[1], precision
+        ),
+    }
+
+    def loss_of(form):
+        torch.manual_seed(1)  # the same stochastic depth on both sides, unless compiled
+        return float(form())
+
+    first = [loss_of(form) for form in forms.values()]
+    second = [loss_of(form) for form in forms.values()]
+    seconds = median_seconds(list(forms.values()), args.repeats, device=device)
+    rows = [
+        [name, time * 1e3, seconds[0] / time, peak_megabytes(form, device)]
+        for (name, form), time in zip(forms.items(), seconds, strict=True)
+    ]
+    for row, *losses in zip(rows, first, second, strict=True):
+        row += [f"{loss:.5f}" for loss in losses]
+    header = ["form", "ms", "times faster", "MB beyond networks and crops"]
+    title = f"{args.arch}/{args.patch_size}, K {args.out_dim}, batch {args.batch}, " + " + ".join(
+        f"{number} x {size}" for number, size in zip(numbers, args.sizes, strict=True)
+    )
+    compiled = ", compiled" if args.compile else ""
+    print_table(
+        f"DINO training step, {title} px, {device}, {half} against {precision}{compiled}",
+        [*header, "first loss", "second loss"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
