@@ -28,7 +28,6 @@ import logging
 import math
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,18 +47,27 @@ logger = logging.getLogger(__name__)
 
 # Changed defaults of the method on small data, beside those of src/presets.py.
 SMALL = {
-    "arch": "vit_tiny", "patch_size": 4, "out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128,
-    "optimizer": "adamw", "drop_path_rate": 0.0, "local_crops_number": 2, "width": 1.0,
+    "patch_size": 4, "out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128, "use_bn_in_head": True,
+    "optimizer": "adamw", "weight_decay_end": 0.04, "warmup_epochs": 4, "momentum_teacher": 0.99,
+    "drop_path_rate": 0.0, "local_crops_number": 2, "width": 1.0,
 }  # fmt: skip
 PRESETS = {
     "imagenet": {},
-    "cifar": {**SMALL, "global_crops_size": 32, "local_crops_size": 16, "dump_path": "runs/dino_cifar"},
+    "cifar": {
+        **SMALL, "arch": "vit_tiny", "lr": 0.002, "global_crops_size": 32, "local_crops_size": 16,
+        "global_crops_scale": [0.3, 1.0], "local_crops_scale": [0.1, 0.4], "dump_path": "runs/dino_cifar",
+    },
     "tiny": {
-        **SMALL, "arch": "vit_micro", "global_crops_size": 16, "local_crops_size": 8,
-        "dump_path": "runs/dino_digits",
+        **SMALL, "arch": "vit_micro", "lr": 0.016, "global_crops_size": 16, "local_crops_size": 8,
+        "global_crops_scale": [0.6, 1.0], "local_crops_scale": [0.3, 0.6], "solarize": [0.0],
+        "out_dim": 256, "teacher_temp": 0.02, "warmup_teacher_temp": 0.02, "batch_size": 32,
+        "epochs": 40, "dump_path": "runs/dino_digits",
     },
 }  # fmt: skip
 NUM_GLOBAL = 2  # crops that the teacher sees
+HEALTH = "teacher H {teacher_entropy:.2f} of {ceiling:.2f}, KL to uniform {kl_to_uniform:.2f}, "
+HEALTH += "center {center_norm:.2f}, {prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, "
+HEALTH += "rank {rankme:.0f}"
 
 
 # ============ dino loss ============
@@ -102,9 +110,9 @@ class DINOLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.normalise = TEACHER_OUTPUTS[teacher_output]
         self.register_buffer("center", torch.zeros(1, out_dim))
-        warmup = np.linspace(warmup_teacher_temp, teacher_temp, num_warmup)
-        rest = np.full(epochs - num_warmup, teacher_temp)
-        self.teacher_temps = np.concatenate([warmup, rest])  # one value an epoch
+        rise = (teacher_temp - warmup_teacher_temp) / max(1, num_warmup - 1)
+        warmup = [warmup_teacher_temp + rise * epoch for epoch in range(num_warmup)]
+        self.teacher_temps = warmup + [teacher_temp] * (epochs - num_warmup)  # one an epoch
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
         """The loss, a scalar; then the center moves.
@@ -123,7 +131,7 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def probabilities(self, teacher_output: Tensor, epoch: int) -> Tensor:
         """P_t, the targets: (2 * B, K) -> (2 * B, K) float32."""
-        return self.normalise(teacher_output, self.center, float(self.teacher_temps[epoch]))
+        return self.normalise(teacher_output, self.center, self.teacher_temps[epoch])
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
@@ -209,9 +217,7 @@ def log_progress(run, epoch, iteration, probabilities, features, center, rates):
         "embedding_std": run.mean_over_processes(metrics.embedding_std(features)),
         "rankme": metrics.rankme(features).item(),
     }
-    text = "teacher H {teacher_entropy:.2f} of {ceiling:.2f}, KL to uniform {kl_to_uniform:.2f}, center "
-    text += "{center_norm:.2f}, {prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank "
-    text = f"{text}{{rankme:.0f}}".format(**health, ceiling=math.log(num_outputs), k=num_outputs)
+    text = HEALTH.format(**health, ceiling=math.log(num_outputs), k=num_outputs)
     line = run.report(epoch, iteration, rates, health, text)
     run.diagnose(line, lambda lines: metrics.diagnose_teacher(lines, num_outputs))
 
@@ -252,11 +258,10 @@ def main(argv: list[str] | None = None) -> int:
     placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
     teacher = setup.place_network(teacher, *placing)
     student, network = setup.wrap_network(student, *placing)
-    criterion = criterion.to(process.device)
     optimizer = setup.build_optimizer(args.optimizer, parameter_groups(student), args.weight_decay)
     run = Run(
         *(args, process, precision, student, network, augment, optimizer),
-        *(len(dataset), global_batch, {"dino_loss": criterion}),
+        *(len(dataset), global_batch, {"dino_loss": criterion.to(process.device)}),
         saved={"student": student, "teacher": teacher},
     )
     peak = args.lr * cli.lr_factor(args, global_batch)
@@ -301,12 +306,14 @@ def build_network(args, drop_path_rate):
 
 def log_teacher(args):
     """Say what the teacher will be, and what its collapse would look like."""
-    logger.info(
+    text = (
         "teacher     momentum {momentum_teacher:g} to {momentum_teacher_end:g}, {teacher_output}, "
-        "temperature {warmup_teacher_temp:g} to {teacher_temp:g} in {warmup_teacher_temp_epochs} "
-        "epochs; K = {out_dim:,}, ln(K) = {0:.3f} is the loss of uniform outputs"
-        "".format(math.log(args.out_dim), **vars(args))
     )
+    text += (
+        "temperature {warmup_teacher_temp:g} to {teacher_temp:g} in {warmup_teacher_temp_epochs} "
+    )
+    text += "epochs; K = {out_dim:,}, ln(K) = {0:.3f} is the loss of uniform outputs"
+    logger.info(text.format(math.log(args.out_dim), **vars(args)))
 
 
 # ============ arguments ============
@@ -318,8 +325,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("method (symbols of the thesis)").add_argument
     add("--out_dim", type=positive(int), default=65536, help="K, outputs of the head")
     add("--student_temp", type=positive(float), default=0.1, help="tau_s of Eq. 5.1")
-    add("--teacher_temp", type=positive(float), default=0.04,
-        help="tau_t after the warm-up; lower it first when the output becomes uniform")
+    add("--teacher_temp", type=positive(float), default=0.04, help="tau_t after its warm-up")
     add("--warmup_teacher_temp", type=positive(float), default=0.04, help="tau_t at the start")
     add("--warmup_teacher_temp_epochs", type=at_least_zero(int), default=0,
         help="epochs in which tau_t rises from --warmup_teacher_temp to --teacher_temp")
@@ -354,8 +360,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="passes over the data")
-    add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=64,
-        help="B, images per process")
+    add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=64, help="B, per process")
     add("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="of the student")
     add("--lr", type=positive(float), default=0.0005,
         help="learning rate after the warm-up, for --lr_reference_batch images")
@@ -363,8 +368,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", type=at_least_zero(int), default=10, help="epochs of linear warm-up from 0")
     add("--weight_decay", type=at_least_zero(float), default=0.04, help="at the start")
     add("--weight_decay_end", type=at_least_zero(float), default=0.4, help="at the end, by a cosine")
-    add("--clip_grad", type=at_least_zero(float), default=3.0,
-        help="largest gradient norm of each parameter; 0: no limit")
+    add("--clip_grad", type=at_least_zero(float), default=3.0, help="largest norm of a gradient; 0: any")
     add("--freeze_last_layer", type=at_least_zero(int), default=1,
         help="epochs at the start during which the last layer is not updated")
 
@@ -384,15 +388,12 @@ def check_args(args) -> list[list]:
     for name in ("global_crops_scale", "local_crops_scale"):
         values = list(getattr(args, name))
         if len(values) != 2 or not 0 < values[0] <= values[1] <= 1:
-            raise ValueError(
-                f"--{name} {values}: need two shares of the image's area, such as 0.4 1"
-            )
-    lists = [
-        [NUM_GLOBAL, args.local_crops_number],
-        [args.global_crops_size, args.local_crops_size],
-        *zip(args.global_crops_scale, args.local_crops_scale, strict=True),  # smallest, largest
-    ]
-    return [list(values[: 2 if args.local_crops_number else 1]) for values in lists]
+            raise ValueError(f"--{name} {values}: need two shares of the image, such as 0.4 1")
+    numbers = [NUM_GLOBAL, args.local_crops_number]
+    sizes = [args.global_crops_size, args.local_crops_size]
+    scales = zip(args.global_crops_scale, args.local_crops_scale, strict=True)  # smallest, largest
+    used = 2 if args.local_crops_number else 1
+    return [list(values[:used]) for values in (numbers, sizes, *scales)]
 
 
 if __name__ == "__main__":

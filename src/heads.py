@@ -208,6 +208,11 @@ class MultiCropWrapper(nn.Module):
                 setattr(backbone, name, nn.Identity())
         self.backbone, self.head = backbone, head
 
+    def compile(self, *args, **options) -> None:
+        """Compile backbone and head, so that each is fast by itself too; options of torch.compile."""
+        for part in (self.backbone, self.head):
+            part.compile(*args, **options)
+
     def forward_backbone(self, x: Tensor) -> Tensor:
         """Images (B, C, S, S) -> features (B, in_dim)."""
         return self.backbone(x)

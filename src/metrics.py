@@ -104,8 +104,8 @@ def diagnose(history: list[dict], num_prototypes: int) -> str | None:
 def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
     """What is wrong with a run of self-distillation, as `diagnose`, or None.
 
-    history: log lines with `loss`, `teacher_entropy`, `student_kl`, `kl_to_uniform` (nats) and
-    `embedding_std`. Collapse has two forms (section 5.6.3 of the thesis): uniform outputs, or one
+    history: log lines with `teacher_entropy`, `student_kl`, `kl_to_uniform` (nats),
+    `prototypes_used` and `embedding_std`. Collapse has two forms (section 5.6.3 of the thesis): uniform outputs, or one
     output that takes all; in both the student's KL to the teacher vanishes.
     """
     recent = history[-10:]
@@ -117,10 +117,12 @@ def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
             f"collapse: the teacher's output is uniform (entropy {last['teacher_entropy']:.2f} of at "
             f"most {ceiling:.2f}); lower --teacher_temp or --warmup_teacher_temp (0.02), or lower --lr"
         )
-    if all(line["kl_to_uniform"] > 0.9 * ceiling for line in recent):
+    if all(
+        line["kl_to_uniform"] > 0.9 * ceiling or line["prototypes_used"] < 1.5 for line in recent
+    ):
         return (
             f"collapse: one output takes all images (KL to uniform {last['kl_to_uniform']:.2f} of at "
-            f"most {ceiling:.2f}); let the center follow faster (--center_momentum 0.9), use a teacher "
+            f"most {ceiling:.2f}, {last['prototypes_used']:.1f} outputs in use); let the center follow faster (--center_momentum 0.9), use a teacher "
             "with momentum (--momentum_teacher 0.996), or raise --teacher_temp"
         )
     if all(line["student_kl"] < 1e-3 * ceiling for line in recent):
@@ -132,6 +134,7 @@ def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
     if all(line["embedding_std"] < 0.05 for line in recent):
         return (
             "collapse: all images have the same features (standard deviation "
-            f"{last['embedding_std']:.3f}); lower --lr, or lower --teacher_temp"
+            f"{last['embedding_std']:.3f}); lower --lr, lower --teacher_temp, or use a teacher with "
+            "momentum (--momentum_teacher 0.996 --momentum_teacher_end 1)"
         )
     return None

@@ -186,7 +186,8 @@ def test_kl_to_uniform_is_zero_for_equal_shares_and_ln_k_for_one_output():
     assert metrics.kl_to_uniform(one).item() == pytest.approx(math.log(6))
 
 
-HEALTHY = {"teacher_entropy": 3.0, "student_kl": 0.5, "kl_to_uniform": 0.4, "embedding_std": 0.6}
+HEALTHY = {"teacher_entropy": 3.0, "student_kl": 0.5, "kl_to_uniform": 0.4}
+HEALTHY |= {"embedding_std": 0.6, "prototypes_used": 30.0}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,7 @@ HEALTHY = {"teacher_entropy": 3.0, "student_kl": 0.5, "kl_to_uniform": 0.4, "emb
         ({}, None),
         ({"teacher_entropy": 6.92, "kl_to_uniform": 0.0}, "uniform .*--teacher_temp"),
         ({"teacher_entropy": 0.01, "kl_to_uniform": 6.9}, "one output .*--center_momentum"),
+        ({"prototypes_used": 1.0}, "one output .*--center_momentum"),
         ({"student_kl": 0.0}, "same output .*--momentum_teacher"),
         ({"embedding_std": 0.01}, "same features .*--lr"),
     ],

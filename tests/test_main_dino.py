@@ -23,6 +23,7 @@ SMALL = shlex.split(
     "--arch vit_micro --width 0.25 --patch_size 4 --out_dim 64 --hidden_dim 32 "
     "--bottleneck_dim 16 --global_crops_size 16 --local_crops_size 8 --local_crops_number 2 "
     "--batch_size 128 --epochs 2 --warmup_epochs 0 --lr 0.002 --min_lr 0.0001 --drop_path_rate 0.1 "
+    "--weight_decay_end 0.4 "
     "--workers 0 --log_freq 1 --knn_freq 0 --no-tensorboard"
 )
 
@@ -204,6 +205,23 @@ def test_the_evaluation_takes_the_teacher_and_the_runs_own_arguments(whole, tmp_
     assert "UNTRAINED" not in found and logged > 20
 
 
+def few_label_accuracy(folder):
+    """k-NN on digits with 5 labels a class, in percent: of the run and of its untrained network."""
+    argv = ["--pretrained", str(folder), "--dump_path", str(folder / "knn"), "--untrained"]
+    assert eval_knn.main([*argv, "--labels_per_class", "5", "--nb_knn", "5"]) == 0
+    rows = json.loads((folder / "knn" / "eval_knn.json").read_text())["results"]
+    few = {row["features"]: row["top1"] for row in rows if row["labels"] == 5}
+    return few.pop("backbone"), *few.values()
+
+
+@pytest.mark.slow
+def test_a_small_vision_transformer_learns_digits_without_labels(tmp_path):
+    """The bare command, a minute on two cores."""
+    assert main_dino.main(["--dump_path", str(tmp_path), "--no-tensorboard"]) == 0
+    trained, untrained = few_label_accuracy(tmp_path)
+    assert trained > untrained + 10, (trained, untrained)
+
+
 # ============ what can go wrong ============
 @pytest.mark.parametrize(
     "argv, words",
@@ -283,3 +301,19 @@ def test_help_reads_without_a_gpu_or_network_and_shows_the_published_defaults():
     ).stdout
     for words in ("arXiv:2104.14294", "(default: 65536)", "(default: 0.996)", "tau_t", "vit_small"):
         assert words in text
+
+
+@pytest.mark.slow
+def test_a_teacher_without_momentum_is_seen_to_collapse(tmp_path):
+    """Section 5.6.2: a teacher that copies the student fails to converge."""
+    argv = ["--momentum_teacher", "0", "--momentum_teacher_end", "0", "--epochs", "12"]
+    argv += ["--knn_freq", "0", "--no-tensorboard"]
+    main_dino.main([*argv, "--dump_path", str(tmp_path / "said")])
+    assert "WARNING: collapse" in (tmp_path / "said" / "train.log").read_text()
+    with pytest.raises(main_dino.cli.RunError, match="--momentum_teacher"):
+        main_dino.main([*argv, "--dump_path", str(tmp_path / "stopped"), "--abort_on_collapse"])
+
+
+def test_uniform_outputs_are_named_while_it_happens(tmp_path, capsys):
+    train(tmp_path, "--teacher_temp", "100", "--warmup_teacher_temp", "100")
+    assert "output is uniform" in capsys.readouterr().out
