@@ -8,7 +8,7 @@ Vision Transformers, ICCV 2021, arXiv:2104.14294; equations as in chapter 5 of C
   section 5.3.1  head with a weight-normalised last layer    src/heads.py
   Table 5.10     Sinkhorn-Knopp or batch softmax instead     TEACHER_OUTPUTS
 
-  python main_dino.py                                    digits, a minute on two cores
+  python main_dino.py                                    digits, two minutes on two cores
   python main_dino.py --data_path cifar10                one GPU
   torchrun --nproc_per_node 8 main_dino.py --arch vit_small --data_path /imagenet/train \\
       --output_dir runs/dino                             69.3 % k-NN as published
@@ -73,12 +73,13 @@ HEALTH += "rank {rankme:.0f}"
 # ============ dino loss ============
 def centre_and_sharpen(output, center, temperature):
     """softmax((g_t(x) - c) / temperature): (N, K) -> (N, K)."""
-    return torch.softmax((output.float() - center) / temperature, 1)
+    p = (output - center).div_(temperature)  # float32, as the center
+    return torch.softmax(p, 1, out=p)
 
 
 def equal_shares(output, center, temperature, iterations):
     """Sinkhorn-Knopp over all processes: every output is as likely as any other."""
-    return sinkhorn(output, epsilon=temperature, iterations=iterations)
+    return sinkhorn(output, temperature, iterations)
 
 
 TEACHER_OUTPUTS = {
@@ -111,8 +112,8 @@ class DINOLoss(nn.Module):
         self.normalise = TEACHER_OUTPUTS[teacher_output]
         self.register_buffer("center", torch.zeros(1, out_dim))
         rise = (teacher_temp - warmup_teacher_temp) / max(1, num_warmup - 1)
-        warmup = [warmup_teacher_temp + rise * epoch for epoch in range(num_warmup)]
-        self.teacher_temps = warmup + [teacher_temp] * (epochs - num_warmup)  # one an epoch
+        temps = [warmup_teacher_temp + rise * epoch for epoch in range(num_warmup)]
+        self.teacher_temps = temps + [teacher_temp] * (epochs - num_warmup)  # one an epoch
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
         """The loss, a scalar; then the center moves.
@@ -205,8 +206,7 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
 
 def log_progress(run, epoch, iteration, probabilities, features, center, rates):
     """Write a log line with the health of the teacher: its output (N, K) and its features (N, D)."""
-    num_outputs = probabilities.shape[1]
-    features = nn.functional.normalize(features.float(), dim=1)
+    num_outputs, features = probabilities.shape[1], nn.functional.normalize(features.float(), dim=1)
     entropy = run.mean_over_processes(metrics.code_entropy(probabilities))
     health = {
         "teacher_entropy": entropy,
@@ -305,7 +305,7 @@ def build_network(args, drop_path_rate):
 
 
 def log_teacher(args):
-    """Say what the teacher will be, and what its collapse would look like."""
+    """Say what the teacher will be."""
     text = (
         "teacher     momentum {momentum_teacher:g} to {momentum_teacher_end:g}, {teacher_output}, "
     )
