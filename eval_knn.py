@@ -109,11 +109,14 @@ def main(argv: list[str] | None = None) -> int:
     precision = distributed.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+    usual = (
+        is_transformer(args.arch) or is_dino(run) or args.checkpoint_key in ("teacher", "student")
+    )
     rows, start = [], time.perf_counter()
 
     def features_of(model):
         def extract(dataset):
-            normalise = statistics(args, dataset, is_transformer(args.arch) or is_dino(run))
+            normalise = statistics(args, dataset, usual)
             return extract_features(
                 *(forward, dataset, args.size, *normalise, process.device),
                 precision=precision,

@@ -154,8 +154,7 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
     """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
     device = run.process.device
     students, teachers = list(run.module.parameters()), list(teacher.parameters())
-    last_layer = list(run.module.head.last_layer.parameters())
-    stopwatch = Stopwatch()
+    last_layer, stopwatch = list(run.module.head.last_layer.parameters()), Stopwatch()
     run.network.train()
     for it, (batch, _) in enumerate(stopwatch.watch(loader), start):
         iteration = epoch * run.iters_per_epoch + it
@@ -175,7 +174,10 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
             student_output = run.network(crops)  # (V * B, K)
 
         # ============ dino loss ============
-        loss = criterion(student_output, teacher_output, epoch)
+        done = it + 1
+        logged = done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0
+        targets = criterion.probabilities(teacher_output, epoch) if logged else None
+        loss = criterion(student_output, teacher_output, epoch)  # moves the center
 
         # ============ backward and optim step ============
         run.optimizer.zero_grad()
@@ -190,12 +192,10 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
         update_teacher(teachers, students, momentum)
 
         # ============ log, save, stop ============
-        done = it + 1
         run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            probabilities = criterion.probabilities(teacher_output, epoch)
+        if logged:
             rates = stopwatch.rates(run.global_batch, len(schedules[0]) - iteration - 1)
-            log_progress(run, epoch, iteration, probabilities, features, criterion.center, rates)
+            log_progress(run, epoch, iteration, targets, features, criterion.center, rates)
         if done < run.iters_per_epoch and run.must_stop(done):
             run.save(epoch, done)
             return done
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    args.std = args.std or usual_std(dataset.std)
+    args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
     cli.check_batch(args, global_batch, len(dataset))
     resolutions = check_args(args)
     num_crops = NUM_GLOBAL + args.local_crops_number

@@ -50,7 +50,7 @@ def build_backbone(
     if arch.startswith("xcit"):
         refuse_unusual(arch, "a ResNet of ours", zero_init_residual=zero_init_residual)
         refuse_unusual(arch, "a ViT or a ResNet of ours", width=width)
-        return build_xcit(arch, patch_size, in_chans, drop_path_rate)
+        return build_xcit(arch, in_chans, drop_path_rate)
     if arch not in resnet.ARCHITECTURES:
         from torchvision import models
 
@@ -73,8 +73,8 @@ def refuse_unusual(arch: str, kind: str, **options) -> None:
             raise ValueError(f"--{name} needs {kind}: for --arch {arch} {hint}")
 
 
-def build_xcit(arch: str, patch_size: int, in_chans: int, drop_path_rate: float) -> nn.Module:
-    """timm's XCiT of a published name, such as xcit_small_12_p16; see build_backbone.
+def build_xcit(arch: str, in_chans: int, drop_path_rate: float) -> nn.Module:
+    """timm's XCiT of a published name, such as xcit_small_12_p16, which says the size of a patch.
 
     What follows in the longer names (_224, _384, _dist) is about weights, not about the network.
     """
@@ -86,9 +86,6 @@ def build_xcit(arch: str, patch_size: int, in_chans: int, drop_path_rate: float)
     name = re.sub(r"(_224|_384)?(_dist)?$", "", arch)
     if name not in names:
         raise ValueError(f"--arch {arch} is not known: use one of {', '.join(names)}")
-    size = int(re.search(r"_p(\d+)", name).group(1))
-    if patch_size != size:
-        raise ValueError(f"--patch_size {patch_size} is not that of --arch {arch}: use {size}")
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"--drop_path_rate {drop_path_rate} must be at least 0 and below 1")
     model = timm.create_model(

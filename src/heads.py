@@ -119,7 +119,7 @@ def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide / wide.detach().abs().amax(-1, keepdim=True).clamp(min=eps)
-    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1)).to(x.dtype)
+    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=0.5)).to(x.dtype)
 
 
 class WeightNormLinear(nn.Module):
@@ -211,7 +211,7 @@ class MultiCropWrapper(nn.Module):
     def compile(self, *args, **options) -> None:
         """Compile backbone and head, so that each is fast by itself too; options of torch.compile."""
         for part in (self.backbone, self.head):
-            part.compile(*args, **options)
+            part.compile(*args, **{"dynamic": False, **options})  # few sizes, each worth a graph
 
     def forward_backbone(self, x: Tensor) -> Tensor:
         """Images (B, C, S, S) -> features (B, in_dim)."""

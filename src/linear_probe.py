@@ -114,7 +114,11 @@ def accuracies(classifiers: nn.Module, features: Tensor, labels: Tensor, device)
         x, y = x.to(device), y.to(device)
         scores = classifiers(x)  # (L, B, C)
         own = scores.gather(2, y.expand(len(scores), -1)[:, :, None])  # (L, B, 1)
-        ranks = (~(scores <= own)).sum(2)  # (L, B)
+        before = (
+            torch.arange(scores.shape[2], device=device) < y[:, None]
+        )  # (B, C), of equal scores
+        ranks = (~((scores < own) | (scores == own) & ~before)).sum(2)  # (L, B)
+        ranks[~own[..., 0].isfinite()] = scores.shape[2]
         right = [(ranks < min(k, scores.shape[2])).sum(1).float() for k in (1, 5)]
         sums = sums + torch.stack([*right, losses(scores, y)]).cpu().double()  # (3, L)
     count = distributed.all_reduce_sum(torch.tensor(len(labels)))

@@ -144,6 +144,9 @@ def _full_precision():
     except RuntimeError:  # set by backend instead, and PyTorch refuses to mix the two ways
         yield
         return
+    if before == "highest":  # setting it again would make compiled networks stale
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield

@@ -1,5 +1,6 @@
 """k-NN accuracy of a network while it trains, on the labels of its data, if there are any."""
 
+import torch
 import torch.nn.functional as F
 
 from src.datasets import ImageDataset, open_dataset
@@ -32,7 +33,8 @@ def knn_probe(network, dataset: ImageDataset, val: ImageDataset | None, **extrac
         return extract_features(network.forward_backbone, images, **extraction)
 
     network.eval()
-    train, train_labels, queries, labels = split_features(extract, dataset, val)
+    with torch.compiler.set_stance("force_eager"):  # no new graphs for a few seconds' work
+        train, train_labels, queries, labels = split_features(extract, dataset, val)
     network.train()
     split = (F.normalize(train, dim=1), train_labels, F.normalize(queries, dim=1), labels)
     top1 = knn_accuracy(*split, ks=[NUM_NEIGHBOURS], temperature=TEMPERATURE, top=[1])

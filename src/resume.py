@@ -10,7 +10,7 @@ from src.weights import CheckpointError
 logger = logging.getLogger(__name__)
 
 # What a saved optimizer or queue cannot do without.
-SAME = ("optimizer", "fixed_prototypes", "crops_for_assign")
+SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
 
 
 def check_same_run(state: dict, networks: list[str], arguments: dict, num_images: int, folder):

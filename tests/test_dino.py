@@ -1,6 +1,7 @@
 """main_dino's mathematics: the loss, the center and the teacher, golden and across processes."""
 
 import copy
+import json
 import math
 import re
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from main_dino import TEACHER_OUTPUTS, DINOLoss, get_parser, update_teacher
+from main_dino import TEACHER_OUTPUTS, DINOLoss, get_parser, main, update_teacher
 from src import cli, metrics
+from src.logger import read_log
 from src.optim import cosine_schedule
 from tests import reference
 from tests.gloo import run_ranks
@@ -207,3 +209,13 @@ def test_each_kind_of_collapse_is_named_with_the_flags_that_help(change, words):
     assert found is None if words is None else re.search(words, found)
     assert metrics.diagnose_teacher(bad[:9], 1024) is None
     assert metrics.diagnose_teacher([HEALTHY, *bad[1:]], 1024) is None
+
+
+def test_the_students_kl_in_the_log_is_that_of_the_targets_it_learned(tmp_path):
+    """Before any step student and teacher are equal but for temperatures: the KL cannot be negative."""
+    argv = "--arch vit_micro --width 0.25 --out_dim 64 --epochs 1 --warmup_epochs 0 --log_freq 1 --knn_freq 0"
+    main(["--dump_path", str(tmp_path), "--no-tensorboard", *argv.split(), "--batch_size", "128"])
+    lines = read_log(tmp_path)
+    assert len(lines) == 10 and all(line["student_kl"] > 0 for line in lines)
+    arguments = json.loads((tmp_path / "args.json").read_text())
+    assert len(arguments["mean"]) == len(arguments["std"]) == 3
