@@ -119,7 +119,7 @@ def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide / wide.detach().abs().amax(-1, keepdim=True).clamp(min=eps)
-    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=0.5)).to(x.dtype)
+    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 class WeightNormLinear(nn.Module):

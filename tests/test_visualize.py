@@ -528,8 +528,8 @@ def test_the_crops_of_a_run_of_swav_are_those_of_its_args_json(tmp_path):
 def test_crops_that_do_not_fit_together_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="--size_crops has 1 values and --nmb_crops has 2"):
         draw(tmp_path, "--nmb_crops", "2", "2", "--size_crops", "16")
-    with pytest.raises(ValueError, match="--solarize has 3 values and there are 2 crops"):
-        draw(tmp_path, "--nmb_crops", "2", "--solarize", "0", "0", "0")
+    with pytest.raises(ValueError, match="--solarize has 4 values and there are 2 crops"):
+        draw(tmp_path, "--nmb_crops", "2", "--solarize", "0", "0", "0", "0")
 
 
 # ============ the command line ============
