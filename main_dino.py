@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         *(args, process, precision, student, network, augment, optimizer),
         *(len(dataset), global_batch, {"dino_loss": criterion.to(process.device)}),
         saved={"student": student, "teacher": teacher},
+        method="dino",
     )
     peak = args.lr * cli.lr_factor(args, global_batch)
     times = (args.epochs, run.iters_per_epoch)
@@ -309,10 +310,9 @@ def log_teacher(args):
     text = (
         "teacher     momentum {momentum_teacher:g} to {momentum_teacher_end:g}, {teacher_output}, "
     )
-    text += (
-        "temperature {warmup_teacher_temp:g} to {teacher_temp:g} in {warmup_teacher_temp_epochs} "
-    )
-    text += "epochs; K = {out_dim:,}, ln(K) = {0:.3f} is the loss of uniform outputs"
+    text += "temperature {warmup_teacher_temp:g} to {teacher_temp:g} in "
+    text += "{warmup_teacher_temp_epochs} epochs; K = {out_dim:,}, ln(K) = {0:.3f} is the loss of "
+    text += "uniform outputs"
     logger.info(text.format(math.log(args.out_dim), **vars(args)))
 
 

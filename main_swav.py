@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(
         *(args, process, precision, model, network, augment, optimizer),
         *(len(dataset), global_batch, {"queue": queue} if queue else {}),
+        method="swav",
     )
     factor = cli.lr_factor(args, global_batch)
     peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))

@@ -114,11 +114,15 @@ def read_log(folder: str | Path) -> list[dict]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        place = (line["epoch_float"], "knn" in line)  # a probe follows the iteration of its epoch
-        while lines and (lines[-1]["epoch_float"], "knn" in lines[-1]) >= place:
+        while lines and _place(lines[-1]) >= _place(line):
             lines.pop()
         lines.append(line)
     return lines
+
+
+def _place(line):
+    """When a line was written: an iteration, then a probe, then the assignment of the next epoch."""
+    return line["epoch_float"], "assignment_seconds" in line, "knn" in line
 
 
 class Stopwatch:

@@ -60,6 +60,79 @@ def kl_to_uniform(probabilities: torch.Tensor) -> torch.Tensor:
     return (math.log(len(mean)) - torch.special.entr(mean).sum()).clamp(min=0)
 
 
+@torch.no_grad()
+def normalized_mutual_information(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """NMI of two assignments of the same samples: I(A; B) / sqrt(H(A) H(B)) (thesis, section 3.2.2).
+
+    a, b: (N,) integers; samples that are negative in either are left out. 1 for the same partition,
+    whatever its numbers, 0 for independent ones. A float64 scalar.
+    """
+    known = (a.cpu() >= 0) & (b.cpu() >= 0)
+    a, b = (torch.unique(x.cpu()[known], return_inverse=True)[1] for x in (a, b))
+    if not len(a):
+        return torch.zeros((), dtype=torch.float64)
+
+    def entropy(labels):
+        counts = torch.unique(labels, return_counts=True)[1]
+        return torch.special.entr(counts.double() / len(labels)).sum()
+
+    h_a, h_b = entropy(a), entropy(b)
+    if h_a == 0 or h_b == 0:  # all samples in one cluster: equal to another such partition only
+        return (h_a == h_b).double()
+    information = h_a + h_b - entropy(a * (int(b.max()) + 1) + b)
+    return (information / (h_a * h_b).sqrt()).clamp(0, 1)
+
+
+@torch.no_grad()
+def prediction_health(
+    logits: torch.Tensor, labels: torch.Tensor, ignored: int
+) -> dict[str, torch.Tensor]:
+    """How sure predictions are, and how often they agree with the pseudo-labels.
+
+    logits: (V * B, K), crop-major, before the softmax; labels: (B,), `ignored` for images without.
+    prediction_entropy: mean over rows, nats. accuracy: in percent, NaN when there is no label.
+    """
+    logits = logits.float()
+    known = (labels != ignored).repeat(len(logits) // len(labels))  # (V * B,)
+    agree = (logits.argmax(1) == labels.repeat(len(logits) // len(labels)))[known]
+    return {
+        "prediction_entropy": code_entropy(torch.softmax(logits, 1)),
+        "accuracy": 100 * agree.double().mean(),
+    }
+
+
+@torch.no_grad()
+def cluster_health(
+    assignments: torch.Tensor,
+    previous: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_clusters: list[int],
+) -> dict[str, float]:
+    """Sizes of the clusters of all heads, and NMI, the mean of the heads.
+
+    assignments, previous: (heads, N), negative for samples without; num_clusters: K of each head;
+    labels: (N,), of the data. Keys whose argument is None are left out.
+    """
+    heads = list(zip(assignments.cpu(), num_clusters, strict=True))
+    sizes = [torch.bincount(a[a >= 0], minlength=k) for a, k in heads]  # (K,) each
+    every = torch.cat(sizes).double()
+    health = {
+        "cluster_min": every.min().item(),
+        "cluster_median": every.median().item(),
+        "cluster_max": every.max().item(),
+        "clusters_empty": (every == 0).double().sum().item() / len(heads),
+    }
+    for key, other in (("nmi_previous", previous), ("nmi_labels", labels)):
+        if other is not None:
+            others = other.expand(len(heads), -1)
+            nmi = [
+                normalized_mutual_information(a, b)
+                for a, b in zip(assignments, others, strict=True)
+            ]
+            health[key] = torch.stack(nmi).mean().item()
+    return health
+
+
 def diagnose(history: list[dict], num_prototypes: int) -> str | None:
     """What is wrong with a run, in one sentence that names the flags that help, or None.
 
@@ -136,5 +209,35 @@ def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
             "collapse: all images have the same features (standard deviation "
             f"{last['embedding_std']:.3f}); lower --lr, lower --teacher_temp, or use a teacher with "
             "momentum (--momentum_teacher 0.996 --momentum_teacher_end 1)"
+        )
+    return None
+
+
+def diagnose_clusters(history: list[dict], num_prototypes: int) -> str | None:
+    """What is wrong with a run that predicts the clusters of a memory bank, as `diagnose`, or None.
+
+    history: log lines with `loss`, `prototypes_used` (by the predictions of a batch), `batch` and
+    `embedding_std`.
+    """
+    recent = history[-10:]
+    if len(recent) < 10 or num_prototypes < 2:
+        return None
+    ceiling, last = math.log(num_prototypes), recent[-1]
+    if all(line["embedding_std"] < 0.05 for line in recent):
+        return (
+            "collapse: all images have the same embedding (standard deviation "
+            f"{last['embedding_std']:.3f}, healthy is near 1); lower --base_lr, or lengthen "
+            "--warmup_epochs"
+        )
+    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
+        return (
+            f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; raise --base_lr, "
+            "lower --temperature, or use fewer prototypes (--nmb_prototypes)"
+        )
+    possible = min(num_prototypes, last["batch"])
+    if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
+        return (
+            f"only {last['prototypes_used']:.1f} of {possible} possible clusters are predicted; lower "
+            "--base_lr, or use fewer prototypes (--nmb_prototypes)"
         )
     return None

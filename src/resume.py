@@ -13,12 +13,15 @@ logger = logging.getLogger(__name__)
 SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
 
 
-def check_same_run(state: dict, networks: list[str], arguments: dict, num_images: int, folder):
+def check_same_run(
+    state: dict, method: str, networks: list[str], arguments: dict, num_images: int, folder
+):
     """Log every flag that has changed; CheckpointError for another method, data or optimizer."""
-    if not all(name in state for name in networks):
+    other = state.get("method", method)  # runs of the first versions have none
+    if other != method or not all(name in state for name in networks):
         raise CheckpointError(
-            f"{folder} holds a run of another method: use another --dump_path, or start from its "
-            "weights with --init_from"
+            f"{folder} holds a run of another method ({state.get('method', 'unnamed')}, not {method}): use "
+            "another --dump_path, or start from its weights with --init_from"
         )
     before, changed = state["args"], None
     for name in sorted(before.keys() & arguments.keys()):

@@ -21,6 +21,7 @@ STOP_CHECK = 10  # iterations between agreeing on a signal, when there are sever
 class Run:
     """What the next iteration depends on, and the files that keep it.
 
+    method: its name, so that no run goes on as one of another method.
     module: the network without wrappers; network: the same, wrapped for several processes.
     saved: the networks of the checkpoint by name, {"model": module} unless given.
     method_state: the method's own state by name (a queue, a memory bank), objects with state_dict()
@@ -41,8 +42,10 @@ class Run:
         global_batch,
         method_state=None,
         saved=None,
+        *,
+        method,
     ):
-        self.process, self.precision = process, precision
+        self.method, self.process, self.precision = method, process, precision
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
         self.scaler = distributed.grad_scaler(process.device, precision)
@@ -71,6 +74,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "method_state": {name: part.state_dict() for name, part in self.method_state.items()},
+            "method": self.method,
             "epoch": epoch,
             "samples_done": done * self.global_batch,  # of the epoch
             "args": self.arguments,
@@ -93,7 +97,9 @@ class Run:
         resume.check_same_place(*place, self.folder)
         if state is None:
             return 0, 0
-        resume.check_same_run(state, list(self.saved), self.arguments, self.num_images, self.folder)
+        resume.check_same_run(
+            *(state, self.method, list(self.saved), self.arguments, self.num_images, self.folder)
+        )
         for name, module in self.saved.items():
             checkpoint.load_state(module, state[name], self.folder)
         resume.load_optimizer(self.optimizer, state["optimizer"])
