@@ -1,10 +1,12 @@
-"""Pictures of what a network looks at, and of what it is trained on.
+"""Pictures of what a network looks at, of what it is trained on, and of how it groups images.
 
 attention: self-attention of the class token in the last block of a vision transformer, of each head
 and of their mean, over an image, a folder, a video or an animated GIF (src/attention_maps.py). Caron
 et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3.
 crops: multi-crops of a few images after their photometry, each framed in the colour of the window
 of the image that it was cut from (src/multicrop.py, src/augment.py).
+clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
+as csv, npy and folders, and what clusters look like (src/cluster_files.py, src/cluster_pictures.py).
 
   python visualize.py attention                          digits, an untrained network, seconds
   python visualize.py attention --pretrained runs/dino   a run: its args.json says the rest
@@ -13,6 +15,8 @@ of the image that it was cut from (src/multicrop.py, src/augment.py).
   python visualize.py attention --pretrained runs/dino --image_path walk.mp4 --fps 25
   python visualize.py crops --pretrained runs/dino       what this run is trained on
   python visualize.py crops --data_path my_images --nmb_crops 2 6 --solarize 0 0.2 0
+  python visualize.py clusters --pretrained runs/swav --folders
+  python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
 
 Of each image, in a folder of its own where there are several: img.png, attn-head0.png, ..., and with
 --threshold mask_th0.6_head0.png, ..., as published; attn-mean.png, overlay-*.png, and sheet.png, all
@@ -36,17 +40,27 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from src import attention_maps, checkpoint, cli, distributed, image_args, plots
+from src import attention_maps, checkpoint, cli, cluster_files, distributed, image_args, plots
 from src.augment import Augment
 from src.backbones import is_vit
+from src.cluster_pictures import add_cluster_args, check_folders, draw_clusters, image_names
 from src.crop_pictures import draw_crops
 from src.datasets import IMAGENET, open_dataset, usual_std
+from src.eval_args import NETWORKS as SMALL_NETWORKS
 from src.eval_args import check_images, vit_defaults
-from src.evaluation import build_network, is_dino, run_arguments, run_defaults, run_folder
+from src.evaluation import (
+    build_network,
+    is_dino,
+    is_transformer,
+    run_arguments,
+    run_defaults,
+    run_folder,
+    statistics,
+)
 from src.frames import in_batches, open_frames
 from src.logger import duration, setup_logging
 from src.multicrop import MultiCropDataset, collate_crops
-from src.presets import SHARED
+from src.presets import CROPS, SHARED
 from src.setup import generator
 
 logger = logging.getLogger(__name__)
@@ -58,6 +72,7 @@ NETWORKS = dict.fromkeys(
 TRAINED_SIZE = 224  # pixels of the crops that the published 480 is meant for
 ON_SHEET = 12  # images on the sheet of all images
 LOG_SECONDS = 5.0
+CLUSTER_SETTINGS = ("pretrained", "data_path", "split", "head", "num_clusters", "feature", "seed")
 
 
 # ============ attention ============
@@ -174,6 +189,44 @@ def crops(args, run):
     for number, size, scale in zip(args.nmb_crops, args.size_crops, multicrop.scales, strict=True):
         logger.info("%d x %d px, %g to %g of the image's area", number, size, *scale)
     logger.info("%d images with their crops, drawn to %s", len(indices), path)
+
+
+# ============ clusters ============
+@torch.no_grad()
+def clusters(args, run):
+    """Write which cluster each image is in to --dump_path, and draw clusters."""
+    weights = "" if args.num_clusters else args.pretrained
+    heads, dino = cluster_files.read_heads(weights, args.checkpoint_key)
+    path = {"train": args.train_path, "val": args.val_path}[args.split]
+    flag = f"--{args.split if path else 'data'}_path"
+    dataset = open_dataset(path or args.data_path, args.split, args.in_chans, flag)
+    cluster_files.check_request(args, [len(weight) for weight, _ in heads], len(dataset))
+    folder = Path(args.dump_path)
+    check_folders(folder, args.folders)
+    checkpoint.check_writable(folder)
+    feature = args.feature if args.num_clusters else "backbone" if dino else "embedding"
+    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+    network = (args.pretrained, run, feature, args.checkpoint_key, args.seed)
+    model = build_network(args.arch, options, *network)
+    usual = is_transformer(args.arch) or is_dino(run) or dino is not None
+    normalise = statistics(args, dataset, usual)
+    features = cluster_files.features_of(model, feature, dino, dataset, normalise, args)
+
+    names, readable = image_names(dataset)
+    by_head = cluster_files.group(features, heads, readable, args.num_clusters, args.seed)
+    found = cluster_files.Clusters(*by_head[args.head], dataset.labels, dataset.classes)
+    settings = {name: getattr(args, name) for name in CLUSTER_SETTINGS}
+    cluster_files.write_files(folder, found, names, [x for x, *_ in by_head], settings)
+    draw_clusters(folder, found, dataset, names, args)
+    if not args.pretrained:
+        logger.warning(
+            "WARNING: no --pretrained: the network is UNTRAINED, its clusters mean little"
+        )
+    text = "{images} images, {empty} of {num_clusters} clusters empty, the largest of {size_max}"
+    if found.labels is not None:
+        text += "; purity {purity:.1%}, NMI {nmi:.3f} with the labels"
+    text = text.format(**found.summary())
+    logger.info("%s; written to %s, look at %s", text, folder, folder / "clusters.png")
 
 
 # ============ main ============
@@ -311,9 +364,22 @@ def crops_defaults(args, run, given):
     return defaults
 
 
+def clusters_defaults(args, run, given):
+    """The network and the images, from the run, the file or the preset."""
+    defaults = run_defaults(run)
+    if args.pretrained and not run and ("arch" not in given or is_vit(args.arch)):
+        defaults = vit_defaults(args.pretrained, args.checkpoint_key)
+    elif not args.pretrained and "arch" not in given:
+        preset = cli.preset_of(args.data_path)
+        defaults = {"size": CROPS[preset]["size"][0], **SMALL_NETWORKS.get(preset, {})}
+    folder = run_folder(args.pretrained) if run else Path()
+    return {**defaults, "dump_path": str(folder / "plots" / "clusters")}
+
+
 COMMANDS = {
     "attention": (attention, add_attention_flags, attention_defaults),
     "crops": (crops, add_crops_flags, crops_defaults),
+    "clusters": (clusters, add_cluster_args, clusters_defaults),
 }
 
 

@@ -102,13 +102,20 @@ def parse_args(
     """Parse `argv`; the defaults are those of the preset, a flag on the command line wins.
 
     parser: with --data_path and --preset; its own defaults are the preset imagenet. presets: changed
-    defaults of the method, by preset; those that methods share are in src.presets.
+    defaults of the method, by preset; those that methods share are in src.presets. A default warm-up
+    that is longer than --epochs becomes half of them, and check_batch says so.
     """
     known, _ = parser.parse_known_args(argv)
     preset = preset_of(known.data_path) if known.preset == "auto" else known.preset
     defaults = {name: SHARED[preset][name] for name in SHARED[preset] if name in known}
     parser.set_defaults(**{**defaults, **presets[preset]})
     args = parser.parse_args(argv)
+    if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
+        parser.set_defaults(warmup_epochs=args.epochs // 2)
+        args, usual = parser.parse_args(argv), args.warmup_epochs
+        if args.warmup_epochs != usual:  # else it was asked for: check_batch refuses it
+            args.note = f"the usual {usual} epochs of warm-up are {args.warmup_epochs} in a run of "
+            args.note += f"--epochs {args.epochs}; --warmup_epochs says otherwise"
     args.preset = preset
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
@@ -123,7 +130,10 @@ def check_runtime(args: argparse.Namespace, world_size: int) -> None:
 
 
 def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) -> None:
-    """ValueError for more images in a batch than there are, or a warm-up longer than the run."""
+    """ValueError for more images in a batch than there are, or a warm-up longer than the run.
+
+    Logs what parse_args has changed, which is before there is a log, and takes its note out of args.
+    """
     if global_batch > num_images:
         raise ValueError(
             f"--batch_size {args.batch_size} makes batches of {global_batch} images, and "
@@ -133,6 +143,8 @@ def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) ->
         raise ValueError(
             f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: use a smaller one"
         )
+    if "note" in args:
+        logger.info("note: %s", vars(args).pop("note"))
 
 
 class RunError(RuntimeError):

@@ -67,14 +67,10 @@ def init(device: str = "auto", timeout: float = 1800.0) -> Process:
     if launch.world_size > 1 and not _has_group():
         method = rendezvous(launch, os.environ)
         logger.info("%s meets the others at %s", launch, method)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        place = {"rank": launch.rank, "world_size": launch.world_size}
         try:
-            dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
-                init_method=method,
-                rank=launch.rank,
-                world_size=launch.world_size,
-                timeout=timedelta(seconds=timeout),
-            )
+            dist.init_process_group(backend, method, timedelta(seconds=timeout), **place)
         except RuntimeError as error:
             raise ConnectionError(
                 f"rank {launch.rank} of {launch.world_size} did not meet the others at {method} "
@@ -247,8 +243,12 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak of allocated GPU memory, or of the process's resident memory, in 1e6 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "win32":
-        return 0.0
+    try:  # first, since ru_maxrss of Linux begins at the peak of the process that started this one
+        with open("/proc/self/status") as status:
+            return int(status.read().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        if sys.platform == "win32":
+            return 0.0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

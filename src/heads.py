@@ -118,8 +118,12 @@ def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
     quotient does not depend on that divisor, nor does its gradient.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide / wide.detach().abs().amax(-1, keepdim=True).clamp(min=eps)
-    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1)).to(x.dtype)
+    largest = wide.detach().abs().amax(-1, keepdim=True)
+    wide = wide / largest.clamp(min=eps)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    # Only rows shorter than eps are clamped: at the bound itself, the norm of a row with one entry,
+    # clamp has no gradient.
+    return (wide / torch.where(largest < eps, norm.clamp(min=1), norm)).to(x.dtype)
 
 
 class WeightNormLinear(nn.Module):

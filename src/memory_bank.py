@@ -169,7 +169,7 @@ def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) 
     }
     run.log.write(line["iteration"], line)
     text = "sizes {cluster_min:.0f} to {cluster_max:.0f}, median {cluster_median:.0f}, "
-    text += "{clusters_empty:g} empty"
+    text += "{clusters_empty:.1f} empty"
     text += ", NMI {nmi_previous:.2f} with the previous" if before is not None else ""
     text += ", NMI {nmi_labels:.2f} with the labels" if truth is not None else ""
     known = (labels[0] >= 0).sum().item()

@@ -105,7 +105,7 @@ def _torch_search(train, rows, columns):
         for start in range(0, len(train), columns):
             block = train[start : start + columns].float()
             product = buffer[: len(queries) * len(block)].view(len(queries), len(block))
-            with torch.no_grad(), _full_precision():
+            with torch.no_grad(), full_precision():
                 torch.mm(queries, block.T, out=product)
             keys = torch.cat([keys, _block_keys(product, k, offset + start)], dim=1)
             keys = _largest(keys, k)
@@ -134,7 +134,7 @@ def _block_keys(product, k, first):
 
 
 @contextmanager
-def _full_precision():
+def full_precision():
     """float32 products in float32, whatever torch.set_float32_matmul_precision was set to.
 
     Autocast needs no switching off: it leaves products with `out` alone.

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread (two cores), no GPU noise, the golden arrays."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+# Of the processes that tests start; a value that OpenMP cannot read would be a line on stderr.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,10 @@
-"""Run a function in several gloo processes and collect what each returns."""
+"""Run a function in several gloo processes, or a script's main in one: cheap forks of one server."""
 
+import importlib
 import multiprocessing
+import os
 import queue
+import socket
 import tempfile
 import traceback
 from datetime import timedelta
@@ -10,9 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# The fork server imports torch and all of src once; each rank is then a cheap fork of it.
+# The fork server imports once what test modules import; each rank is then a cheap fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "main_swav"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("torch", "torch.distributed", "torch._dynamo", "pytest", "tests.reference", "tests.runs"),
+        *("main_swav", "main_dino", "eval_knn", "eval_linear"),
+        *("matplotlib.pyplot", "sklearn.datasets"),
+    ]
+)
 TIMEOUT = 120  # seconds
 
 
@@ -69,3 +78,56 @@ def _rank_main(function, rank, world_size, folder, results, args):
     except BaseException:
         error = traceback.format_exc()
     results.put((rank, result, error))
+
+
+class Main:
+    """main(argv) of a script in a process of its own, to be watched, signalled and killed.
+
+    As subprocess.Popen where tests.runs needs it, and seconds faster: nothing is imported again.
+    """
+
+    def __init__(self, script, folder, argv, environ=None):
+        self.log = Path(f"{folder}.out{(environ or {}).get('RANK', '')}")
+        words = ["--dump_path", str(folder), *map(str, argv)]
+        arguments = (script, words, str(self.log), environ or {})
+        self.process = CONTEXT.Process(target=_call_main, args=arguments)
+        self.process.start()
+        self.pid, self.stdout = self.process.pid, self
+
+    def read(self):
+        return self.log.read_text()
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """Its exit status, minus the signal if one killed it."""
+        self.process.join(TIMEOUT)
+        if self.process.is_alive():
+            self.process.kill()
+            raise RuntimeError(f"it ran for {TIMEOUT} s more:\n{self.read()}")
+        return self.process.exitcode
+
+
+def start_mains(script, folder, argv, world_size):
+    """A Main for each rank, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
+    environs = [{name: str(value) for name, value in rank.items()} for rank in ranks]
+    return [Main(script, folder, argv, environ) for environ in environs]
+
+
+def _call_main(script, argv, log, environ):
+    torch.set_num_threads(1)
+    os.environ.update(environ)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    module = importlib.import_module(script)
+    module.cli.run(lambda: module.main(argv))

@@ -10,8 +10,10 @@ from src.weights import CheckpointError
 PRESETS = {"imagenet": {}, "cifar": {"epochs": 7}, "tiny": {"epochs": 3, "nmb_crops": [2, 4]}}
 
 
-def parser():
+def parser(warmup=None):
     parser = cli.Parser("A script.\n\nMore.")
+    if warmup is not None:
+        parser.add_argument("--warmup_epochs", type=int, default=warmup)
     parser.add_argument("--data_path", default="digits")
     parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS])
     parser.add_argument("--epochs", type=cli.positive(int), default=100)
@@ -43,6 +45,41 @@ def parse(*argv):
 def test_the_data_choose_the_preset_and_a_flag_wins(argv, preset, epochs):
     args = parse(*argv)
     assert (args.preset, args.epochs) == (preset, epochs)
+
+
+@pytest.mark.parametrize(
+    "argv, warmup",
+    [
+        ("--data_path /imagenet", 10),
+        ("--data_path /imagenet --epochs 10", 10),
+        ("--data_path /imagenet --epochs 9", 4),  # half of a run that is shorter
+        ("--data_path /imagenet --epochs 1", 0),
+        ("--epochs 5", 4),  # of the preset
+        ("--epochs 3", 1),
+        ("--epochs 3 --warmup_epochs 3", 3),
+    ],
+)
+def test_a_usual_warm_up_fits_into_a_short_run_and_the_log_says_so(argv, warmup, caplog):
+    presets = {**PRESETS, "tiny": {"warmup_epochs": 4}}
+    args = cli.parse_args(parser(warmup=10), presets, argv.split())
+    assert args.warmup_epochs == warmup
+    args.batch_size = 8
+    with caplog.at_level("INFO"):
+        cli.check_batch(args, 8, 100)
+    usual = {1: "usual 4 epochs", 4: "usual 10 epochs", 0: "usual 10 epochs"}.get(warmup)
+    shortened = usual is not None and argv != "--epochs 5"
+    assert len(caplog.messages) == shortened
+    assert not shortened or f"the {usual} of warm-up are {warmup}" in caplog.text
+    assert "note" not in args  # args.json has the flags alone
+
+
+def test_a_warm_up_that_was_asked_for_and_exceeds_the_run_is_refused():
+    presets = {**PRESETS, "tiny": {"warmup_epochs": 4}}
+    for argv in (["--epochs", "3", "--warmup_epochs", "4"], ["--warmup_epochs", "101"]):
+        args = cli.parse_args(parser(warmup=10), presets, argv)
+        args.batch_size = 8
+        with pytest.raises(ValueError, match=f"--warmup_epochs {argv[-1]} exceeds --epochs"):
+            cli.check_batch(args, 8, 100)
 
 
 def test_two_resolutions_alone_imply_the_published_sizes_and_scales():

@@ -198,6 +198,19 @@ def test_the_gradient_of_unit_rows_is_that_of_the_formula(scale):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_with_one_large_entry_has_the_gradient_of_the_formula(dtype):
+    """Its length, counted in that entry, is 1 exactly, where a clamp at 1 has no gradient."""
+    x = torch.tensor([[5.0, 0, 0], [0, -7, 1e-8], [1, 0, 0], [1e20, 0, 0], [2e-12, 0, 0]]).to(dtype)
+    weights = torch.tensor([1.0, -2.0, 3.0], dtype=dtype)
+    leaf = x.clone().requires_grad_()
+    (unit_rows(leaf) * weights).sum().backward()
+    length = x.double().norm(dim=1, keepdim=True)
+    unit, weights = x.double() / length, weights.double()
+    expected = weights - unit * (unit @ weights)[:, None]  # (I - u u^T) w, by the length
+    torch.testing.assert_close(leaf.grad.double() * length, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_scores_do_not_depend_on_the_length_of_the_bottleneck():
     torch.manual_seed(0)
     head = DINOHead(**SIZES)

@@ -1,6 +1,7 @@
 """Ranks from real environments, the process group, collectives, devices."""
 
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -431,11 +432,25 @@ def test_precision_of_the_cpu():
 
 
 def test_peak_memory_grows_by_what_is_held():
-    """In a process of its own: a peak is not reached twice."""
+    """In a process of its own: a peak is not reached twice, nor inherited from one that holds more."""
     code = (
         "import torch; from src import distributed; cpu = torch.device('cpu')\n"
-        "first = torch.ones(200_000_000)  # beyond what importing needed at its peak\n"
+        "first = torch.ones(50_000_000)  # beyond what importing needed at its peak\n"
         "before = distributed.peak_memory_mb(cpu); held = torch.ones(50_000_000)  # 200 MB\n"
         "assert 150 < distributed.peak_memory_mb(cpu) - before < 300"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    command = [sys.executable, "-c", code]
+    parent = f"import subprocess; x = bytearray(12 * 10**8); subprocess.run({command}, check=True)"
+    subprocess.run([sys.executable, "-c", parent], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("status", [None, "Name: python\nVmRSS: 5 kB\n"])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads files of Linux")
+def test_peak_memory_where_the_system_does_not_say_it_is_that_of_getrusage(
+    status, monkeypatch, tmp_path
+):
+    if status:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(distributed, "open", lambda path: open(tmp_path / "status"), raising=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    assert distributed.peak_memory_mb(torch.device("cpu")) == pytest.approx(peak, rel=0.01)

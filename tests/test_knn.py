@@ -138,7 +138,7 @@ def test_autocast_around_the_search_changes_nothing():
         with torch.autocast("cpu", torch.bfloat16):
             found = nearest_neighbours(train, queries, 5)[0]
         assert torch.get_float32_matmul_precision() == "medium"
-        with neighbours._full_precision():
+        with neighbours.full_precision():
             assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)

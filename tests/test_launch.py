@@ -176,6 +176,7 @@ def task(tmp_path):
 def launch(*words, path="", **environ):
     """Run the launcher as a user does, `path` in front of PATH."""
     environ = os.environ | {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"} | environ
+    environ["OMP_NUM_THREADS"] = "1"  # OpenMP complains on stderr of an empty one, say
     command = [sys.executable, str(ROOT / "run_with_submitit.py"), *map(str, words)]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=110)
 

@@ -1,0 +1,270 @@
+"""SimCLR with multi-crop: tell crops of one image from crops of all other images of the batch.
+
+Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
+Representations, ICML 2020, arXiv:2002.05709; with several crops as in appendix A.8 of the SwAV
+paper, arXiv:2006.09882, and Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
+  Eq. 7 (SwAV)   each positive against all negatives   nt_xent
+  appendix A.8   negatives of all processes            src/gather.py
+  section 3.2    multi-crop                            src/multicrop.py, src/augment.py
+
+  python main_simclr.py                                    digits, a minute on two cores
+  python main_simclr.py --data_path cifar10 --epochs 100   one GPU
+  torchrun --nproc_per_node 8 main_simclr.py --data_path /imagenet/train --min_scale_crops 0.08 \\
+      --batch_size 32 --base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --epochs 200
+                       the SwAV paper lists SimCLR of this size with 61.9 % linear (Table 3)
+Starting the same command again continues where it stopped.
+
+Deviations from Chen et al.: all but the loss is as in main_swav.py, as it is where the SwAV paper
+compares the two (section 5.1): optimizer, schedule, head, crops. Two crops make their loss; of more,
+a denominator holds one positive only (Eq. 7), where that of Khosla et al. holds all.
+Deviations from the authors' code: that of this comparison is not published; as in main_swav.py,
+photometry runs in batches on the device, in float, not on 8-bit images; images and crops depend on
+(seed, epoch, index) only, photometry on (seed, epoch, iteration, rank).
+Kept: normalisation with red std 0.228 (usually 0.229), so that features fit the released weights;
+the schedule repeats its peak and stops short of its end.
+"""
+
+import argparse
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+
+from src import checkpoint, cli, distributed, image_args, metrics, setup
+from src.augment import Augment
+from src.contrastive_health import diagnose_contrastive, pair_cosines
+from src.datasets import open_dataset
+from src.gather import gather_rows_with_gradient
+from src.gradients import grad_norm
+from src.logger import Stopwatch, describe_run, setup_logging
+from src.optim import cosine_schedule
+from src.resnet import build_model
+from src.run import Run
+
+logger = logging.getLogger(__name__)
+
+# Changed defaults of the method on small data, beside those of src/presets.py.
+SMALL = {"temperature": 0.5}
+PRESETS = {
+    "imagenet": {},
+    "cifar": {**SMALL, "dump_path": "runs/simclr_cifar"},
+    "tiny": {**SMALL, "dump_path": "runs/simclr_digits"},
+}
+
+
+# ============ simclr loss ============
+def nt_xent(embedding: torch.Tensor, num_crops: int, temperature: float) -> torch.Tensor:
+    """Tell the other crops of an image from the crops of all other images (Eq. 7).
+
+    embedding: (M * B, D), M crops of each of the B images of this process, crop-major, L2-normalised,
+    carries gradient. With s = cosine / temperature, p the M - 1 other crops of the image of crop i,
+    and n its negatives, all crops of all other images of all processes, returns the mean over the
+    crops i of this process and over p of - log(exp(s_ip) / (exp(s_ip) + sum_n exp(s_in))): a float32
+    scalar, computed in float32. Its gradient averaged over processes, as DDP does, is that of the
+    mean over all crops. There must be at least 2 crops, and 2 images over all processes.
+    """
+    with torch.autocast(embedding.device.type, enabled=False):
+        own = embedding.float().unflatten(0, (num_crops, -1))  # (M, B, D)
+        images = gather_rows_with_gradient(own.transpose(0, 1))  # (W * B, M, D), by rank
+        s = (own / temperature).flatten(0, 1) @ images.flatten(0, 1).t()  # (M * B, W * B * M)
+        s = s.view(*own.shape[:2], *images.shape[:2])  # (M, B, W * B, M)
+        same_image = s.diagonal(distributed.rank() * own.shape[1], 1, 2)  # (M, M, B), a view of s
+        positives = same_image.clone()
+        same_image.fill_(-math.inf)  # what is left in s are the negatives
+        negatives = s.flatten(2).logsumexp(2)  # (M, B)
+        losses = F.softplus(negatives[:, None] - positives)  # (M, M, B)
+        others = 1 - torch.eye(num_crops, device=s.device)  # a crop is not its own positive
+        return (others * losses.mean(2)).sum() / others.sum()
+
+
+# ============ one epoch ============
+def train_one_epoch(run, loader, schedule, epoch, start, args):
+    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
+    device, num_crops = run.process.device, sum(args.nmb_crops)
+    stopwatch = Stopwatch()
+    run.network.train()
+    for it, (batch, _) in enumerate(stopwatch.watch(loader), start):
+        iteration = epoch * run.iters_per_epoch + it
+        for group in run.optimizer.param_groups:
+            group["lr"] = float(schedule[iteration])
+
+        # ============ multi-crop forward ============
+        draws = setup.generator(args.seed, epoch, it, run.process.rank)
+        torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
+        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
+        with distributed.autocast(device, run.precision):
+            embedding = run.network(crops)  # (V * B, D)
+
+        # ============ simclr loss ============
+        loss = nt_xent(embedding, num_crops, args.temperature)
+        embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
+
+        # ============ backward and optim step ============
+        run.optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
+        run.last = (loss.detach(), grad_norm(run.module.parameters()))
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+
+        # ============ log, save, stop ============
+        done = it + 1
+        run.picture_crops(crops)
+        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
+            rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
+            log_progress(run, epoch, iteration, embedding, rates, args)
+        if done < run.iters_per_epoch and run.must_stop(done):
+            run.save(epoch, done)
+            return done
+        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
+            run.save(epoch, done)
+    return run.iters_per_epoch
+
+
+def log_progress(run, epoch, iteration, embedding, rates, args):
+    """Write a log line with the health of the embeddings (V, B, D)."""
+    largest = embedding[: args.nmb_crops[0]].flatten(0, 1)  # crops of the first resolution
+    positive, negative = pair_cosines(embedding)
+    health = {
+        "positive_cosine": positive,
+        "negative_cosine": negative,
+        "embedding_std": run.mean_over_processes(metrics.embedding_std(largest)),
+        "rankme": metrics.rankme(largest).item(),
+    }
+    num_negatives = count_negatives(args, run.global_batch)
+    text = "collapsed {ceiling:.2f}, cosine {positive_cosine:.2f}, others {negative_cosine:.2f}, "
+    text += "std {embedding_std:.2f}, rank {rankme:.0f}"
+    text = text.format(**health, ceiling=math.log(1 + num_negatives))
+    line = run.report(epoch, iteration, rates, health, text)
+    run.diagnose(line, lambda lines: diagnose_contrastive(lines, num_negatives))
+
+
+# ============ main ============
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
+    args = cli.parse_args(get_parser(), PRESETS, argv)
+    image_args.fill_in_crops(args)
+    launch = distributed.read_environment()
+    setup_logging(None, launch.rank == 0)
+    cli.check_runtime(args, launch.world_size)
+    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    global_batch = args.batch_size * launch.world_size
+    cli.check_batch(args, global_batch, len(dataset))
+    check_args(args, global_batch)
+    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    torch.manual_seed(args.seed)  # every process starts from the same network
+    options = cli.model_options(args)
+    model = build_model(args.arch, normalize=True, nmb_prototypes=0, **options)
+    checkpoint.check_writable(args.dump_path)
+    setup_logging(args.dump_path, launch.rank == 0)
+    if args.init_from:
+        head = ("projection_head",)
+        checkpoint.load_weights(model, args.init_from, allow_missing=head)
+
+    process = distributed.init(args.device)
+    precision = distributed.resolve_precision(args.precision, process.device)
+
+    # ============ data ============
+    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
+    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
+    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+
+    # ============ model and optimizer ============
+    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
+    model, network = setup.wrap_network(model, *placing)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = setup.build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
+    run = Run(
+        *(args, process, precision, model, network, augment, optimizer),
+        *(len(dataset), global_batch),
+        method="simclr",
+    )
+    factor = cli.lr_factor(args, global_batch)
+    peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
+    times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
+    schedule = cosine_schedule(peak, end, *times, begin)
+    setup.log_plan(run, crops, peak)
+    log_contrast(args, global_batch)
+    first_epoch, start = run.resume()
+    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
+        describe_run(vars(args), args.dump_path)
+
+    # ============ epochs ============
+    for epoch in range(first_epoch, args.epochs):
+        sampler.set_epoch(epoch, start)
+        done = train_one_epoch(run, loader, schedule, epoch, start, args)
+        if run.stopping:
+            return run.stopped()
+        last, start = epoch + 1 == args.epochs, 0
+        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
+        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
+            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
+        run.plot(1 + count_negatives(args, global_batch))
+        if not last and run.must_stop(done):
+            return run.stopped()
+    return run.finished()
+
+
+def count_negatives(args, global_batch):
+    """Negatives of a crop: the crops of all other images."""
+    return sum(args.nmb_crops) * (global_batch - 1)
+
+
+def log_contrast(args, global_batch):
+    """Say what a crop is compared with."""
+    num_negatives = count_negatives(args, global_batch)
+    logger.info(
+        "contrast    %d positives and %s negatives for each crop, temperature %g; "
+        "ln(1 + %s) = %.3f is the loss of identical embeddings",
+        *(sum(args.nmb_crops) - 1, f"{num_negatives:,}", args.temperature),
+        *(f"{num_negatives:,}", math.log(1 + num_negatives)),
+    )
+
+
+# ============ arguments ============
+def get_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    at_least_zero, positive = cli.at_least_zero, cli.positive
+
+    add = parser.add_argument_group("method (symbols of the paper)").add_argument
+    add("--temperature", type=positive(float), default=0.1, help="tau of Eq. 7")
+
+    image_args.add_crop_args(image_args.add_data_args(parser, PRESETS))
+    image_args.add_augment_args(parser)
+    cli.add_model_args(parser)
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive(int), default=100, help="passes over the data")
+    add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=64,
+        help="B, images per process")
+    add("--optimizer", default="larc", choices=["larc", "lars", "sgd", "adamw"],
+        help="larc: around SGD with momentum 0.9, as published; or another")
+    add("--base_lr", type=positive(float), default=4.8, help="learning rate after the warm-up")
+    add("--final_lr", type=at_least_zero(float), default=0.0, help="learning rate at the end")
+    add("--start_warmup", type=at_least_zero(float), default=0.0, help="learning rate at the start")
+    add("--warmup_epochs", type=at_least_zero(int), default=10, help="epochs of linear warm-up")
+    add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
+
+    cli.add_training_args(parser)
+    cli.add_runtime_args(parser)
+    return parser
+    # fmt: on
+
+
+def check_args(args, global_batch: int) -> None:
+    """Raise ValueError on arguments that do not fit together."""
+    if sum(args.nmb_crops) < 2:
+        raise ValueError(
+            "--nmb_crops 1: the positives of a crop are other crops, so use at least 2"
+        )
+    if global_batch < 2:
+        raise ValueError(
+            f"--batch_size {args.batch_size}: a batch of {global_batch} image has no negatives, "
+            "so use at least 2 images over all processes"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,425 @@
+"""src.kmeans: golden values, exact sums, empty clusters, several processes, extremes of the input."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import kmeans
+from src.kmeans import assign, euclidean_kmeans, initial_centroids, spherical_kmeans
+from tests.gloo import run_ranks
+
+BOTH = pytest.mark.parametrize("cluster", [spherical_kmeans, euclidean_kmeans])
+
+
+def unit_rows(n, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, size, generator=generator), dim=1)
+
+
+def blobs(num_blobs, per_blob, size, noise=0.02, seed=0):
+    """Unit rows (num_blobs * per_blob, size) in shuffled order, and the blob of each."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = unit_rows(num_blobs, size, seed + 1)
+    labels = torch.arange(num_blobs).repeat(per_blob)
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    rows = centres[labels] + noise * torch.randn(len(labels), size, generator=generator)
+    return F.normalize(rows, dim=1), labels
+
+
+def reference(features, centroids, iterations, spherical):
+    """float64 k-means from the equations, with a loop over clusters."""
+    features, centroids = features.astype(np.float64), centroids.astype(np.float64)
+    for step in range(iterations + 1):
+        if spherical:
+            labels = (features @ centroids.T).argmax(1)
+        else:
+            labels = ((features[:, None] - centroids[None]) ** 2).sum(2).argmin(1)
+        if step == iterations:
+            return centroids, labels
+        for k in set(labels):
+            centroids[k] = features[labels == k].mean(0)
+        if spherical:
+            norms = np.linalg.norm(centroids, axis=1, keepdims=True)
+            centroids = centroids / np.maximum(norms, 1e-12)
+
+
+@pytest.mark.parametrize("case", ["plain", "empty", "duplicate"])
+@pytest.mark.parametrize("head", [0, 1, 2])
+def test_spherical_equals_the_golden_clusters(golden, case, head):
+    arrays = golden("deepclusterv2_kmeans")
+    bank = torch.from_numpy(arrays[f"{case}_bank"][int(arrays[f"{case}_bank_used{head}"])])
+    start = torch.from_numpy(arrays[f"{case}_init_centroids{head}"])
+    centroids, assignments = spherical_kmeans(bank, start, int(arrays["n_iters"]))
+    expected = arrays[f"{case}_assignments"][head][arrays[f"{case}_index"]]
+    assert np.array_equal(assignments.numpy(), expected)
+    np.testing.assert_allclose(centroids.numpy(), arrays[f"{case}_centroids{head}"], atol=1e-5)
+    assert torch.equal(assign(bank, centroids, spherical=True), assignments)
+
+
+@pytest.mark.parametrize("case, iterations", [("plain", 5), ("onestep", 1)])
+def test_euclidean_equals_the_golden_clusters(golden, case, iterations):
+    arrays = golden("deepercluster")
+    rows, start = (torch.from_numpy(arrays[f"km_plain_{name}"]) for name in ("x", "init"))
+    centroids, assignments = euclidean_kmeans(rows, start, iterations)
+    assert np.array_equal(assignments.numpy(), arrays[f"km_{case}_labels"])
+    np.testing.assert_allclose(centroids.numpy(), arrays[f"km_{case}_centroids"], atol=1e-5)
+    assert torch.equal(assign(rows, centroids, spherical=False), assignments)
+
+
+@pytest.mark.parametrize("num_clusters", [3, 1023, 1024, 1100])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_assignments_are_the_best_centroids_with_few_and_with_many(num_clusters, spherical):
+    rows, centroids = unit_rows(900, 16), 1.5 * unit_rows(num_clusters, 16, seed=1)
+    centroids[2] *= 0.9  # so that norms matter
+    scores = rows.double() @ centroids.double().T
+    if not spherical:
+        scores -= centroids.double().square().sum(1) / 2
+    assert torch.equal(assign(rows, centroids, spherical), scores.argmax(1))
+
+
+@pytest.mark.parametrize("num_clusters", [5, 1200])
+def test_ties_go_to_the_lowest_index(num_clusters):
+    rows = unit_rows(50, 8)
+    start = rows[:1].expand(num_clusters, -1).clone()
+    assert not assign(rows, start, spherical=True).any()
+    assert not assign(rows, start, spherical=False).any()
+    start[: num_clusters // 2] *= -1  # in another group of columns
+    expected = torch.where(rows @ rows[0] > 0, num_clusters // 2, 0)
+    assert torch.equal(assign(rows, start, spherical=True), expected)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 4])
+@BOTH
+def test_every_iteration_is_an_e_step_and_an_m_step_and_an_e_step_ends(cluster, iterations):
+    rows, _ = blobs(6, 30, 12, noise=0.3)
+    start = rows[:9] if cluster is spherical_kmeans else rows[:9] * 1.3
+    expected = reference(rows.numpy(), start.numpy(), iterations, cluster is spherical_kmeans)
+    centroids, assignments = cluster(rows, start, iterations)
+    assert centroids.dtype == torch.float32 and assignments.dtype == torch.int64
+    np.testing.assert_allclose(centroids.numpy(), expected[0], atol=1e-6)
+    assert np.array_equal(assignments.numpy(), expected[1])
+
+
+def test_inputs_are_left_as_they_were_and_autocast_changes_nothing():
+    rows, start = unit_rows(200, 8), unit_rows(5, 8, seed=1)
+    rows.requires_grad_()
+    copies = rows.detach().clone(), start.clone()
+    expected = spherical_kmeans(rows, start)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = spherical_kmeans(rows, start)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(rows.detach(), copies[0]) and torch.equal(start, copies[1])
+    assert not found[0].requires_grad
+
+
+# ============ sums ============
+
+
+def test_sums_of_two_million_points_are_exact_in_any_order():
+    rows = unit_rows(1000, 4).repeat(2000, 1)  # float32 sums of these are wrong by 1e-3 and more
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    shift = kmeans._fixed_point(len(rows), *kmeans.extent(rows))
+    sums, counts = kmeans._member_sums(rows, labels, 1, shift)
+    exact = (rows[:1000].double() * 2.0**shift).round().sum(0) * 2000 * 2.0**-shift
+    assert counts.item() == len(rows) and torch.equal(sums[0], exact)
+    np.testing.assert_allclose(sums[0] / counts, rows[:1000].double().mean(0), atol=2.0**-shift)
+    assert shift >= 31
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))]
+    assert torch.equal(kmeans._member_sums(shuffled, labels, 1, shift)[0], sums)
+
+
+def test_sums_of_rows_of_very_different_lengths_lose_none_of_them():
+    rows = torch.tensor([[1e18, 1e18], [1e18, 1e18], [1.0, 2.0], [3.0, 4.0], [1e-8, 0.0]])
+    start = torch.tensor([[1e18, 1e18], [1.0, 1.0]])
+    assert kmeans._fixed_point(5, *kmeans.extent(rows)) is None
+    centroids, assignments = euclidean_kmeans(rows, start, 1)
+    assert assignments.tolist() == [0, 0, 1, 1, 1]
+    torch.testing.assert_close(centroids[1], torch.tensor([4 / 3, 2.0]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18, 1e30])
+def test_euclidean_clusters_do_not_depend_on_the_scale_of_the_features(scale):
+    rows, start = unit_rows(300, 6), unit_rows(8, 6, seed=1)
+    scale = 2.0 ** round(np.log2(scale))
+    expected = euclidean_kmeans(rows, start, 5)
+    centroids, assignments = euclidean_kmeans(rows * scale, start * scale, 5)
+    assert torch.equal(assignments, expected[1])
+    torch.testing.assert_close(centroids / scale, expected[0])
+
+
+# ============ empty clusters ============
+
+
+@pytest.mark.parametrize("num_blobs", [2, 10, 40])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@BOTH
+def test_reseeding_fills_every_cluster_from_equal_starts(cluster, num_blobs, offset):
+    if cluster is spherical_kmeans:
+        rows, _ = blobs(num_blobs, 30, 16)
+    else:
+        rows = blobs(num_blobs, 30, 16)[0] + offset
+    start = rows[:1].expand(num_blobs, -1)
+    _, assignments = cluster(rows, start, 12, empty="reseed")
+    assert (assignments.bincount(minlength=num_blobs) > 0).all()
+    _, assignments = cluster(rows, start, 1)  # "keep": one more of the equal ones at a time
+    assert assignments.max() <= 1
+
+
+def test_the_largest_clusters_are_split_first_and_each_once():
+    means = torch.eye(6, dtype=torch.float64)
+    counts = torch.tensor([5.0, 0.0, 9.0, 0.0, 1.0, 0.0])
+    after = kmeans._reseed(means, counts, True, 0, 0)
+    assert torch.equal(after[[4, 5]], means[[4, 5]])  # the third empty one finds no donor
+    for donor, taker in [(2, 1), (0, 3)]:
+        torch.testing.assert_close((after[donor] + after[taker]) / 2, means[donor])
+        assert 0.005 < (after[donor] - means[donor]).norm() < 0.02
+        assert after[donor].norm().sub(after[taker].norm()).abs() < 1e-12
+    assert not torch.equal(after, kmeans._reseed(means, counts, True, 1, 0))
+    without = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    assert torch.equal(kmeans._reseed(means, without, True, 0, 0), means)
+
+
+def test_a_cluster_around_the_origin_can_be_split():
+    rows = torch.tensor([[-1.0], [1.0], [-1.5], [1.5]])
+    centroids, assignments = euclidean_kmeans(rows, torch.zeros(2, 1), 3, empty="reseed")
+    assert sorted(centroids.flatten().tolist()) == [-1.25, 1.25]
+    assert assignments.bincount().tolist() == [2, 2]
+
+
+# ============ starts ============
+
+
+@pytest.mark.parametrize("method", ["random", "k-means++"])
+@pytest.mark.parametrize("num_clusters", [1, 7, 50])
+def test_starts_are_different_rows_and_the_seed_decides(method, num_clusters):
+    rows = unit_rows(50, 5)
+    start = initial_centroids(rows, num_clusters, 3, method)
+    chosen = (start[:, None] == rows[None]).all(2).nonzero()[:, 1]
+    assert start.shape == (num_clusters, 5) and len(set(chosen.tolist())) == num_clusters
+    assert torch.equal(start, initial_centroids(rows, num_clusters, 3, method))
+    assert not torch.equal(start, initial_centroids(rows, num_clusters, 4, method))
+
+
+def test_random_starts_are_the_first_of_a_permutation():
+    rows = unit_rows(20, 3)
+    chosen = torch.randperm(20, generator=torch.Generator().manual_seed(5))[:4]
+    assert torch.equal(initial_centroids(rows, 4, 5), rows[chosen])
+
+
+def test_plus_plus_finds_all_blobs_of_which_random_misses_some():
+    rows, labels = blobs(30, 10, 16, noise=1e-3)
+    for seed in range(3):
+        found = [
+            assign(initial_centroids(rows, 30, seed, method), rows, False)
+            for method in ("k-means++", "random")
+        ]
+        hit = [len(set(labels[rows_hit].tolist())) for rows_hit in found]
+        assert hit[0] == 30 and hit[1] < 30
+
+
+def test_plus_plus_draws_by_squared_distance():
+    rows = torch.tensor([[0.0], [1.0], [3.0]])
+    drawn = torch.zeros(3, 3)
+    for seed in range(600):
+        first, second = initial_centroids(rows, 2, seed, "k-means++")[:, 0].tolist()
+        drawn[[0.0, 1.0, 3.0].index(first), [0.0, 1.0, 3.0].index(second)] += 1
+    expected = torch.tensor([[0, 1 / 10, 9 / 10], [1 / 5, 0, 4 / 5], [9 / 13, 4 / 13, 0]])
+    np.testing.assert_allclose(drawn / drawn.sum(1, keepdim=True), expected, atol=0.1)
+    assert drawn.sum(1).min() > 150
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+def test_plus_plus_takes_copies_only_when_nothing_else_is_left(scale):
+    rows = torch.eye(3).repeat(4, 1) * scale
+    start = initial_centroids(rows, 5, 0, "k-means++")
+    assert len(start[:3].unique(dim=0)) == 3 and len(start) == 5
+    rare = torch.zeros(200_000, 1)
+    rare[123_456] = scale  # 32768 proposals miss it as a rule
+    assert initial_centroids(rare, 2, 0, "k-means++").abs().max() == torch.tensor(scale)
+    same = initial_centroids(torch.ones(6, 2), 6, 0, "k-means++", torch.arange(6))
+    assert torch.equal(same, torch.ones(6, 2))
+
+
+# ============ extremes ============
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@BOTH
+def test_other_types_equal_their_float32_values(cluster, dtype):
+    rows = unit_rows(300, 16).to(dtype)
+    start = initial_centroids(rows, 6, 0)
+    assert start.dtype == torch.float32
+    found, expected = cluster(rows, start.to(dtype)), cluster(rows.float(), start)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("empty", ["keep", "reseed"])
+@BOTH
+def test_finite_at_the_extremes_of_every_input_type(cluster, dtype, empty):
+    largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    rows = torch.tensor(
+        [[largest, largest], [-largest, largest], [0, 0], [tiny, 0], [1, 1], [0, -1]], dtype=dtype
+    )
+    for method in ("random", "k-means++"):
+        start = initial_centroids(rows, 3, 0, method)
+        centroids, assignments = cluster(rows, start, 4, empty)
+        assert centroids.isfinite().all() and assignments.min() >= 0 and assignments.max() <= 2
+    if cluster is euclidean_kmeans:
+        assert len(set(assign(rows, rows[[0, 1, 4]], False)[[0, 1, 4]].tolist())) == 3
+
+
+@pytest.mark.parametrize("empty", ["keep", "reseed"])
+@BOTH
+def test_equal_rows_zero_rows_one_cluster_and_as_many_clusters_as_rows(cluster, empty):
+    equal = torch.full((9, 4), 0.5)
+    centroids, assignments = cluster(equal, equal[:1].expand(3, -1), 3, empty)
+    assert centroids.isfinite().all() and len(set(assignments.tolist())) == 1
+    centroids, assignments = cluster(torch.zeros(5, 3), torch.zeros(2, 3), 3, empty)
+    assert centroids.isfinite().all() and len(set(assignments.tolist())) == 1
+    assert empty == "reseed" or not centroids.any()
+    rows = unit_rows(12, 5)
+    centroids, assignments = cluster(rows, rows[:1], 2, empty)
+    mean = rows.double().mean(0)
+    mean = F.normalize(mean, dim=0) if cluster is spherical_kmeans else mean
+    torch.testing.assert_close(centroids[0], mean.float())
+    centroids, assignments = cluster(rows, rows, 2, empty)
+    assert torch.equal(assignments, torch.arange(12))
+    torch.testing.assert_close(centroids, rows)
+    line = torch.tensor([[1.0], [-1.0], [1.0]])
+    assert cluster(line, line[:2], 2, empty)[1].tolist() == [0, 1, 0]
+
+
+def test_bad_arguments_are_named():
+    rows = unit_rows(5, 3)
+    broken = rows.clone()
+    broken[4, 1] = torch.inf
+    for cluster in (spherical_kmeans, euclidean_kmeans):
+        cases = [
+            ("6 clusters of the 5 rows", (rows, rows[[0] * 6])),
+            ("0 clusters of the 5 rows", (rows, rows[:0])),
+            ("1 clusters of the 0 rows", (rows[:0], rows[:1])),
+            ("'split'", (rows, rows[:2], 1, "split")),
+            ("'numpy'", (rows, rows[:2], 1, "keep", "numpy")),
+            ("iterations -1", (rows, rows[:2], -1)),
+            (r"centroids \(2, 2\) must be \(K, 3\)", (rows, rows[:2, :2])),
+            (r"shape \(n, D\), not \(3,\)", (rows[0], rows[:2])),
+            ("finite features", (broken, rows[:2])),
+            ("finite features", (broken * torch.nan, rows[:2])),
+            ("finite features", (rows.double() * 1e300, rows[:2])),
+            ("finite centroids", (rows, broken[4:])),
+        ]
+        for message, arguments in cases:
+            with pytest.raises(ValueError, match=message):
+                cluster(*arguments)
+    for message, arguments in [
+        ("6 clusters of the 5 rows", (rows, 6, 0)),
+        ("'best'", (rows, 2, 0, "best")),
+        ("finite features", (broken, 2, 0)),
+        (r"number the 5 rows, not be \(4,\)", (rows, 2, 0, "random", torch.arange(4))),
+        ("positions must ascend", (rows, 5, 0, "random", torch.arange(5) + 1)),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            initial_centroids(*arguments)
+
+
+# ============ processes ============
+
+
+def _all_of_it(rank, world_size, rows, sizes, strided):
+    """Clusters from both starts, of this process's rows, with their positions."""
+    torch.set_num_threads(1)
+    at = torch.arange(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    positions = None
+    if strided:
+        at = positions = torch.arange(rank, len(rows), world_size)
+    mine = torch.from_numpy(rows)[at]
+    found = {"at": at.numpy()}
+    for method in ("random", "k-means++"):
+        start = initial_centroids(mine, 12, 1, method, positions)
+        found[f"{method} start"] = start.numpy()
+        for cluster in (spherical_kmeans, euclidean_kmeans):
+            for empty in ("keep", "reseed"):
+                start[8:] = start[:4]  # four are empty at first
+                name = f"{method} {cluster.__name__} {empty}"
+                centroids, assignments = cluster(mine, start, 5, empty)
+                found[f"{name} centroids"], found[f"{name} mine"] = (
+                    centroids.numpy(),
+                    assignments.numpy(),
+                )
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes, strided",
+    [((90, 110), False), ((100, 100), True), ((200, 0), False), ((70, 1, 0, 129), False)],
+)
+def test_any_number_of_processes_gives_the_same_bits(sizes, strided):
+    rows = blobs(10, 20, 8, noise=0.2)[0].numpy()
+    (expected,) = run_ranks(_all_of_it, 1, rows, (200,), False)
+    for found in run_ranks(_all_of_it, len(sizes), rows, sizes, strided):
+        for name, value in found.items():
+            if name.endswith("mine"):
+                assert np.array_equal(value, expected[name][found["at"]]), name
+            elif name != "at":
+                assert np.array_equal(value, expected[name]), name
+
+
+def _errors(rank, world_size):
+    rows = unit_rows(4, 3, seed=rank)
+    broken = rows.clone()
+    broken[0, 0] = torch.nan if rank else 1.0
+    messages = []
+    for call in (
+        lambda: spherical_kmeans(broken, rows[:2], 1),
+        lambda: initial_centroids(broken, 2, 0),
+        lambda: euclidean_kmeans(rows, rows[[0] * 9], 1),
+        lambda: initial_centroids(rows, 8, 0, "random", torch.arange(4)),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_is_wrong_on_one_process_stops_all():
+    messages = run_ranks(_errors, 2)
+    assert messages[0] == messages[1]
+    assert "finite" in messages[0][0] and "9 clusters of the 8 rows" in messages[0][2]
+
+
+def _faiss_clusters(rank, world_size, rows, start):
+    mine = torch.from_numpy(rows).tensor_split(world_size)[rank]
+    start = torch.from_numpy(start)
+    found = []
+    for cluster in (spherical_kmeans, euclidean_kmeans):
+        centroids, assignments = cluster(mine, start, 3, backend="faiss")
+        found += [centroids.numpy(), assignments.numpy()]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_faiss_agrees(world_size):
+    pytest.importorskip("faiss")
+    rows, labels = blobs(5, 40, 8)
+    start = torch.stack([rows[labels == k][0] for k in range(5)])
+    shares = run_ranks(_faiss_clusters, world_size, rows.numpy(), start.numpy())
+    for i, cluster in enumerate((spherical_kmeans, euclidean_kmeans)):
+        expected = cluster(rows, start, 3)
+        for share in shares:
+            np.testing.assert_allclose(share[2 * i], expected[0], atol=1e-6)
+        assignments = np.concatenate([share[2 * i + 1] for share in shares])
+        assert np.array_equal(assignments, expected[1])
+
+
+def test_faiss_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    rows = unit_rows(5, 3)
+    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+        spherical_kmeans(rows, rows[:2], backend="faiss")

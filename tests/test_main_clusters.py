@@ -1,0 +1,268 @@
+"""main_deepclusterv2.py and main_selav2.py as their users run them: bare, resumed, killed, misused."""
+
+import importlib
+import os
+import random
+import re
+import shlex
+import signal
+
+import pytest
+import torch
+
+from src import cli
+from src.logger import read_log
+from tests import runs
+from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.test_main_dino import few_label_accuracy
+
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+
+METHODS = ["deepclusterv2", "selav2"]
+SMALL = shlex.split(
+    "--arch resnet10 --width 0.125 --stem small --hidden_mlp 32 --feat_dim 16 --nmb_crops 2 1 "
+    "--size_crops 12 8 --nmb_prototypes 10 12 --batch_size 128 --epochs 2 --warmup_epochs 0 "
+    "--base_lr 0.2 --workers 0 --log_freq 1 --knn_freq 0 --no-tensorboard"
+)
+both = pytest.mark.parametrize("method", METHODS)
+
+
+def script(method):
+    return importlib.import_module(f"main_{method}")
+
+
+def train(method, folder, *argv):
+    """Run main in this process: its status and the log by iteration."""
+    argv = [*SMALL, "--dump_path", str(folder), *map(str, argv)]
+    return script(method).main(argv), losses(folder)
+
+
+def start(method, folder, *argv, **options):
+    return runs.start(f"main_{method}.py", folder, *SMALL, *argv, **options)
+
+
+def assignments(folder):
+    return [line for line in read_log(folder) if "assignment_seconds" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs by method: folder and losses."""
+    found = {}
+    for method in METHODS:
+        folder = tmp_path_factory.mktemp(method)
+        status, values = train(method, folder, "--knn_freq", "2")
+        assert status == 0
+        found[method] = folder, values
+    return found
+
+
+@both
+def test_a_run_leaves_what_the_readme_promises(whole, method):
+    folder, values = whole[method]
+    assert sorted(values) == list(range(20))
+    lines = [line for line in read_log(folder) if "loss" in line]
+    wanted = {"prediction_entropy", "accuracy", "prototypes_used", "embedding_std", "rankme"}
+    assert all(wanted | {"gradient_norm", "eta_seconds"} <= line.keys() for line in lines)
+    first, second = assignments(folder)
+    assert (first["epoch_float"], second["epoch_float"]) == (0, 1)
+    assert "nmi_previous" not in first and 0 < second["nmi_previous"] < 1
+    for line in (first, second):
+        assert 0 < line["nmi_labels"] < 1 and line["cluster_min"] <= line["cluster_median"]
+    state = torch.load(folder / "checkpoint.pth", weights_only=True)
+    bank, labels = (state["method_state"][name] for name in ("memory_bank", "pseudo_labels"))
+    assert bank["embeddings"].shape == (1280, 2, 16) and len(bank["indices"].unique()) == 1280
+    assert labels["labels"].shape == (2, 1297) and labels["epoch"] == 1
+    assert ((labels["labels"] == -100).sum(1) == 17).all()  # what the last batch left out
+    norms = bank["embeddings"].norm(dim=2)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    text = (folder / "train.log").read_text()
+    assert "ln(K) = 2.303" in text and "memory bank: 10 of 10 batches" in text
+    assert re.search(
+        r"epoch 2/2 clusters 10 \+ 12 of 1,280 images in .* NMI 0\.\d\d with the", text
+    )
+    assert (folder / "plots" / "curves.png").exists() and (folder / "plots" / "crops.png").exists()
+
+
+def test_the_head_of_deepclusterv2_is_the_centroids(whole):
+    state = torch.load(whole["deepclusterv2"][0] / "checkpoint.pth", weights_only=True)
+    for head, size in enumerate((10, 12)):
+        weight = state["model"][f"prototypes.prototypes{head}.weight"]
+        assert weight.shape == (size, 16)
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(size))
+
+
+def test_selav2_gives_all_prototypes_equal_shares(whole):
+    """Equal for the soft assignment; rounded to one prototype each, nearly so."""
+    first, second = assignments(whole["selav2"][0])
+    assert second["clusters_empty"] == 0 and second["cluster_max"] < 3 * 1280 / 10
+
+
+@both
+def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
+    whole, tmp_path, monkeypatch, method
+):
+    iterations = iter(range(100))
+    with monkeypatch.context() as patch:
+        run = script(method).Run
+        must_stop = run.must_stop
+
+        def send_a_signal_now_and_then(self, done):
+            if next(iterations) in (13, 19, 27):  # 10 of the first pass; then 4, 10, 18 are done
+                os.kill(os.getpid(), signal.SIGTERM)
+            return must_stop(self, done)
+
+        patch.setattr(run, "must_stop", send_a_signal_now_and_then)
+        for _ in range(3):
+            assert train(method, tmp_path)[0] == 128 + signal.SIGTERM
+    status, values = train(method, tmp_path)
+    assert status == 0 and values == whole[method][1]
+    text = (tmp_path / "train.log").read_text()
+    places = re.findall(r"continues from epoch (\d), iteration (\d)", text)
+    assert places == [("1", "4"), ("2", "0"), ("2", "8")]
+    expected = [{k: v for k, v in x.items() if "seconds" not in k} for x in assignments(tmp_path)]
+    found = assignments(whole[method][0])
+    assert expected == [{k: v for k, v in x.items() if "seconds" not in k} for x in found]
+
+
+@both
+def test_a_signal_in_the_first_pass_leaves_at_once(tmp_path, monkeypatch, method):
+    run = script(method).Run
+    must_stop, calls = run.must_stop, []
+
+    def in_the_third(self, done):
+        calls.append(done)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return must_stop(self, done)
+
+    monkeypatch.setattr(run, "must_stop", in_the_third)
+    argv = [*SMALL, "--dump_path", str(tmp_path)]
+    assert script(method).main(argv) == 128 + signal.SIGTERM and calls == [1, 2, 3]
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes, method):
+    argv = ("--batch_size", 128 // processes, "--checkpoint_iters", 3, "--epochs", 3)
+    finish(start(method, tmp_path / "whole", *argv, processes=processes))
+    killed = start(method, tmp_path / "killed", *argv, processes=processes)
+    wait_for_lines(tmp_path / "killed", killed, random.randint(5, 24))
+    for pid in [*children_of(killed), killed.pid]:
+        os.kill(pid, signal.SIGKILL)
+    killed.communicate()
+    output = finish(start(method, tmp_path / "killed", *argv, processes=processes))
+    assert "continues from epoch" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+NO_DRAWS = "--no_flip --color_jitter 0 --grayscale 0 --blur 0 --optimizer sgd".split()
+
+
+@pytest.mark.slow
+@both
+def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path, method):
+    """Without photometry, whose draws depend on the process, all runs see the same batches."""
+    _, expected = train(method, tmp_path / "one", *NO_DRAWS)
+    argv = (*NO_DRAWS, "--batch_size", 64, "--checkpoint_iters", 1)
+    finish(start(method, tmp_path / "two", *argv, processes=2))
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=2e-3)
+    mixed = start(method, tmp_path / "mixed", *argv, processes=2)
+    wait_for_lines(tmp_path / "mixed", mixed, 7)
+    os.kill(children_of(mixed)[0], signal.SIGUSR1)
+    mixed.communicate()
+    assert train(method, tmp_path / "mixed", *NO_DRAWS)[0] == 0
+    assert losses(tmp_path / "mixed") == pytest.approx(expected, rel=2e-3)
+    text = (tmp_path / "mixed" / "train.log").read_text()
+    assert re.search(r"continues from epoch 1, iteration [1-9]", text)
+    for one, other in zip(
+        assignments(tmp_path / "one"), assignments(tmp_path / "mixed"), strict=True
+    ):
+        assert one["nmi_labels"] == pytest.approx(other["nmi_labels"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "method, argv",
+    [
+        ("deepclusterv2", "--nmb_prototypes 10 --kmeans_start k-means++ --empty_clusters reseed"),
+        ("deepclusterv2", "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --kmeans_iters 1"),
+        ("deepclusterv2", "--freeze_prototypes_niters 3 --crops_for_assign 0 1 2 --in_chans 1"),
+        ("deepclusterv2", "--kmeans_backend faiss --optimizer adamw --base_lr 0.001"),
+        ("deepclusterv2", "--precision bf16 --optimizer larc --head_dims 24 16"),
+        ("selav2", "--nmb_prototypes 10 --epsilon 0.01 --sinkhorn_tolerance 1"),
+        ("selav2", "--nmb_reassignments 2 --precision bf16 --freeze_prototypes_niters 0"),
+        ("selav2", "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --workers 2"),
+    ],
+)
+def test_every_option_trains(tmp_path, method, argv):
+    if "faiss" in argv:
+        pytest.importorskip("faiss")
+    status, values = train(method, tmp_path, "--epochs", "1", *argv.split())
+    assert status == 0 and len(values) == 10
+    assert all(0 < loss < 20 for loss in values.values())
+
+
+def test_selav2_keeps_its_labels_between_the_times_of_the_schedule(tmp_path):
+    train("selav2", tmp_path, "--epochs", 5, "--nmb_reassignments", 2, "--log_freq", 100)
+    epochs = [line["epoch"] for line in assignments(tmp_path)]
+    assert epochs == script("selav2").reassignment_epochs(5, 2) and len(epochs) < 5
+    text = (tmp_path / "train.log").read_text()
+    assert f"assigned anew before {len(epochs)} of 5 epochs" in text
+
+
+@both
+def test_data_without_labels_and_broken_files_train_through(tmp_path, method):
+    folder = images(tmp_path / "images", 150, broken_every=50)
+    argv = ("--data_path", folder, "--preset", "tiny", "--batch_size", 50, "--epochs", 2)
+    assert train(method, tmp_path / "run", *argv)[0] == 0
+    assert all("nmi_labels" not in line for line in assignments(tmp_path / "run"))
+
+
+@both
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--nmb_prototypes 10 3000", "--nmb_prototypes 3000 is more"),
+        ("--nmb_prototypes 0", "--nmb_prototypes"),
+        ("--crops_for_assign 0 7", "--crops_for_assign"),
+        ("--nmb_crops 1 --size_crops 12", "--crops_for_assign"),
+        ("--temperature 0", "--temperature"),
+        ("--batch_size 5000", "--batch_size 5000"),
+        ("--data_path /nowhere", "--data_path /nowhere"),
+        ("--dump_path {file}", "--dump_path"),
+        ("--dump_path {swav}", "another method (swav"),
+        ("--unknown 3", "--unknown"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, words):
+    (tmp_path / "file").write_text("")
+    if "swav" in argv:
+        head = ["--nmb_prototypes", "10", "12", "--epochs", "1", "--log_freq", "100"]
+        script("swav").main([*SMALL, *head, "--dump_path", str(tmp_path / "swav")])
+        capsys.readouterr()
+    argv = argv.format(file=tmp_path / "file", swav=tmp_path / "swav").split()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: script(method).main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
+
+
+@pytest.mark.parametrize(
+    "method, argv",
+    [("deepclusterv2", "--kmeans_iters 0"), ("selav2", "--epsilon 0"), ("selav2", "--nopts -1")],
+)
+def test_bad_options_of_a_method_are_named(capsys, method, argv):
+    with pytest.raises(SystemExit) as stop:
+        script(method).main(argv.split())
+    assert stop.value.code == 2 and argv.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@both
+def test_digits_are_learned_without_labels(tmp_path, method):
+    """The bare command, a minute or two on two cores."""
+    finish(runs.start(f"main_{method}.py", tmp_path))
+    trained, untrained = few_label_accuracy(tmp_path)
+    assert trained > untrained + 10, (trained, untrained)
