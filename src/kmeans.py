@@ -15,8 +15,10 @@ from src.kmeans_start import initial_centroids as initial_centroids
 from src.neighbours import full_precision
 
 BLOCK = 2**21  # scores that the E-step holds at a time on a CPU, in its cache
-GROUP = 128  # columns of which only the maximum is compared at first
+GROUP = 64  # columns of which only the maximum is compared at first
 MANY = 1024  # centroids from which on that pays
+BAG = 8  # rows whose sums float32 holds exactly, once the rows are rounded
+SPREAD = 5  # powers of 2 between the largest entries of two rows up to which they are rounded alike
 SPLIT = 0.01  # distance of the two halves of a cluster from its centroid, in norms of the centroid
 
 
@@ -34,9 +36,10 @@ def spherical_kmeans(
 
     features: (n, D), this process's rows, L2-normalised, any floating type; n may be 0.
     centroids: (K, D), the same on all processes. Everything is computed in float32 with autocast
-    off, the sums in float64.
+    off, the sums without any rounding of theirs, from a copy of the features (see _exact_rows).
     empty: "keep" leaves the centroid of an empty cluster where it was; "reseed" splits the largest
-    clusters in two instead (thesis, section 3.2.1), as many as are empty and have 2 members.
+    clusters in two instead (thesis, section 3.2.1, where they are drawn at random), as many as are
+    empty and have 2 members.
     backend: "torch", or "faiss", which runs on rank 0 and re-seeds empty clusters in its own way.
     Returns centroids (K, D) float32, identical on all processes, and the assignments (n,) int64 of
     this process's rows. Both are the same at any number of processes, but for rows whose two best
@@ -67,7 +70,7 @@ def assign(features: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
     The largest dot product if `spherical`, else the smallest squared distance; the lowest index in
     ties. Raises ValueError as spherical_kmeans does. Collective, for the sake of that.
     """
-    exponent, _ = _check(features, centroids)
+    exponent, *_ = _check(features, centroids)
     return _nearest(features, centroids, spherical, exponent)
 
 
@@ -83,16 +86,16 @@ def _kmeans(features, centroids, iterations, empty, backend, spherical):
     if features.device.type == "mps":  # has no float64
         found = _kmeans(features.cpu(), centroids.cpu(), iterations, empty, backend, spherical)
         return tuple(x.to(features.device) for x in found)
-    exponent, smallest = _check(features, centroids)
-    total = num_rows(features, len(centroids))
+    exponent, largest, smallest = _check(features, centroids)
+    num_rows(features, len(centroids))
     centroids = centroids.detach().to(features.device, torch.float32)
     if backend == "faiss":
         centroids = faiss_centroids(features, centroids, iterations, spherical)
         iterations = 0
-    shift = _fixed_point(total, exponent, smallest)
+    exact = _exact_rows(features, largest, smallest) if iterations else None
     for step in range(iterations):
         assignments = _nearest(features, centroids, spherical, exponent)
-        sums, counts = _member_sums(features, assignments, len(centroids), shift)
+        sums, counts = _member_sums(features, exact, assignments, len(centroids))
         members = counts[:, None]
         means = torch.where(members > 0, sums / members.clamp(min=1), centroids.double())
         if empty == "reseed":
@@ -104,7 +107,8 @@ def _kmeans(features, centroids, iterations, empty, backend, spherical):
 
 
 def _check(features, centroids):
-    exponents = extent(features)
+    """Exponents of the largest entry of both, and of the features' largest and smallest row."""
+    largest, smallest = extent(features)
     if centroids.ndim != 2 or centroids.shape[1] != features.shape[1]:
         raise ValueError(
             f"centroids {tuple(centroids.shape)} must be (K, {features.shape[1]}), "
@@ -112,10 +116,10 @@ def _check(features, centroids):
         )
     if not centroids.isfinite().all():
         raise ValueError("k-means needs finite centroids, and some are NaN or infinite")
-    if centroids.numel() and centroids.any():
-        largest = centroids.float().abs().max().item()
-        exponents = max(exponents[0], math.frexp(largest)[1]), exponents[1]
-    return exponents
+    if not (centroids.numel() and centroids.any()):
+        return largest, largest, smallest
+    reach = math.frexp(centroids.float().abs().max().item())[1]
+    return max(largest, reach), largest, smallest
 
 
 # ============ E-step ============
@@ -162,33 +166,43 @@ def _nearest(features, centroids, spherical, exponent):
 # ============ M-step ============
 
 
-def _fixed_point(total, exponent, smallest):
-    """s such that float64 sums of `total` entries rounded to multiples of 2^-s are exact, or None.
+def _exact_rows(features, largest, smallest):
+    """The features (n, D), rounded so that float32 sums of 8 rows are exact; None where that hurts.
 
     Exact sums are the same in any order, hence at any number of processes and with a GPU's atomic
-    additions. The multiples are at most as coarse as the rounding of each row's largest entry to
-    float32, else None: unit rows of 128 entries stay above that up to 33 million of them, beyond
-    which the sums are ordinary float64 ones, whose rounding rarely reaches the float32 centroids.
+    additions. Entries, below 2^largest, become multiples of 2^(largest - 21): 8 of them add up to
+    at most 2^24 such units, which is what float32 holds, and float64 holds the sum of 2^32 rows.
+    That moves an entry, hence a mean, by at most 2^(largest - 22): by 2.4e-7 for entries below 1.
+    None if some row's largest entry is over 32 to 64 times smaller than another's: sums are then
+    ordinary float64 ones, whose dependence on the order rarely reaches the float32 centroids.
     """
-    shift = 53 - math.ceil(math.log2(total)) - exponent
-    return shift if shift >= 24 - smallest and abs(shift) <= 100 else None
+    if largest - smallest > SPREAD or abs(largest) > 100:
+        return None
+    anchor = 1.5 * 2.0 ** (largest + 2)  # float32 has a step of 2^(largest - 21) around it
+    return features.float().add(anchor).sub_(anchor)
 
 
-def _member_sums(features, assignments, num_clusters, shift):
-    """Sums (K, D) and numbers (K,) of the members of each cluster on all processes, in float64."""
-    size = features.shape[1]
-    length = block_rows(features, size, 2**18)
-    sums = torch.zeros(num_clusters, size, dtype=torch.float64, device=features.device)
-    narrow = sums.new_empty(length, size, dtype=torch.float32)
-    wide = sums.new_empty(length, size)
-    for block, members in zip(features.split(length), assignments.split(length), strict=True):
-        block = block.float()
-        if shift is not None:
-            block = torch.mul(block, 2.0**shift, out=narrow[: len(block)]).round_()
-        sums.index_add_(0, members, wide[: len(block)].copy_(block))
+def _member_sums(features, exact, assignments, num_clusters):
+    """Sums (K, D) float64 and numbers (K,) of the members of each cluster on all processes.
+
+    exact: _exact_rows of the features. Bags of 8 members add up in float32, then bags in float64.
+    """
     counts = assignments.bincount(minlength=num_clusters)
-    totals = distributed.all_reduce_sum(torch.cat([sums, counts[:, None].double()], dim=1))
-    return totals[:, :-1] * 2.0 ** -(shift or 0), totals[:, -1]
+    size = features.shape[1]
+    sums = torch.zeros(num_clusters, size, dtype=torch.float64, device=features.device)
+    if exact is None:
+        length = block_rows(features, size, 2**19)
+        for block, members in zip(features.split(length), assignments.split(length), strict=True):
+            sums.index_add_(0, members, block.float().double())
+    elif len(features):
+        order = assignments.int().argsort(stable=True)  # members of cluster 0, of cluster 1, ...
+        bags = (counts + BAG - 1) // BAG  # (K,), numbers of them
+        clusters = torch.arange(num_clusters, device=bags.device).repeat_interleave(bags)  # (B,)
+        before = counts.cumsum(0) - counts - BAG * (bags.cumsum(0) - bags)
+        starts = before[clusters] + BAG * torch.arange(len(clusters), device=bags.device)
+        bag_sums = F.embedding_bag(order, exact, starts, mode="sum")  # (B, D)
+        sums.index_add_(0, clusters, bag_sums.double())
+    return distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)
 
 
 def _reseed(means, counts, spherical, step, exponent):

@@ -155,11 +155,13 @@ def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
             return
 
 
-def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) -> dict:
-    """Write a log line with the health of new pseudo-labels (heads, N); returns it.
+def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) -> None:
+    """Write a log line with the health of new pseudo-labels (heads, N), the same on all processes.
 
     before: those of the epoch before, or None. truth: (N,) of the data, or None.
     """
+    if not distributed.is_main():
+        return
     line = {
         "epoch": epoch,
         "epoch_float": float(epoch),
@@ -178,4 +180,3 @@ def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) 
         *(epoch + 1, run.arguments["epochs"], " + ".join(map(str, num_clusters))),
         *(f"{known:,}", seconds, text.format(**line)),
     )
-    return line

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from src import distributed
+from src.label_plan import TINY, Plan
+from src.neighbours import full_precision
 
 logger = logging.getLogger(__name__)
 
-# Entries of the N x K plan worked on at a time: what a CPU's cache holds, 400 MB of a GPU.
-BLOCK, BLOCK_GPU = 2**18, 2**25
 CHECK_EVERY = 10  # iterations between two looks at the error, as published
-LARGEST_CHANGE = 600.0  # logarithm: exp() of it, summed over any data, stays a number
-TINY = torch.finfo(torch.float64).tiny
-HUGE = torch.finfo(torch.float64).max
 
 
 class SelfLabels(NamedTuple):
@@ -39,13 +36,14 @@ class SelfLabels(NamedTuple):
 
 
 @torch.no_grad()
+@full_precision()
 def self_labels(
     embeddings: Tensor,
     prototypes: Tensor,
     temperature: float = 0.1,
     epsilon: float = 0.05,
     tolerance: float = 0.1,
-    max_iterations: int = 2001,
+    max_iterations: int = 10001,
     max_bytes: int = 2**30,
 ) -> SelfLabels:
     """Give every row the prototype that it takes most of when all prototypes get the same share.
@@ -58,16 +56,19 @@ def self_labels(
 
     embeddings: (n, D) any floating type; with a process group, this process's rows, n may be 0.
     prototypes: (K, D), the same on all processes. temperature: tau of Eq. 8. epsilon: > 0, the
-    entropy regularisation; SeLa's lambda is temperature / epsilon. max_iterations: a warning is
-    logged when they do not reach the tolerance, and the labels are those of the last one.
-    max_bytes: the scores z^T c (n, K) are kept between the iterations where they fit into this, and
-    else computed anew each time, in blocks: the same numbers, two to three times slower on a CPU.
+    entropy regularisation; SeLa's lambda is temperature / epsilon. max_iterations: four times what
+    50,000 rows took at epsilon 0.01 (up to 2531; the number grows with log N). A warning is logged
+    when they do not reach the tolerance, and the labels are those of the last one.
+    max_bytes: the kernel of src/label_plan.py (n, K) is kept between the iterations where it fits
+    into this, and else computed anew each time, in blocks: the same numbers, but nine
+    times slower on a CPU (D = 128).
 
-    Scores are computed in float32 (float64 for float64 input, or where float32 would overflow), all
-    else in float64. Memory beside the input: n x 24 bytes, 12 to 24 bytes for each entry of a block
-    (of 2**18 entries on a CPU, 2**25 on a GPU), and at most `max_bytes`. For N = 1.28 million and
-    K = 3000, a head at a time: on each of 64 processes 0.5 MB, 240 MB of scores and the block; on
-    one process 31 MB and the block, where P of one head in float64 would take 31 GB.
+    Scores and the kernel are computed in float32 (float64 for float64 input, or where float32 would
+    overflow), all else in float64: the error can reach any tolerance, and log_scales are exact to
+    1e-6 or so. Memory beside the input: n x 24 bytes, 20 bytes for each entry of a block (of 2**18
+    entries on a CPU, 2**23 on a GPU), and at most `max_bytes`. For N = 1.28 million and K = 3000, a
+    head at a time: on each of 64 processes 0.5 MB, 240 MB of kernel and the block; on one process
+    31 MB and the block, where P of one head in float64 would take 31 GB.
     Labels that tie go to the lowest prototype. Finite for all finite scores.
     Raises ValueError on all processes for embeddings or prototypes that are not finite, for no row
     at all, and for shapes and numbers that cannot be.
@@ -77,42 +78,26 @@ def self_labels(
         numbers = (temperature, epsilon, tolerance, max_iterations, max_bytes)
         found = self_labels(embeddings.cpu(), prototypes.cpu(), *numbers)
         return found._replace(labels=found.labels.to(embeddings.device))
-    num_rows, num_prototypes = len(embeddings), len(prototypes)
-    total, dtype = _agree(embeddings, prototypes)
-    blocks = _score_blocks(embeddings, prototypes.to(embeddings.device), dtype, max_bytes)
-    vector = torch.zeros(num_rows, dtype=torch.float64, device=embeddings.device)
-    tops, log_sums = vector, vector.clone()  # (n,), largest score, -log(N c)
-    labels = torch.zeros_like(vector, dtype=torch.int64)
-    log_scales = _first_scales(blocks, tops, log_sums, num_prototypes, total, temperature, epsilon)
+    total, dtype = _agree(embeddings, prototypes, epsilon)
+    plan = Plan(embeddings, prototypes.to(embeddings.device, dtype), epsilon, max_bytes)
+    log_scales = plan.first_scales(total, temperature)
     for iteration in range(max_iterations):
-        last = iteration + 1 == max_iterations
-        check = last or iteration % CHECK_EVERY == 0
-        sums = vector.new_zeros(num_prototypes + 1)  # mass of each prototype, error
-        for rows, x in _distances(blocks, tops, epsilon):
-            x += log_scales
-            if check:
-                top, labels[rows] = x.max(1)
-            else:
-                top = x.amax(1)
-            row_sums = x.sub_(top[:, None]).exp_().sum(1)  # (b,), at least 1
-            sums[:-1].addmv_(x.t(), 1 / row_sums)
-            change = top + row_sums.log() - log_sums[rows]  # (b,), log(c before / c after)
-            log_sums[rows] += change
-            sums[-1] += change.clamp_(max=LARGEST_CHANGE).expm1_().abs_().sum()
-        sums = distributed.all_reduce_sum(sums)
+        sums = distributed.all_reduce_sum(plan.step(log_scales))
         mass = sums[:-1] / total  # (K,), of the plan: P^T c is mass / r
-        if check:
+        last = iteration + 1 == max_iterations
+        if last or iteration % CHECK_EVERY == 0:
             error, smallest = torch.stack([sums[-1], mass.amin()]).tolist()
-            if (error <= tolerance and smallest >= TINY) or last:
+            converged = error <= tolerance and smallest >= TINY
+            if converged or last:
                 break
-        log_scales = log_scales - math.log(num_prototypes) - mass.clamp(min=TINY).log()
-    if not (error <= tolerance and smallest >= TINY) and distributed.is_main():
+        log_scales = log_scales - math.log(len(prototypes)) - mass.clamp(min=TINY).log()
+    if not converged and distributed.is_main():
         logger.warning(
             "the assignment did not converge in %d iterations: its error is %.3g, "
             "--sinkhorn_tolerance %g; raise the tolerance, or --epsilon %g",
             *(max_iterations, error, tolerance, epsilon),
         )
-    return SelfLabels(labels, iteration + 1, error, log_scales)
+    return SelfLabels(plan.labels(log_scales), iteration + 1, error, log_scales)
 
 
 def _check(embeddings, prototypes, temperature, epsilon, tolerance, max_iterations):
@@ -139,7 +124,7 @@ def _check(embeddings, prototypes, temperature, epsilon, tolerance, max_iteratio
         )
 
 
-def _agree(embeddings, prototypes):
+def _agree(embeddings, prototypes, epsilon):
     """Rows of all processes, and the type in which no score overflows; ValueError if there is none."""
     largest = [_largest(embeddings), _largest(prototypes.double().abs().sum(1))]
     bound = largest[0] * largest[1] if all(map(math.isfinite, largest)) else math.inf
@@ -154,68 +139,13 @@ def _agree(embeddings, prototypes):
     total = distributed.all_reduce_sum(torch.tensor(len(embeddings))).item()
     if total == 0:
         raise ValueError("there is no embedding to assign: the memory bank is empty")
-    wide = double or bound > torch.finfo(torch.float32).max
+    wide = double or max(bound, 1 / epsilon) > torch.finfo(torch.float32).max
     return total, torch.float64 if wide else torch.float32
 
 
 def _largest(x):
     """The largest absolute value, 0 without any, NaN if there is a NaN."""
     return torch.stack(torch.aminmax(x)).double().abs().max().item() if x.numel() else 0.0
-
-
-def _score_blocks(embeddings, prototypes, dtype, max_bytes):
-    """blocks() -> pairs (rows, scores (b, K)), the same each time; the scores are not to be changed."""
-    num_rows, num_prototypes = len(embeddings), len(prototypes)
-    size = max(16, (BLOCK_GPU if embeddings.is_cuda else BLOCK) // num_prototypes)
-    slices = [slice(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
-    weights = prototypes.to(dtype).t()  # (D, K)
-
-    def product(rows, out):
-        return torch.mm(embeddings[rows].to(dtype), weights, out=out)
-
-    if num_rows * num_prototypes * dtype.itemsize <= max_bytes:
-        scores = embeddings.new_empty(num_rows, num_prototypes, dtype=dtype)
-        kept = [(rows, product(rows, scores[rows])) for rows in slices]
-        return lambda: kept
-    buffer = embeddings.new_empty(size, num_prototypes, dtype=dtype)
-    return lambda: ((rows, product(rows, buffer[: rows.stop - rows.start])) for rows in slices)
-
-
-def _distances(blocks, tops, epsilon):
-    """Yield (rows, (score - largest score of the row) / epsilon), float64 (b, K), to be overwritten.
-
-    The subtraction comes first, so that rows of huge scores keep their differences.
-    """
-    buffer = None
-    for rows, scores in blocks():
-        if buffer is None:
-            buffer = torch.empty_like(scores, dtype=torch.float64)
-        block = buffer[: len(scores)].copy_(scores)
-        yield rows, block.sub_(tops[rows, None]).mul_(1 / epsilon)
-
-
-def _first_scales(blocks, tops, log_sums, num_prototypes, total, temperature, epsilon):
-    """log r (K,) of the first iteration, where c = 1/N; fills in `tops` and `log_sums` (n,).
-
-    A column of P can be 0 in float64, so it is summed on logarithms. Later that cannot be: r has
-    made the columns sum to 1/K, so rows are at most 1, a column's largest entry is at least 1/(K N),
-    and it is no less in the softmax of its row. Only where logarithms overflow is there a 0.
-    """
-    for rows, scores in blocks():
-        tops[rows] = scores.amax(1)
-    column_tops = tops.new_full((num_prototypes,), -HUGE)  # (K,), a running log-sum-exp
-    column_sums = tops.new_zeros(num_prototypes)
-    for rows, x in _distances(blocks, tops, epsilon):
-        # log of P's normaliser: P = exp(x) / sum(exp(x * epsilon / temperature)) ^ lambda
-        normaliser = (x * (epsilon / temperature)).exp_().sum(1).log() * (temperature / epsilon)
-        log_sums[rows] = normaliser
-        x -= normaliser[:, None]
-        before, column_tops = column_tops, column_tops.maximum(x.amax(0))
-        column_sums *= (before - column_tops).exp()
-        column_sums += x.sub_(column_tops).exp_().sum(0)
-    top = distributed.all_reduce_max(column_tops)
-    sums = distributed.all_reduce_sum(column_sums * (column_tops - top).exp())
-    return -math.log(num_prototypes / total) - top - sums.clamp(min=TINY).log()
 
 
 def reassignment_times(epochs: int, num_reassignments: int) -> list[float]:

@@ -1,11 +1,13 @@
 """src.kmeans: golden values, exact sums, empty clusters, several processes, extremes of the input."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from src import kmeans
+from src import kmeans, kmeans_start
 from src.kmeans import assign, euclidean_kmeans, initial_centroids, spherical_kmeans
 from tests.gloo import run_ranks
 
@@ -116,31 +118,68 @@ def test_inputs_are_left_as_they_were_and_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(rows.detach(), copies[0]) and torch.equal(start, copies[1])
     assert not found[0].requires_grad
+    columns = rows.detach().T.contiguous().T
+    found = spherical_kmeans(columns, start)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # ============ sums ============
 
 
-def test_sums_of_two_million_points_are_exact_in_any_order():
-    rows = unit_rows(1000, 4).repeat(2000, 1)  # float32 sums of these are wrong by 1e-3 and more
-    labels = torch.zeros(len(rows), dtype=torch.int64)
-    shift = kmeans._fixed_point(len(rows), *kmeans.extent(rows))
-    sums, counts = kmeans._member_sums(rows, labels, 1, shift)
-    exact = (rows[:1000].double() * 2.0**shift).round().sum(0) * 2000 * 2.0**-shift
-    assert counts.item() == len(rows) and torch.equal(sums[0], exact)
-    np.testing.assert_allclose(sums[0] / counts, rows[:1000].double().mean(0), atol=2.0**-shift)
-    assert shift >= 31
-    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))]
-    assert torch.equal(kmeans._member_sums(shuffled, labels, 1, shift)[0], sums)
+@pytest.mark.parametrize("num_clusters", [1, 7, 1500])
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 3e25])
+def test_sums_are_exact_and_the_same_in_any_order(num_clusters, scale):
+    rows = unit_rows(2000, 16) * scale
+    rows[3, 2], rows[7] = scale, 0.0
+    generator = torch.Generator().manual_seed(num_clusters)
+    labels = torch.randint(num_clusters, (2000,), generator=generator)
+    largest, smallest = kmeans.extent(rows)
+    exact = kmeans._exact_rows(rows, largest, smallest)
+    units = exact.double() * 2.0 ** (21 - largest)
+    assert torch.equal(units, units.round()) and units.abs().max() <= 2**21
+    assert (exact - rows).abs().max() <= 2.0 ** (largest - 22)
+    expected = torch.zeros(num_clusters, 16, dtype=torch.int64).index_add_(0, labels, units.long())
+    for order in (torch.arange(2000), torch.randperm(2000, generator=generator)):
+        sums, counts = kmeans._member_sums(rows[order], exact[order], labels[order], num_clusters)
+        assert torch.equal(sums, expected.double() * 2.0 ** (largest - 21))
+        assert torch.equal(counts, labels.bincount(minlength=num_clusters))
 
 
-def test_sums_of_rows_of_very_different_lengths_lose_none_of_them():
+def test_the_largest_entries_fill_a_bag_to_the_last_bit():
+    rows = torch.full((80, 2), 1 - 2.0**-21)  # the largest multiple of the unit that is below 1
+    exact = kmeans._exact_rows(rows, *kmeans.extent(rows))
+    sums, _ = kmeans._member_sums(rows, exact, torch.zeros(80, dtype=torch.int64), 1)
+    assert torch.equal(exact, rows) and torch.equal(sums[0], rows.double().sum(0))
+
+
+def test_sums_of_a_million_points_are_exact():
+    rows = unit_rows(500, 4).repeat(2000, 1)  # float32 sums of these are wrong by 1e-3 and more
+    exact = kmeans._exact_rows(rows, *kmeans.extent(rows))
+    sums, counts = kmeans._member_sums(rows, exact, torch.zeros(len(rows), dtype=torch.int64), 1)
+    assert counts.item() == len(rows) and torch.equal(sums[0], exact[:500].double().sum(0) * 2000)
+    np.testing.assert_allclose(sums[0] / counts, rows[:500].double().mean(0), atol=1e-7)
+
+
+def test_rows_of_very_different_lengths_are_not_rounded():
     rows = torch.tensor([[1e18, 1e18], [1e18, 1e18], [1.0, 2.0], [3.0, 4.0], [1e-8, 0.0]])
     start = torch.tensor([[1e18, 1e18], [1.0, 1.0]])
-    assert kmeans._fixed_point(5, *kmeans.extent(rows)) is None
     centroids, assignments = euclidean_kmeans(rows, start, 1)
     assert assignments.tolist() == [0, 0, 1, 1, 1]
     torch.testing.assert_close(centroids[1], torch.tensor([4 / 3, 2.0]))
+    for exponent, rounded in [(-1, True), (-5, True), (-6, False), (-90, False)]:
+        rows = torch.tensor([[0.6, 0.0], [2.0**exponent / 1.3, 0.0], [0.0, 0.0]])
+        assert (kmeans._exact_rows(rows, *kmeans.extent(rows)) is not None) == rounded
+
+    for value in (3e38, 1e-38):  # where units would be outside of float32
+        rows = torch.full((9, 2), value)
+        assert torch.equal(euclidean_kmeans(rows, rows[:1], 1)[0], rows[:1])
+
+
+@pytest.mark.parametrize("factor", [1.0, 16.0, 1e5])
+def test_means_are_as_fine_for_starts_far_away(factor):
+    rows = unit_rows(1, 64)
+    centroids, _ = euclidean_kmeans(rows, -rows * factor, 1)
+    torch.testing.assert_close(centroids, rows, atol=2.0**-22, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18, 1e30])
@@ -234,6 +273,16 @@ def test_plus_plus_draws_by_squared_distance():
     assert drawn.sum(1).min() > 150
 
 
+def test_draws_are_accepted_in_proportion_to_the_weights():
+    weights = torch.tensor([0.0, 1.0, 4.0, 9.0, 0.0, 16.0, 0.5])
+    generator = torch.Generator().manual_seed(0)
+    draw = kmeans_start._draw
+    drawn = torch.cat([draw(weights, torch.arange(7), 7, generator) for _ in range(1500)])
+    expected = 1500 * weights / weights.sum()
+    deviations = (drawn.bincount(minlength=7) - expected).abs()
+    assert (deviations <= 4 * expected.sqrt()).all(), deviations
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
 def test_plus_plus_takes_copies_only_when_nothing_else_is_left(scale):
     rows = torch.eye(3).repeat(4, 1) * scale
@@ -252,11 +301,12 @@ def test_plus_plus_takes_copies_only_when_nothing_else_is_left(scale):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @BOTH
 def test_other_types_equal_their_float32_values(cluster, dtype):
-    rows = unit_rows(300, 16).to(dtype)
-    start = initial_centroids(rows, 6, 0)
-    assert start.dtype == torch.float32
-    found, expected = cluster(rows, start.to(dtype)), cluster(rows.float(), start)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for lengths in (1.0, torch.logspace(-2, 2, 300)[:, None]):  # rounded for exact sums, or not
+        rows = (unit_rows(300, 16).double() * lengths).to(dtype)
+        start = initial_centroids(rows, 6, 0)
+        assert start.dtype == torch.float32
+        found, expected = cluster(rows, start.to(dtype)), cluster(rows.float(), start)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -332,46 +382,40 @@ def test_bad_arguments_are_named():
 # ============ processes ============
 
 
-def _all_of_it(rank, world_size, rows, sizes, strided):
-    """Clusters from both starts, of this process's rows, with their positions."""
-    torch.set_num_threads(1)
-    at = torch.arange(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    positions = None
-    if strided:
-        at = positions = torch.arange(rank, len(rows), world_size)
-    mine = torch.from_numpy(rows)[at]
-    found = {"at": at.numpy()}
+SPLITS = {  # rows of each rank, and whether they take turns instead
+    2: [((90, 110), False), ((100, 100), True), ((200, 0), False)],
+    4: [((70, 1, 0, 129), False), ((50, 50, 50, 50), True)],
+}
+
+
+def _rows():
+    return blobs(10, 20, 8, noise=0.2)[0]
+
+
+def _clusters(rows, positions):
+    """Everything by name: clusters from both starts, of this process's rows."""
+    found = {}
     for method in ("random", "k-means++"):
-        start = initial_centroids(mine, 12, 1, method, positions)
+        start = initial_centroids(rows, 12, 1, method, positions)
         found[f"{method} start"] = start.numpy()
+        start[8:] = start[:4]  # four are empty at first
         for cluster in (spherical_kmeans, euclidean_kmeans):
             for empty in ("keep", "reseed"):
-                start[8:] = start[:4]  # four are empty at first
                 name = f"{method} {cluster.__name__} {empty}"
-                centroids, assignments = cluster(mine, start, 5, empty)
-                found[f"{name} centroids"], found[f"{name} mine"] = (
-                    centroids.numpy(),
-                    assignments.numpy(),
-                )
+                centroids, assignments = cluster(rows, start, 5, empty)
+                found[f"{name} centroids"] = centroids.numpy()
+                found[f"{name} mine"] = assignments.numpy()
     return found
 
 
-@pytest.mark.parametrize(
-    "sizes, strided",
-    [((90, 110), False), ((100, 100), True), ((200, 0), False), ((70, 1, 0, 129), False)],
-)
-def test_any_number_of_processes_gives_the_same_bits(sizes, strided):
-    rows = blobs(10, 20, 8, noise=0.2)[0].numpy()
-    (expected,) = run_ranks(_all_of_it, 1, rows, (200,), False)
-    for found in run_ranks(_all_of_it, len(sizes), rows, sizes, strided):
-        for name, value in found.items():
-            if name.endswith("mine"):
-                assert np.array_equal(value, expected[name][found["at"]]), name
-            elif name != "at":
-                assert np.array_equal(value, expected[name]), name
+def _faiss_clusters(rows, start):
+    found = []
+    for cluster in (spherical_kmeans, euclidean_kmeans):
+        found += [x.numpy() for x in cluster(rows, start, 3, backend="faiss")]
+    return found
 
 
-def _errors(rank, world_size):
+def _errors(rank):
     rows = unit_rows(4, 3, seed=rank)
     broken = rows.clone()
     broken[0, 0] = torch.nan if rank else 1.0
@@ -379,7 +423,7 @@ def _errors(rank, world_size):
     for call in (
         lambda: spherical_kmeans(broken, rows[:2], 1),
         lambda: initial_centroids(broken, 2, 0),
-        lambda: euclidean_kmeans(rows, rows[[0] * 9], 1),
+        lambda: euclidean_kmeans(rows, rows[[0] * 20], 1),
         lambda: initial_centroids(rows, 8, 0, "random", torch.arange(4)),
     ):
         with pytest.raises(ValueError) as error:
@@ -388,30 +432,65 @@ def _errors(rank, world_size):
     return messages
 
 
-def test_what_is_wrong_on_one_process_stops_all():
-    messages = run_ranks(_errors, 2)
+def _rank_facts(rank, world_size, has_faiss):
+    """What the tests below compare, of one rank: processes are started once for all of it."""
+    rows, clusters = _rows(), []
+    for sizes, strided in SPLITS[world_size]:
+        at = torch.arange(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        if strided:
+            at = torch.arange(rank, len(rows), world_size)
+        clusters.append((at.numpy(), _clusters(rows[at], at if strided else None)))
+    uneven = rows * torch.logspace(0, 6, len(rows))[:, None]  # too much so to be rounded
+    at = torch.arange(rank, len(rows), world_size)
+    plain = euclidean_kmeans(uneven[at], uneven[::20], 5)
+    facts = {"clusters": clusters, "plain": [x.numpy() for x in plain], "errors": _errors(rank)}
+    if has_faiss:
+        facts["faiss"] = _faiss_clusters(rows.tensor_split(world_size)[rank], rows[:5])
+    return facts
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """_rank_facts by the number of processes."""
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    return {size: run_ranks(_rank_facts, size, has_faiss) for size in SPLITS}
+
+
+@pytest.mark.parametrize("world_size", SPLITS)
+def test_any_number_of_processes_gives_the_same_bits(ranks, world_size):
+    expected = _clusters(_rows(), None)
+    for facts in ranks[world_size]:
+        for at, found in facts["clusters"]:
+            for name, value in found.items():
+                whole = expected[name][at] if name.endswith("mine") else expected[name]
+                assert np.array_equal(value, whole), name
+
+
+@pytest.mark.parametrize("world_size", SPLITS)
+def test_sums_that_are_not_exact_agree_between_processes_as_float32_does(ranks, world_size):
+    uneven = _rows() * torch.logspace(0, 6, 200)[:, None]
+    assert kmeans._exact_rows(uneven, *kmeans.extent(uneven)) is None
+    centroids, assignments = euclidean_kmeans(uneven, uneven[::20], 5)
+    for rank, facts in enumerate(ranks[world_size]):
+        np.testing.assert_allclose(facts["plain"][0], centroids, rtol=1e-6)
+        assert np.array_equal(facts["plain"][1], assignments[rank::world_size])
+
+
+def test_what_is_wrong_on_one_process_stops_all(ranks):
+    messages = [facts["errors"] for facts in ranks[2]]
     assert messages[0] == messages[1]
-    assert "finite" in messages[0][0] and "9 clusters of the 8 rows" in messages[0][2]
+    assert "finite" in messages[0][0] and "20 clusters of the 8 rows" in messages[0][2]
 
 
-def _faiss_clusters(rank, world_size, rows, start):
-    mine = torch.from_numpy(rows).tensor_split(world_size)[rank]
-    start = torch.from_numpy(start)
-    found = []
-    for cluster in (spherical_kmeans, euclidean_kmeans):
-        centroids, assignments = cluster(mine, start, 3, backend="faiss")
-        found += [centroids.numpy(), assignments.numpy()]
-    return found
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_faiss_agrees(world_size):
+@pytest.mark.parametrize("world_size", [1, *SPLITS])
+def test_faiss_agrees(ranks, world_size):
     pytest.importorskip("faiss")
-    rows, labels = blobs(5, 40, 8)
-    start = torch.stack([rows[labels == k][0] for k in range(5)])
-    shares = run_ranks(_faiss_clusters, world_size, rows.numpy(), start.numpy())
+    rows = _rows()
+    shares = [_faiss_clusters(rows, rows[:5])]
+    if world_size > 1:
+        shares = [facts["faiss"] for facts in ranks[world_size]]
     for i, cluster in enumerate((spherical_kmeans, euclidean_kmeans)):
-        expected = cluster(rows, start, 3)
+        expected = cluster(rows, rows[:5], 3)
         for share in shares:
             np.testing.assert_allclose(share[2 * i], expected[0], atol=1e-6)
         assignments = np.concatenate([share[2 * i + 1] for share in shares])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import peak_megabytes
-from src import self_label
+from src import label_plan, self_label
 from src.self_label import reassignment_epochs, reassignment_times, self_labels
 from tests.gloo import run_ranks
 from tests.reference import log_softmax, logsumexp
@@ -91,19 +91,78 @@ def test_equals_the_plain_form_also_with_more_prototypes_than_rows(shape, number
     np.testing.assert_allclose(found.log_scales, log_r, rtol=1e-8, atol=1e-8)
 
 
-def test_a_small_tolerance_gives_every_prototype_its_share():
-    embeddings, prototypes = data(300, 20)
-    found = self_labels(embeddings, prototypes, tolerance=1e-9)
-    plan = plan_of(embeddings @ prototypes.T, found)
-    np.testing.assert_allclose(plan.sum(0), 1 / 20, rtol=1e-8)
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-8), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("epsilon", [0.05, 0.01])
+def test_a_small_tolerance_gives_every_prototype_its_share(dtype, rtol, epsilon):
+    embeddings, prototypes = data(300, 20, dtype=dtype)
+    found = self_labels(embeddings, prototypes, epsilon=epsilon, tolerance=1e-9)
+    plan = plan_of(embeddings.double() @ prototypes.double().T, found, epsilon=epsilon)
+    np.testing.assert_allclose(plan.sum(0), 1 / 20, rtol=rtol)
+    # the vectors are float64 on a float32 kernel too, else the error would stay at 300 * 1e-7
     assert found.error <= 1e-9 and found.iterations % 10 == 1
+
+
+def count_steps(monkeypatch):
+    """Record which of the two ways each iteration takes."""
+    steps = []
+    for name in ("_scaling_step", "_logarithmic_step"):
+        step = getattr(label_plan.Plan, name)
+
+        def counted(self, scales, name=name, step=step):
+            steps.append(name)
+            return step(self, scales)
+
+        monkeypatch.setattr(label_plan.Plan, name, counted)
+    return steps
+
+
+@pytest.mark.parametrize("near, far", [(20, 250), (2, 250), (20, 0.01)])
+@pytest.mark.parametrize("max_bytes", [0, 2**30])
+def test_a_kernel_made_once_or_often_and_logarithms_give_the_same(
+    monkeypatch, near, far, max_bytes
+):
+    embeddings, prototypes = data(200, 12, dtype=torch.float64)
+    labels, iterations, log_r = published(embeddings @ prototypes.T, 0.1, 0.01)
+    monkeypatch.setattr(label_plan, "NEAR", near)
+    monkeypatch.setattr(label_plan, "FAR", far)
+    steps = count_steps(monkeypatch)
+    found = self_labels(embeddings, prototypes, 0.1, 0.01, max_bytes=max_bytes)
+    logarithmic = steps.count("_logarithmic_step")
+    if near == 2:
+        assert 1 < logarithmic < len(steps) / 2
+    else:
+        assert logarithmic == (1 if far == 250 else len(steps))
+    assert found.iterations == iterations == len(steps)
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_allclose(found.log_scales, log_r, rtol=1e-8, atol=1e-8)
+
+
+def test_the_error_of_every_iteration_is_the_same_by_kernels_and_logarithms(monkeypatch):
+    embeddings, prototypes = data(100, 12, dtype=torch.float64)
+    errors = []
+    for near, far in [(20, 250), (2, 250), (20, 0.01)]:
+        monkeypatch.setattr(label_plan, "NEAR", near)
+        monkeypatch.setattr(label_plan, "FAR", far)
+        found = [self_labels(embeddings, prototypes, 0.1, 0.01, 1e-9, n) for n in range(1, 26)]
+        errors.append([each.error for each in found])
+    np.testing.assert_allclose(errors[:2], [errors[2]] * 2, rtol=1e-9)
+
+
+def test_a_float32_kernel_needs_no_more_iterations_than_float64():
+    embeddings, prototypes = data(3000, 40)
+    for epsilon in (0.05, 0.01):
+        found = self_labels(embeddings, prototypes, epsilon=epsilon)
+        expected = self_labels(embeddings.double(), prototypes.double(), epsilon=epsilon)
+        assert found.iterations == expected.iterations > 30
+        assert (found.labels == expected.labels).float().mean() > 0.999
+        np.testing.assert_allclose(found.log_scales, expected.log_scales, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**18])
 def test_neither_blocks_nor_keeping_the_scores_change_the_result(monkeypatch, block):
     embeddings, prototypes = data(333, 20)
     expected = published((embeddings @ prototypes.T).numpy())
-    monkeypatch.setattr(self_label, "BLOCK", block)
+    monkeypatch.setattr(label_plan, "BLOCK", block)
     kept = self_labels(embeddings, prototypes)
     computed_anew = self_labels(embeddings, prototypes, max_bytes=0)
     assert torch.equal(kept.log_scales, computed_anew.log_scales)
@@ -125,11 +184,24 @@ def test_half_precision_is_multiplied_in_float32_and_float64_in_float64():
     assert on_scores(scores).labels.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_autocast_around_the_call_changes_nothing():
+def test_neither_autocast_nor_faster_products_around_the_call_change_anything(monkeypatch):
     embeddings, prototypes = data(200, 12)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = self_labels(embeddings, prototypes)
-    assert torch.equal(found.log_scales, self_labels(embeddings, prototypes).log_scales)
+    expected, mm, precisions = self_labels(embeddings, prototypes), torch.mm, set()
+
+    def recorded(*args, **options):
+        precisions.add(torch.get_float32_matmul_precision())
+        return mm(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = self_labels(embeddings, prototypes)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert precisions == {"highest"}
+    assert torch.equal(found.log_scales, expected.log_scales)
 
 
 def test_the_input_is_left_as_it_was_and_the_result_carries_no_gradient():
@@ -141,15 +213,15 @@ def test_the_input_is_left_as_it_was_and_the_result_carries_no_gradient():
 
 
 def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
-    monkeypatch.setattr(self_label, "BLOCK", 2**14)
-    options = {"max_iterations": 2, "tolerance": 1e9, "max_bytes": 0}
+    monkeypatch.setattr(label_plan, "BLOCK", 2**14)
+    options = {"max_iterations": 3, "tolerance": 1e-300, "max_bytes": 0}
     peaks = []
     for num_rows in (1000, 4000):
-        embeddings, prototypes = data(num_rows, 100, 8)
+        embeddings, prototypes = data(num_rows, 300, 8)
         peaks.append(
             peak_megabytes(lambda e=embeddings, p=prototypes: self_labels(e, p, **options))
         )
-    assert (peaks[1] - peaks[0]) * 1e6 < 3000 * 32  # 24 bytes a row, not 100 * 4
+    assert (peaks[1] - peaks[0]) * 1e6 < 3000 * 32  # 28 bytes a row, not 300 * 4
     assert peaks[1] * 1e6 < 4000 * 32 + 2**14 * 32
 
 
@@ -294,6 +366,7 @@ CASES = {
     "float32": {},
     "recomputed": {"max_bytes": 0},
     "far": {"max_iterations": 31},
+    "kernels": {"epsilon": 0.01},
     "overflow on one": {"max_iterations": 11},
     "limit": {"epsilon": 0.01, "max_iterations": 3},
     "nan on one": {},
@@ -313,35 +386,44 @@ def case(name):
     return embeddings[: 0 if name == "empty" else None], prototypes
 
 
-def label_my_rows(rank, world_size, sizes):
-    """What each of CASES gives this rank: labels, iterations, error, log r, or the message."""
-    start, results = sum(sizes[:rank]), {}
+def label_my_rows(rank, world_size, splits):
+    """What this rank gets from each of CASES in each split of the rows, and how often it warned.
+
+    That is labels, iterations, error and log r, or the message.
+    """
+    results = {}
     said = logging.handlers.BufferingHandler(1000)
     self_label.logger.addHandler(said)
-    for name, options in CASES.items():
-        embeddings, prototypes = case(name)
-        try:
-            found = self_labels(embeddings[start : start + sizes[rank]], prototypes, **options)
-            results[name] = found.labels.numpy(), *found[1:3], found.log_scales.numpy()
-        except ValueError as error:
-            results[name] = str(error)
+    for sizes in splits:
+        rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        for name, options in CASES.items():
+            embeddings, prototypes = case(name)
+            label_plan.NEAR = 2.0 if name == "kernels" else 20.0
+            try:
+                found = self_labels(embeddings[rows], prototypes, **options)
+                results[sizes, name] = found.labels.numpy(), *found[1:3], found.log_scales.numpy()
+            except ValueError as error:
+                results[sizes, name] = str(error)
     self_label.logger.removeHandler(said)
     return results, len(said.buffer)
 
 
-@pytest.mark.parametrize("sizes", [(60, 60), (120, 0), (30, 0, 77, 13)])
-def test_processes_with_their_rows_equal_one_process_with_all(sizes):
-    shares = run_ranks(label_my_rows, len(sizes), sizes)
-    ((expected, warnings),) = run_ranks(label_my_rows, 1, (120,))
-    assert warnings > 0 and [count for _, count in shares] == [warnings] + [0] * (len(sizes) - 1)
-    for name, one in expected.items():
-        parts = [results[name] for results, _ in shares]
+@pytest.mark.parametrize("splits", [[(60, 60), (120, 0)], [(30, 0, 77, 13)]], ids=str)
+def test_processes_with_their_rows_equal_one_process_with_all(monkeypatch, splits):
+    monkeypatch.setattr(label_plan, "NEAR", label_plan.NEAR)  # to be restored
+    size = len(splits[0])
+    shares = run_ranks(label_my_rows, size, splits)
+    ((expected, warnings),) = run_ranks(label_my_rows, 1, [(120,)])
+    assert warnings > 0
+    assert [count for _, count in shares] == [warnings * len(splits)] + [0] * (size - 1)
+    for (sizes, name), first in shares[0][0].items():
+        parts, one = [results[sizes, name] for results, _ in shares], expected[(120,), name]
         if isinstance(one, str):
-            assert parts == [one] * len(sizes)
+            assert parts == [one] * size
             continue
         np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), one[0])
         for part in parts:
             assert part[1] == one[1]
             np.testing.assert_allclose(part[2], one[2], rtol=1e-3)
-            np.testing.assert_array_equal(part[3], parts[0][3])
+            np.testing.assert_array_equal(part[3], first[3])
             np.testing.assert_allclose(part[3], one[3], rtol=1e-4, atol=1e-4)
