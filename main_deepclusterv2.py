@@ -25,6 +25,7 @@ centroid; head h clusters crop h modulo the number of --crops_for_assign.
 """
 
 import argparse
+import importlib.util
 import logging
 import math
 import time
@@ -53,6 +54,7 @@ PRESETS = {
     "cifar": {**SMALL, "nmb_prototypes": [100, 100, 100], "dump_path": "runs/deepclusterv2_cifar"},
     "tiny": {**SMALL, "nmb_prototypes": [60, 60, 60], "dump_path": "runs/deepclusterv2_digits"},
 }
+KMEANS_DRAW = 1  # sets the draws of k-means apart from those of photometry
 
 
 # ============ deepcluster-v2 loss ============
@@ -85,7 +87,7 @@ def assign_clusters(bank, prototypes, iterations, start, empty, backend, seed):
     assignments = []
     for head, weight in enumerate(prototypes):
         embedding = bank.embeddings[head % len(bank.embeddings)]  # (n, D)
-        draw = setup.generator(*seed, head).initial_seed()
+        draw = setup.generator(*seed, head, KMEANS_DRAW).initial_seed()
         centroids = initial_centroids(embedding, len(weight), draw, start, bank.positions)
         centroids, clusters = spherical_kmeans(embedding, centroids, iterations, empty, backend)
         weight.copy_(centroids)
@@ -151,12 +153,17 @@ def log_progress(run, epoch, iteration, scores, labels, embedding, rates, args):
     health["prototypes_used"] = metrics.prototype_usage(scores.detach()).item()
     health["embedding_std"] = run.mean_over_processes(metrics.embedding_std(embedding))
     health["rankme"] = metrics.rankme(embedding).item()
-    num_prototypes = scores.shape[1]
+    num_prototypes, ceiling = scores.shape[1], loss_of_nothing(args.nmb_prototypes)
     text = "predictions H {prediction_entropy:.2f} of {ceiling:.2f}, {accuracy:.0f}% agree, "
     text += "{prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank {rankme:.0f}"
     text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
     line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: metrics.diagnose_clusters(lines, num_prototypes))
+    run.diagnose(line, lambda lines: metrics.diagnose_clusters(lines, num_prototypes, ceiling))
+
+
+def loss_of_nothing(nmb_prototypes):
+    """The loss of uniform predictions: ln(K), averaged over the heads."""
+    return sum(map(math.log, nmb_prototypes)) / len(nmb_prototypes)
 
 
 # ============ main ============
@@ -215,13 +222,14 @@ def main(argv: list[str] | None = None) -> int:
         describe_run(vars(args), args.dump_path)
 
     # ============ epochs ============
-    if first_epoch == 0 and labels.epoch < 0:
-        sampler.set_epoch(args.epochs)  # crops of an epoch that is never trained on
+    if labels.epoch < 0 and not bank.num_rows:
+        sampler.set_epoch(args.epochs)  # crops that training does not see
         fill_memory(run, bank, loader, args.crops_for_assign, args.seed, args.epochs)
         if run.stopping:
             return run.stopped()
+        run.save(0, 0)
     for epoch in range(first_epoch, args.epochs):
-        if labels.epoch != epoch:
+        if start == 0 and labels.epoch < epoch:
             cluster_memory(run, bank, labels, dataset.labels, epoch, args)
         bank.keep(start * args.batch_size)  # the rows of this epoch
         sampler.set_epoch(epoch, start)
@@ -232,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
             run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(args.nmb_prototypes[0])
+        run.plot(math.exp(loss_of_nothing(args.nmb_prototypes)))
         if not last and run.must_stop(done):
             return run.stopped()
     return run.finished()
@@ -244,6 +252,7 @@ def cluster_memory(run, bank, labels, truth, epoch, args):
     heads = [p for name, p in run.module.named_parameters() if name.startswith("prototypes")]
     kmeans = (args.kmeans_iters, args.kmeans_start, args.empty_clusters, args.kmeans_backend)
     assignments = assign_clusters(bank, heads, *kmeans, seed=(args.seed, epoch))
+    assignments[:, ~bank.known] = IGNORED
     before = labels.replace(bank.indices, assignments, epoch)
     seconds = time.perf_counter() - began
     report_assignment(run, labels.labels, before, truth, args.nmb_prototypes, epoch, seconds)
@@ -251,12 +260,11 @@ def cluster_memory(run, bank, labels, truth, epoch, args):
 
 def log_clusters(args, num_images):
     """Say what will be clustered."""
-    num_prototypes = args.nmb_prototypes[0]
     logger.info(
         "clusters    K = %s of %s images, by %d iterations of spherical k-means before each epoch; "
         "ln(K) = %.3f is the loss of predicting nothing",
         *(" + ".join(f"{k:,}" for k in args.nmb_prototypes), f"{num_images:,}"),
-        *(args.kmeans_iters, math.log(num_prototypes)),
+        *(args.kmeans_iters, loss_of_nothing(args.nmb_prototypes)),
     )
 
 
@@ -311,7 +319,15 @@ def check_args(args, global_batch: int, num_images: int) -> None:
     ):
         raise ValueError(
             f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
-            "the number of crops of --nmb_crops"
+            f"the number of crops of --nmb_crops, such as {' '.join(map(str, range(min(2, num_crops))))}"
+        )
+    if args.batch_size < 2:
+        raise ValueError(
+            "--batch_size 1: batch norm needs 2 images on each process, so use at least 2"
+        )
+    if args.kmeans_backend == "faiss" and not importlib.util.find_spec("faiss"):
+        raise ValueError(
+            "--kmeans_backend faiss needs the package faiss: pip install faiss-cpu, or use torch"
         )
     held = num_images - num_images % global_batch
     if max(args.nmb_prototypes) > held:

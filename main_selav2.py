@@ -156,12 +156,17 @@ def log_progress(run, epoch, iteration, scores, labels, embedding, rates, args):
     health["prototypes_used"] = metrics.prototype_usage(scores.detach()).item()
     health["embedding_std"] = run.mean_over_processes(metrics.embedding_std(embedding))
     health["rankme"] = metrics.rankme(embedding).item()
-    num_prototypes = scores.shape[1]
+    num_prototypes, ceiling = scores.shape[1], loss_of_nothing(args.nmb_prototypes)
     text = "predictions H {prediction_entropy:.2f} of {ceiling:.2f}, {accuracy:.0f}% agree, "
     text += "{prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank {rankme:.0f}"
     text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
     line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: metrics.diagnose_clusters(lines, num_prototypes))
+    run.diagnose(line, lambda lines: metrics.diagnose_clusters(lines, num_prototypes, ceiling))
+
+
+def loss_of_nothing(nmb_prototypes):
+    """The loss of uniform predictions: ln(K), averaged over the heads."""
+    return sum(map(math.log, nmb_prototypes)) / len(nmb_prototypes)
 
 
 # ============ main ============
@@ -221,13 +226,14 @@ def main(argv: list[str] | None = None) -> int:
         describe_run(vars(args), args.dump_path)
 
     # ============ epochs ============
-    if first_epoch == 0 and labels.epoch < 0:
-        sampler.set_epoch(args.epochs)  # crops of an epoch that is never trained on
+    if labels.epoch < 0 and not bank.num_rows:
+        sampler.set_epoch(args.epochs)  # crops that training does not see
         fill_memory(run, bank, loader, args.crops_for_assign, args.seed, args.epochs)
         if run.stopping:
             return run.stopped()
+        run.save(0, 0)
     for epoch in range(first_epoch, args.epochs):
-        if labels.epoch < epoch and epoch in reassigned:
+        if start == 0 and labels.epoch < epoch and epoch in reassigned:
             assign_memory(run, bank, labels, dataset.labels, epoch, args)
         bank.keep(start * args.batch_size)  # the rows of this epoch
         sampler.set_epoch(epoch, start)
@@ -238,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
             run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(args.nmb_prototypes[0])
+        run.plot(math.exp(loss_of_nothing(args.nmb_prototypes)))
         if not last and run.must_stop(done):
             return run.stopped()
     return run.finished()
@@ -251,6 +257,7 @@ def assign_memory(run, bank, labels, truth, epoch, args):
     normalize_prototypes(heads)
     sinkhorn = (args.temperature, args.epsilon, args.sinkhorn_tolerance)
     assignments = assign_labels(bank, heads, *sinkhorn)
+    assignments[:, ~bank.known] = IGNORED
     before = labels.replace(bank.indices, assignments, epoch)
     seconds = time.perf_counter() - began
     report_assignment(run, labels.labels, before, truth, args.nmb_prototypes, epoch, seconds)
@@ -258,12 +265,11 @@ def assign_memory(run, bank, labels, truth, epoch, args):
 
 def log_assignments(args, num_images, times):
     """Say what will be assigned, and when."""
-    num_prototypes = args.nmb_prototypes[0]
     logger.info(
         "labels      K = %s prototypes share %s images, assigned anew before %d of %d epochs; epsilon "
         "%g; ln(K) = %.3f is the loss of predicting nothing",
         *(" + ".join(f"{k:,}" for k in args.nmb_prototypes), f"{num_images:,}"),
-        *(times, args.epochs, args.epsilon, math.log(num_prototypes)),
+        *(times, args.epochs, args.epsilon, loss_of_nothing(args.nmb_prototypes)),
     )
 
 
@@ -318,7 +324,11 @@ def check_args(args, global_batch: int, num_images: int) -> None:
     ):
         raise ValueError(
             f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
-            "the number of crops of --nmb_crops"
+            f"the number of crops of --nmb_crops, such as {' '.join(map(str, range(min(2, num_crops))))}"
+        )
+    if args.batch_size < 2:
+        raise ValueError(
+            "--batch_size 1: batch norm needs 2 images on each process, so use at least 2"
         )
     held = num_images - num_images % global_batch
     if max(args.nmb_prototypes) > held:

@@ -133,7 +133,9 @@ def log_progress(run, epoch, iteration, embedding, rates, args):
         "rankme": metrics.rankme(largest).item(),
     }
     num_negatives = count_negatives(args, run.global_batch)
-    text = "collapsed {ceiling:.2f}, cosine {positive_cosine:.2f}, others {negative_cosine:.2f}, "
+    text = (
+        "at most {ceiling:.2f}, positives {positive_cosine:.2f}, negatives {negative_cosine:.2f}, "
+    )
     text += "std {embedding_std:.2f}, rank {rankme:.0f}"
     text = text.format(**health, ceiling=math.log(1 + num_negatives))
     line = run.report(epoch, iteration, rates, health, text)

@@ -215,18 +215,18 @@ def clusters(args, run):
     names, readable = image_names(dataset)
     by_head = cluster_files.group(features, heads, readable, args.num_clusters, args.seed)
     found = cluster_files.Clusters(*by_head[args.head], dataset.labels, dataset.classes)
-    settings = {name: getattr(args, name) for name in CLUSTER_SETTINGS}
+    settings = {**{name: getattr(args, name) for name in CLUSTER_SETTINGS}, "feature": feature}
     cluster_files.write_files(folder, found, names, [x for x, *_ in by_head], settings)
     draw_clusters(folder, found, dataset, names, args)
     if not args.pretrained:
-        logger.warning(
-            "WARNING: no --pretrained: the network is UNTRAINED, its clusters mean little"
-        )
+        logger.warning("WARNING: no --pretrained: the network is UNTRAINED, clusters mean little")
     text = "{images} images, {empty} of {num_clusters} clusters empty, the largest of {size_max}"
     if found.labels is not None:
         text += "; purity {purity:.1%}, NMI {nmi:.3f} with the labels"
     text = text.format(**found.summary())
     logger.info("%s; written to %s, look at %s", text, folder, folder / "clusters.png")
+    if 2 * (found.sizes == 0).sum() > len(found.sizes):
+        logger.info("note: most prototypes are nearest to no image, as in a run that is young")
 
 
 # ============ main ============

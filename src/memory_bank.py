@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 IGNORED = (
     -100
 )  # pseudo-label of an image that the bank does not hold: it does not count in the loss
-GATHERED = 2**24  # numbers of each process that cross to the others at a time when saving
+GATHERED = 2**24  # numbers that all processes together exchange at a time when saving
 LOG_SECONDS = 10.0
 
 
@@ -54,10 +54,21 @@ class MemoryBank:
         batch = row // self.batch_size * distributed.world_size() + distributed.rank()
         return batch * self.batch_size + row % self.batch_size
 
+    @property
+    def known(self) -> Tensor:
+        """(n,), whether an image has an embedding: rows of zeros stand for none."""
+        return self.embeddings.any(2).all(0)
+
     def push(self, indices: Tensor, embeddings: Tensor) -> None:
-        """Add a batch: indices (B,), embeddings (crops, B, D)."""
+        """Add a batch: indices (B,), embeddings (crops, B, D).
+
+        What is not finite becomes a row of zeros: half precision overflows now and then, and loss
+        scaling goes on after it, while one NaN would be in all sums of a clustering.
+        """
         rows = slice(self.num_rows, self.num_rows + len(indices))
-        self._indices[rows], self._embeddings[:, rows] = indices, embeddings
+        finite = torch.isfinite(embeddings).all(2, keepdim=True)
+        self._indices[rows] = indices
+        self._embeddings[:, rows] = torch.where(finite, embeddings, 0.0)
         self.num_rows = rows.stop
 
     def keep(self, num_rows: int) -> None:
@@ -68,7 +79,8 @@ class MemoryBank:
         """The rows of all processes in the order of their numbers, on the CPU of the main process."""
         crops, _, dim = self._embeddings.shape
         longest = distributed.all_reduce_max(torch.tensor(self.num_rows)).item()
-        at_once = max(1, GATHERED // (crops * dim * self.batch_size)) * self.batch_size
+        batch = crops * dim * self.batch_size * distributed.world_size()  # numbers
+        at_once = max(1, GATHERED // batch) * self.batch_size
         parts = [(torch.zeros(0, crops, dim), torch.zeros(0, dtype=torch.int64))]
         for first in range(0, longest, at_once):
             rows = slice(first, min(first + at_once, self.num_rows))
@@ -131,8 +143,8 @@ class PseudoLabels:
 def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
     """Embed every image with the untrained network: what the first assignment works on.
 
-    The crops are those of `epoch`, one that is never trained on. In training mode, as the rows that
-    follow: batch norm sees batches. Stops early when a signal asks the run to stop.
+    The crops are those of `epoch`, one after the last. In training mode, as the rows that follow:
+    batch norm sees batches. Stops early when a signal asks the run to stop.
     """
     start = logged = time.perf_counter()
     total = len(loader)
@@ -151,7 +163,8 @@ def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
                 "memory bank: %d of %d batches, %.0f img/s eta %s",
                 *(it + 1, total, rate * run.global_batch, duration((total - it - 1) / rate)),
             )
-        if run.must_stop(it + 1):
+        if it + 1 < total and run.must_stop(it + 1):
+            logger.info("stopped in the pass that fills the memory bank: it will start again")
             return
 
 
@@ -171,7 +184,7 @@ def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) 
     }
     run.log.write(line["iteration"], line)
     text = "sizes {cluster_min:.0f} to {cluster_max:.0f}, median {cluster_median:.0f}, "
-    text += "{clusters_empty:.1f} empty"
+    text += f"{round(line['clusters_empty'], 1):g} empty"
     text += ", NMI {nmi_previous:.2f} with the previous" if before is not None else ""
     text += ", NMI {nmi_labels:.2f} with the labels" if truth is not None else ""
     known = (labels[0] >= 0).sum().item()

@@ -44,7 +44,7 @@ def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     """
     if not torch.isfinite(embeddings).all():
         return torch.tensor(math.nan)
-    singular_values = torch.linalg.svdvals(embeddings.double().cpu())
+    singular_values = torch.linalg.svdvals(embeddings.cpu().double())
     p = singular_values / singular_values.sum().clamp(min=eps) + eps
     return torch.special.entr(p).sum().exp()
 
@@ -97,7 +97,7 @@ def prediction_health(
     agree = (logits.argmax(1) == labels.repeat(len(logits) // len(labels)))[known]
     return {
         "prediction_entropy": code_entropy(torch.softmax(logits, 1)),
-        "accuracy": 100 * agree.double().mean(),
+        "accuracy": 100 * agree.float().mean(),
     }
 
 
@@ -213,16 +213,19 @@ def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
     return None
 
 
-def diagnose_clusters(history: list[dict], num_prototypes: int) -> str | None:
+def diagnose_clusters(
+    history: list[dict], num_prototypes: int, ceiling: float | None = None
+) -> str | None:
     """What is wrong with a run that predicts the clusters of a memory bank, as `diagnose`, or None.
 
     history: log lines with `loss`, `prototypes_used` (by the predictions of a batch), `batch` and
-    `embedding_std`.
+    `embedding_std`. num_prototypes: of the head that these are of. ceiling: the loss of predicting
+    nothing, ln(K) unless the heads differ.
     """
     recent = history[-10:]
     if len(recent) < 10 or num_prototypes < 2:
         return None
-    ceiling, last = math.log(num_prototypes), recent[-1]
+    ceiling, last = math.log(num_prototypes) if ceiling is None else ceiling, recent[-1]
     if all(line["embedding_std"] < 0.05 for line in recent):
         return (
             "collapse: all images have the same embedding (standard deviation "
