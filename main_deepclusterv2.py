@@ -34,13 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, metrics, setup
+from src import checkpoint, cli, distributed, image_args, memory_bank, setup
 from src.augment import Augment
 from src.datasets import open_dataset
 from src.gradients import grad_norm
 from src.kmeans import initial_centroids, spherical_kmeans
 from src.logger import Stopwatch, describe_run, setup_logging
-from src.memory_bank import IGNORED, MemoryBank, PseudoLabels, fill_memory, report_assignment
+from src.memory_bank import IGNORED, MemoryBank, PseudoLabels
 from src.optim import cosine_schedule
 from src.resnet import build_model
 from src.run import Run
@@ -137,33 +137,14 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
             assigned = embedding[args.crops_for_assign].flatten(0, 1)  # (crops * B, D)
             rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
-            log_progress(run, epoch, iteration, scores[0], targets[0], assigned, rates, args)
+            head = (scores[0], targets[0], assigned)
+            memory_bank.report_predictions(run, epoch, iteration, *head, rates, args)
         if done < run.iters_per_epoch and run.must_stop(done):
             run.save(epoch, done)
             return done
         if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
             run.save(epoch, done)
     return run.iters_per_epoch
-
-
-def log_progress(run, epoch, iteration, scores, labels, embedding, rates, args):
-    """Write a log line with the health of the predictions (V * B, K) and of the embeddings (N, D)."""
-    health = metrics.prediction_health(scores.detach() / args.temperature, labels, IGNORED)
-    health = {name: run.mean_over_processes(x) for name, x in health.items()}
-    health["prototypes_used"] = metrics.prototype_usage(scores.detach()).item()
-    health["embedding_std"] = run.mean_over_processes(metrics.embedding_std(embedding))
-    health["rankme"] = metrics.rankme(embedding).item()
-    num_prototypes, ceiling = scores.shape[1], loss_of_nothing(args.nmb_prototypes)
-    text = "predictions H {prediction_entropy:.2f} of {ceiling:.2f}, {accuracy:.0f}% agree, "
-    text += "{prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank {rankme:.0f}"
-    text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
-    line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: metrics.diagnose_clusters(lines, num_prototypes, ceiling))
-
-
-def loss_of_nothing(nmb_prototypes):
-    """The loss of uniform predictions: ln(K), averaged over the heads."""
-    return sum(map(math.log, nmb_prototypes)) / len(nmb_prototypes)
 
 
 # ============ main ============
@@ -224,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     if labels.epoch < 0 and not bank.num_rows:
         sampler.set_epoch(args.epochs)  # crops that training does not see
-        fill_memory(run, bank, loader, args.crops_for_assign, args.seed, args.epochs)
+        memory_bank.fill_memory(run, bank, loader, args.crops_for_assign, args.seed, args.epochs)
         if run.stopping:
             return run.stopped()
         run.save(0, 0)
@@ -240,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
             run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(math.exp(loss_of_nothing(args.nmb_prototypes)))
+        run.plot(math.exp(memory_bank.loss_of_nothing(args.nmb_prototypes)))
         if not last and run.must_stop(done):
             return run.stopped()
     return run.finished()
@@ -255,7 +236,9 @@ def cluster_memory(run, bank, labels, truth, epoch, args):
     assignments[:, ~bank.known] = IGNORED
     before = labels.replace(bank.indices, assignments, epoch)
     seconds = time.perf_counter() - began
-    report_assignment(run, labels.labels, before, truth, args.nmb_prototypes, epoch, seconds)
+    memory_bank.report_assignment(
+        run, labels.labels, before, truth, args.nmb_prototypes, epoch, seconds
+    )
 
 
 def log_clusters(args, num_images):
@@ -264,7 +247,7 @@ def log_clusters(args, num_images):
         "clusters    K = %s of %s images, by %d iterations of spherical k-means before each epoch; "
         "ln(K) = %.3f is the loss of predicting nothing",
         *(" + ".join(f"{k:,}" for k in args.nmb_prototypes), f"{num_images:,}"),
-        *(args.kmeans_iters, loss_of_nothing(args.nmb_prototypes)),
+        *(args.kmeans_iters, memory_bank.loss_of_nothing(args.nmb_prototypes)),
     )
 
 
@@ -313,14 +296,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args, global_batch: int, num_images: int) -> None:
     """Raise ValueError on arguments that do not fit together."""
-    num_crops = sum(args.nmb_crops)
-    if max(args.crops_for_assign) >= num_crops or len(set(args.crops_for_assign)) < len(
-        args.crops_for_assign
-    ):
-        raise ValueError(
-            f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
-            f"the number of crops of --nmb_crops, such as {' '.join(map(str, range(min(2, num_crops))))}"
-        )
+    image_args.check_crops_for_assign(args)
     if args.batch_size < 2:
         raise ValueError(
             "--batch_size 1: batch norm needs 2 images on each process, so use at least 2"

@@ -31,7 +31,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from src import checkpoint, cli, distributed, image_args, metrics, setup
+from src import checkpoint, cli, diagnosis, distributed, image_args, metrics, setup
 from src.augment import Augment
 from src.backbones import build_backbone
 from src.datasets import open_dataset, usual_std
@@ -219,7 +219,7 @@ def log_progress(run, epoch, iteration, probabilities, features, center, rates):
     }
     text = HEALTH.format(**health, ceiling=math.log(num_outputs), k=num_outputs)
     line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: metrics.diagnose_teacher(lines, num_outputs))
+    run.diagnose(line, lambda lines: diagnosis.diagnose_teacher(lines, num_outputs))
 
 
 # ============ main ============

@@ -31,9 +31,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from src import checkpoint, cli, distributed, image_args, metrics, setup
+from src import checkpoint, cli, diagnosis, distributed, image_args, metrics, setup
 from src.augment import Augment
-from src.contrastive_health import diagnose_contrastive, pair_cosines
 from src.datasets import open_dataset
 from src.gather import gather_rows_with_gradient
 from src.gradients import grad_norm
@@ -125,7 +124,7 @@ def train_one_epoch(run, loader, schedule, epoch, start, args):
 def log_progress(run, epoch, iteration, embedding, rates, args):
     """Write a log line with the health of the embeddings (V, B, D)."""
     largest = embedding[: args.nmb_crops[0]].flatten(0, 1)  # crops of the first resolution
-    positive, negative = pair_cosines(embedding)
+    positive, negative = metrics.pair_cosines(embedding)
     health = {
         "positive_cosine": positive,
         "negative_cosine": negative,
@@ -139,7 +138,7 @@ def log_progress(run, epoch, iteration, embedding, rates, args):
     text += "std {embedding_std:.2f}, rank {rankme:.0f}"
     text = text.format(**health, ceiling=math.log(1 + num_negatives))
     line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: diagnose_contrastive(lines, num_negatives))
+    run.diagnose(line, lambda lines: diagnosis.diagnose_contrastive(lines, num_negatives))
 
 
 # ============ main ============

@@ -30,7 +30,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from src import checkpoint, cli, distributed, image_args, metrics, setup
+from src import checkpoint, cli, diagnosis, distributed, image_args, metrics, setup
 from src.augment import Augment
 from src.datasets import open_dataset
 from src.gradients import grad_norm
@@ -214,7 +214,7 @@ def log_progress(run, epoch, iteration, codes, embedding, rates, args):
     text += "std {embedding_std:.2f}, rank {rankme:.0f}"
     text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
     line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: metrics.diagnose(lines, num_prototypes))
+    run.diagnose(line, lambda lines: diagnosis.diagnose(lines, num_prototypes))
 
 
 # ============ main ============
@@ -360,13 +360,7 @@ def check_args(args, global_batch: int) -> int:
     num_crops = sum(args.nmb_crops)
     if num_crops < 2:
         raise ValueError("--nmb_crops 1: a code is predicted from another crop, so use at least 2")
-    if max(args.crops_for_assign) >= num_crops or len(set(args.crops_for_assign)) < len(
-        args.crops_for_assign
-    ):
-        raise ValueError(
-            f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
-            "the number of crops of --nmb_crops"
-        )
+    image_args.check_crops_for_assign(args)
     length = args.queue_length - args.queue_length % global_batch
     if args.queue_length and not length:
         raise ValueError(

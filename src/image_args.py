@@ -52,6 +52,18 @@ def fill_in_crops(args: argparse.Namespace) -> None:
             )
 
 
+def check_crops_for_assign(args: argparse.Namespace) -> None:
+    """ValueError unless --crops_for_assign are different crops of --nmb_crops."""
+    num_crops = sum(args.nmb_crops)
+    if max(args.crops_for_assign) >= num_crops or len(set(args.crops_for_assign)) < len(
+        args.crops_for_assign
+    ):
+        raise ValueError(
+            f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
+            f"the number of crops of --nmb_crops, such as {' '.join(map(str, range(min(2, num_crops))))}"
+        )
+
+
 def add_augment_args(parser: argparse.ArgumentParser) -> None:
     """Photometry of the crops (SwAV, appendix A.2); every transformation can be switched off."""
     group = parser.add_argument_group("image transformations, for each crop")

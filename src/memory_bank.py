@@ -5,12 +5,14 @@ training computed during the last epoch, instead of on a pass of its own over th
 """
 
 import logging
+import math
 import time
 
 import torch
 from torch import Tensor
 
 from src import distributed, metrics, setup
+from src.diagnosis import diagnose_clusters
 from src.logger import duration
 
 logger = logging.getLogger(__name__)
@@ -166,6 +168,29 @@ def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
         if it + 1 < total and run.must_stop(it + 1):
             logger.info("stopped in the pass that fills the memory bank: it will start again")
             return
+
+
+def loss_of_nothing(num_clusters: list[int]) -> float:
+    """The loss of uniform predictions: ln(K), averaged over the heads."""
+    return sum(map(math.log, num_clusters)) / len(num_clusters)
+
+
+def report_predictions(run, epoch, iteration, scores, labels, embedding, rates, args) -> None:
+    """Write a log line with the health of the predictions (V * B, K) and of the embeddings (N, D).
+
+    scores, labels (B,): of the first head. All processes call it.
+    """
+    health = metrics.prediction_health(scores.detach() / args.temperature, labels, IGNORED)
+    health = {name: run.mean_over_processes(x) for name, x in health.items()}
+    health["prototypes_used"] = metrics.prototype_usage(scores.detach()).item()
+    health["embedding_std"] = run.mean_over_processes(metrics.embedding_std(embedding))
+    health["rankme"] = metrics.rankme(embedding).item()
+    num_prototypes, ceiling = scores.shape[1], loss_of_nothing(args.nmb_prototypes)
+    text = "predictions H {prediction_entropy:.2f} of {ceiling:.2f}, {accuracy:.0f}% agree, "
+    text += "{prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank {rankme:.0f}"
+    text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
+    line = run.report(epoch, iteration, rates, health, text)
+    run.diagnose(line, lambda lines: diagnose_clusters(lines, num_prototypes, ceiling))
 
 
 def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) -> None:

@@ -50,6 +50,26 @@ def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
 
 
 @torch.no_grad()
+def pair_cosines(embedding: torch.Tensor) -> tuple[float, float]:
+    """Mean cosine of pairs of crops of one image, and of pairs of crops of different images.
+
+    embedding: (M, B, D), M >= 2 crops of B images, L2-normalised; with a process group, this process's
+    images, the same number on each. All pairs of all processes count; there must be two images. From
+    sums of embeddings alone: the cosines of all pairs of a set add up to |sum of the set|^2.
+    """
+    z = embedding.cpu().double()
+    images = z.sum(0)  # (B, D)
+    # of all pairs in an image, of every crop with itself
+    squares = torch.stack([images.square().sum(), z.square().sum()])
+    within, selves = distributed.all_reduce_sum(squares).tolist()
+    everything = distributed.all_reduce_sum(images.sum(0)).square().sum().item()
+    num_crops, crops_of_image = z[..., 0].numel() * distributed.world_size(), len(z)
+    positive = (within - selves) / (num_crops * (crops_of_image - 1))
+    negative = (everything - within) / (num_crops * (num_crops - crops_of_image))
+    return positive, negative
+
+
+@torch.no_grad()
 def kl_to_uniform(probabilities: torch.Tensor) -> torch.Tensor:
     """KL divergence in nats from the mean of (B, K) probabilities over all processes to 1 / K.
 
@@ -131,116 +151,3 @@ def cluster_health(
             ]
             health[key] = torch.stack(nmi).mean().item()
     return health
-
-
-def diagnose(history: list[dict], num_prototypes: int) -> str | None:
-    """What is wrong with a run, in one sentence that names the flags that help, or None.
-
-    history: the latest log lines, oldest first, with `loss`, `code_entropy` (nats), `prototypes_used`,
-    `embedding_std` and `batch` (samples that share one assignment problem). The remedies are the
-    published ones ("Common issues" of the SwAV repository): a lower epsilon, prototypes frozen for
-    longer, a queue that is shorter or starts later. Needs 10 lines, all of them in trouble, because a
-    healthy run passes ln(K) too.
-    """
-    recent = history[-10:]
-    if len(recent) < 10 or num_prototypes < 2:
-        return None
-    ceiling = math.log(num_prototypes)
-    if all(line["embedding_std"] < 0.05 for line in recent):
-        return (
-            "collapse: all images have the same embedding (standard deviation "
-            f"{recent[-1]['embedding_std']:.3f}, healthy is near 1); lower --epsilon (0.03), lower "
-            "--base_lr, or freeze the prototypes for longer (--freeze_prototypes_niters)"
-        )
-    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return (
-            f"the loss stays at ln(K) = {ceiling:.3f}, what constant codes give; lower --epsilon "
-            "(0.03), freeze the prototypes for longer (--freeze_prototypes_niters), use fewer "
-            "prototypes (--nmb_prototypes), or a shorter or later queue (--queue_length, "
-            "--epoch_queue_starts)"
-        )
-    if all(line["code_entropy"] > 0.99 * ceiling for line in recent):
-        return (
-            f"the codes are uniform (entropy {recent[-1]['code_entropy']:.2f} of at most "
-            f"{ceiling:.2f}) and carry no signal; lower --epsilon (0.03)"
-        )
-    possible = min(num_prototypes, recent[-1]["batch"])
-    if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
-        return (
-            f"only {recent[-1]['prototypes_used']:.1f} of {possible} possible prototypes are in use; "
-            "freeze the prototypes for longer (--freeze_prototypes_niters), lower --base_lr, or "
-            "start the queue later (--epoch_queue_starts)"
-        )
-    return None
-
-
-def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
-    """What is wrong with a run of self-distillation, as `diagnose`, or None.
-
-    history: log lines with `teacher_entropy`, `student_kl`, `kl_to_uniform` (nats),
-    `prototypes_used` and `embedding_std`. Collapse has two forms (section 5.6.3 of the thesis): uniform outputs, or one
-    output that takes all; in both the student's KL to the teacher vanishes.
-    """
-    recent = history[-10:]
-    if len(recent) < 10 or num_outputs < 2:
-        return None
-    ceiling, last = math.log(num_outputs), recent[-1]
-    if all(line["teacher_entropy"] > 0.99 * ceiling for line in recent):
-        return (
-            f"collapse: the teacher's output is uniform (entropy {last['teacher_entropy']:.2f} of at "
-            f"most {ceiling:.2f}); lower --teacher_temp or --warmup_teacher_temp (0.02), or lower --lr"
-        )
-    if all(
-        line["kl_to_uniform"] > 0.9 * ceiling or line["prototypes_used"] < 1.5 for line in recent
-    ):
-        return (
-            f"collapse: one output takes all images (KL to uniform {last['kl_to_uniform']:.2f} of at "
-            f"most {ceiling:.2f}, {last['prototypes_used']:.1f} outputs in use); let the center follow faster (--center_momentum 0.9), use a teacher "
-            "with momentum (--momentum_teacher 0.996), or raise --teacher_temp"
-        )
-    if all(line["student_kl"] < 1e-3 * ceiling for line in recent):
-        return (
-            f"collapse: student and teacher give all crops the same output (KL {last['student_kl']:.4f}"
-            "); use a teacher with momentum (--momentum_teacher 0.996 --momentum_teacher_end 1), "
-            "lower --teacher_temp, or lower --lr"
-        )
-    if all(line["embedding_std"] < 0.05 for line in recent):
-        return (
-            "collapse: all images have the same features (standard deviation "
-            f"{last['embedding_std']:.3f}); lower --lr, lower --teacher_temp, or use a teacher with "
-            "momentum (--momentum_teacher 0.996 --momentum_teacher_end 1)"
-        )
-    return None
-
-
-def diagnose_clusters(
-    history: list[dict], num_prototypes: int, ceiling: float | None = None
-) -> str | None:
-    """What is wrong with a run that predicts the clusters of a memory bank, as `diagnose`, or None.
-
-    history: log lines with `loss`, `prototypes_used` (by the predictions of a batch), `batch` and
-    `embedding_std`. num_prototypes: of the head that these are of. ceiling: the loss of predicting
-    nothing, ln(K) unless the heads differ.
-    """
-    recent = history[-10:]
-    if len(recent) < 10 or num_prototypes < 2:
-        return None
-    ceiling, last = math.log(num_prototypes) if ceiling is None else ceiling, recent[-1]
-    if all(line["embedding_std"] < 0.05 for line in recent):
-        return (
-            "collapse: all images have the same embedding (standard deviation "
-            f"{last['embedding_std']:.3f}, healthy is near 1); lower --base_lr, or lengthen "
-            "--warmup_epochs"
-        )
-    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return (
-            f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; raise --base_lr, "
-            "lower --temperature, or use fewer prototypes (--nmb_prototypes)"
-        )
-    possible = min(num_prototypes, last["batch"])
-    if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
-        return (
-            f"only {last['prototypes_used']:.1f} of {possible} possible clusters are predicted; lower "
-            "--base_lr, or use fewer prototypes (--nmb_prototypes)"
-        )
-    return None

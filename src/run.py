@@ -30,21 +30,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        args,
-        process,
-        precision,
-        module,
-        network,
-        augment,
-        optimizer,
-        num_images,
-        global_batch,
-        method_state=None,
-        saved=None,
-        *,
-        method,
-    ):
+        self, args, process, precision, module, network, augment, optimizer, num_images,
+        global_batch, method_state=None, saved=None, *, method,
+    ):  # fmt: skip
         self.method, self.process, self.precision = method, process, precision
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
@@ -143,7 +131,7 @@ class Run:
     def diagnose(self, line: dict, judge: Callable[[list[dict]], str | None]) -> None:
         """Say it when the log lines show a collapse, once for each kind of trouble; or stop.
 
-        judge: the last ten lines -> what is wrong with them, see src.metrics.diagnose.
+        judge: the last ten lines -> what is wrong with them, see src.diagnosis.
         """
         self.history = [*self.history, {**line, "batch": self.global_batch}][-10:]
         found = judge(self.history)

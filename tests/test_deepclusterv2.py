@@ -36,14 +36,19 @@ def problem(num_crops=3, batch_size=8, sizes=(5, 7)):
     return [s.requires_grad_() for s in scores], labels
 
 
-def test_loss_and_gradient_equal_the_equations_in_float64():
+def check_loss(function):
+    """Value and gradient against the equations in float64."""
     scores, labels = problem()
-    loss = deepcluster_loss(scores, labels, TEMPERATURE)
+    loss = function(scores, labels, TEMPERATURE)
     gradients = torch.autograd.grad(loss, scores)
     expected = reference(scores, labels, TEMPERATURE)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for gradient, right in zip(gradients, torch.autograd.grad(expected, scores), strict=True):
         torch.testing.assert_close(gradient, right, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_and_gradient_equal_the_equations_in_float64():
+    check_loss(deepcluster_loss)
 
 
 def test_a_batch_without_any_label_has_no_loss_and_no_gradient():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from main_dino import TEACHER_OUTPUTS, DINOLoss, get_parser, main, update_teacher
-from src import cli, metrics
+from src import cli, diagnosis, metrics
 from src.logger import read_log
 from src.optim import cosine_schedule
 from tests import reference
@@ -205,10 +205,10 @@ HEALTHY |= {"embedding_std": 0.6, "prototypes_used": 30.0}
 )
 def test_each_kind_of_collapse_is_named_with_the_flags_that_help(change, words):
     bad = [{**HEALTHY, **change}] * 10
-    found = metrics.diagnose_teacher(bad, 1024)
+    found = diagnosis.diagnose_teacher(bad, 1024)
     assert found is None if words is None else re.search(words, found)
-    assert metrics.diagnose_teacher(bad[:9], 1024) is None
-    assert metrics.diagnose_teacher([HEALTHY, *bad[1:]], 1024) is None
+    assert diagnosis.diagnose_teacher(bad[:9], 1024) is None
+    assert diagnosis.diagnose_teacher([HEALTHY, *bad[1:]], 1024) is None
 
 
 def test_the_students_kl_in_the_log_is_that_of_the_targets_it_learned(tmp_path):

@@ -69,17 +69,23 @@ def sbatch_lines(path):
     return found
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_runs_srun_with_flags_that_its_parser_takes(path, tmp_path):
-    argv, masters = run_recipe(path, tmp_path)
+def checked_arguments(path, script, folder):
+    """The arguments that a launcher's command gives its script, once the command is right."""
+    argv, masters = run_recipe(path, folder)
     assert argv[:4] == ["--label", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python"]
-    assert argv[4:6] == ["-u", "main_swav.py"]
-    args = load("main_swav.py").get_parser().parse_args(argv[6:])
+    assert argv[4:6] == ["-u", script]
+    args = load(script).get_parser().parse_args(argv[6:])
     assert args.data_path == "/data/image net" and args.dump_path == "runs/a run"
     assert args.seed == 7  # what is appended to the command wins
     assert masters == {"MASTER_ADDR": "gpu001", "MASTER_PORT": "14217"}
     lines = sbatch_lines(path)
     assert {"signal=USR1@120", "requeue", "open-mode=append"} <= set(lines)
+    return args
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_runs_srun_with_flags_that_its_parser_takes(path, tmp_path):
+    checked_arguments(path, "main_swav.py", tmp_path)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

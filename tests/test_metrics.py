@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import metrics
+from src import diagnosis, metrics
 from tests.gloo import run_ranks
 
 
@@ -69,7 +69,7 @@ HEALTHY = {
     ],
 )
 def test_each_collapse_is_named_with_the_flags_that_help(change, words):
-    found = metrics.diagnose([{**HEALTHY, **change}] * 10, 60)
+    found = diagnosis.diagnose([{**HEALTHY, **change}] * 10, 60)
     if words is None:
         assert found is None
     else:
@@ -78,8 +78,8 @@ def test_each_collapse_is_named_with_the_flags_that_help(change, words):
 
 def test_a_run_that_recovers_or_has_just_begun_is_not_diagnosed():
     bad = {**HEALTHY, "embedding_std": 0.01}
-    assert metrics.diagnose([bad] * 9, 60) is None
-    assert metrics.diagnose([bad] * 9 + [HEALTHY], 60) is None
+    assert diagnosis.diagnose([bad] * 9, 60) is None
+    assert diagnosis.diagnose([bad] * 9 + [HEALTHY], 60) is None
 
 
 def test_nmi_equals_the_published_numbers(golden):
@@ -137,10 +137,10 @@ CLUSTERS = {"loss": 3.0, "prototypes_used": 40, "embedding_std": 0.9, "batch": 2
 )
 def test_a_run_on_clusters_is_diagnosed_after_ten_bad_lines(change, words):
     lines = [{**CLUSTERS, **change}] * 10
-    assert metrics.diagnose_clusters(lines[:9], 100) is None
-    found = metrics.diagnose_clusters(lines, 100)
+    assert diagnosis.diagnose_clusters(lines[:9], 100) is None
+    found = diagnosis.diagnose_clusters(lines, 100)
     assert (found is None) if words is None else re.search(words, found)
-    assert metrics.diagnose_clusters([CLUSTERS, *lines[1:]], 100) is None
+    assert diagnosis.diagnose_clusters([CLUSTERS, *lines[1:]], 100) is None
 
 
 def test_prediction_health_counts_the_images_that_have_a_label():

@@ -111,7 +111,7 @@ def test_a_source_file_is_short_and_keeps_the_direction_of_imports(path):
         assert "os.environ" not in text and '"cuda"' not in text and ".cuda(" not in text
     mathematics = {"sinkhorn", "knn", "neighbours", "metrics", "losses", "optim", "gradients"}
     mathematics |= {"heads", "resnet", "vision_transformer", "kmeans", "kmeans_start", "self_label"}
-    mathematics |= {"gather", "contrastive_health", "label_plan"}
+    mathematics |= {"gather", "diagnosis", "label_plan"}
     if path.stem in mathematics:
         imported = set(re.findall(r"^from src\.?(\w*) import ([\w, ]+)$", text, re.M))
         allowed = {"distributed", "neighbours", "heads", "gradients", "kmeans_start", "label_plan"}

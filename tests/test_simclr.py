@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from main_simclr import nt_xent
 from src import distributed
-from src.contrastive_health import diagnose_contrastive, pair_cosines
+from src.diagnosis import diagnose_contrastive
 from src.gather import gather_rows_with_gradient
+from src.metrics import pair_cosines
 from tests.gloo import run_ranks
 
 
