@@ -1,22 +1,49 @@
 """Ranks, devices and collectives, under torchrun, submitit, srun or nothing, on GPUs or a CPU.
 
-Every function works in one process without a process group: a collective returns its input then.
-Nothing else in src reads environment variables or names a kind of device."""
+The collectives are those of src.collectives. Nothing else in src reads environment variables or names
+a kind of device."""
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from src.collectives import (
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum,
+    barrier,
+    broadcast,
+    broadcast_object,
+    has_group,
+    is_main,
+    new_groups,
+    rank,
+    within,
+    world_size,
+)
 from src.launch import Launch, gpu_index, gpu_numbers, read_launch, rendezvous
+
+__all__ = [  # scripts and modules have the collectives from here
+    "all_gather_rows",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast",
+    "broadcast_object",
+    "has_group",
+    "is_main",
+    "new_groups",
+    "rank",
+    "within",
+    "world_size",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +77,7 @@ def init(device: str = "auto", timeout: float = 1800.0) -> Process:
     A group that is up already is used. Raises ValueError or ConnectionError with what to change.
     """
     launch = read_launch(os.environ)
-    if _has_group():
+    if has_group():
         launch = Launch(dist.get_rank(), dist.get_world_size(), launch.local_rank, launch.launcher)
     chosen = resolve_device(device)
     if launch.world_size > 1 and (chosen.type == "mps" or chosen.index is not None):
@@ -64,7 +91,7 @@ def init(device: str = "auto", timeout: float = 1800.0) -> Process:
             chosen = torch.device("cuda", gpu_index(launch, torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # the shapes of the crops stay the same
-    if launch.world_size > 1 and not _has_group():
+    if launch.world_size > 1 and not has_group():
         method = rendezvous(launch, os.environ)
         logger.info("%s meets the others at %s", launch, method)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -79,112 +106,10 @@ def init(device: str = "auto", timeout: float = 1800.0) -> Process:
     return Process(launch.rank, launch.world_size, launch.local_rank, launch.launcher, chosen)
 
 
-def _has_group():
-    return dist.is_available() and dist.is_initialized()
-
-
 def shutdown() -> None:
     """End the process group, if there is one."""
-    if _has_group():
+    if has_group():
         dist.destroy_process_group()
-
-
-def rank() -> int:
-    """Rank of this process, 0 without a process group."""
-    return dist.get_rank() if _has_group() else 0
-
-
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if _has_group() else 1
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks."""
-    return rank() == 0
-
-
-# ============ collectives: all ranks call them, in the same order ============
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes; half precision is added in float32, a bool tensor as a logical or."""
-    return _all_reduce(tensor, dist.ReduceOp.SUM) if world_size() > 1 else tensor
-
-
-def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Elementwise maximum over processes."""
-    return _all_reduce(tensor, dist.ReduceOp.MAX) if world_size() > 1 else tensor
-
-
-def _wire():
-    # NCCL reaches the memory of GPUs only, gloo is used with that of the CPU only.
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def _copy(tensor, dtype=None):
-    return tensor.detach().to(
-        _wire(), dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format
-    )
-
-
-def _all_reduce(tensor, operation):
-    dtype = tensor.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    elif not dtype.is_floating_point and not dtype.is_complex:
-        dtype = torch.int64  # the backends do not add bool or 16-bit integers
-    copy = _copy(tensor, dtype)
-    if copy.numel():
-        dist.all_reduce(copy, op=operation)
-    return copy.to(tensor.device, tensor.dtype)
-
-
-def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, (n_0 + ... + n_{W-1}, ...), ordered by rank; any n_r may be 0.
-
-    Raises ValueError on every rank when the rows of the ranks differ in size.
-    """
-    if world_size() == 1:
-        return tensor
-    row = tensor.element_size() * math.prod(tensor.shape[1:])  # bytes: any dtype travels as such
-    mine = _copy(tensor).reshape(-1).view(torch.uint8)  # (n_r * row,)
-    sizes = mine.new_empty(world_size(), 2, dtype=torch.int64)
-    dist.all_gather(list(sizes.unbind(0)), sizes.new_tensor([len(tensor), row]))
-    lengths, rows = sizes.T.tolist()
-    if len(set(rows)) > 1:
-        raise ValueError(f"all_gather_rows: rows of {rows} bytes on ranks 0 to {len(rows) - 1}")
-    longest = max(lengths) * row
-    padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-    gathered = mine.new_empty(world_size(), longest)
-    if longest:
-        dist.all_gather(list(gathered.unbind(0)), padded)
-    whole = torch.cat([part[: n * row] for part, n in zip(gathered, lengths, strict=True)])
-    return whole.view(tensor.dtype).reshape(sum(lengths), *tensor.shape[1:]).to(tensor.device)
-
-
-def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-    """The tensor of rank `source`; shape and dtype must be the same on all ranks."""
-    if world_size() == 1:
-        return tensor
-    copy = _copy(tensor)
-    if copy.numel():
-        dist.broadcast(copy.reshape(-1).view(torch.uint8), src=source)
-    return copy.to(tensor.device)
-
-
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The picklable object of rank `source`."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source, device=_wire())
-    return box[0]
-
-
-def barrier() -> None:
-    """Return when all processes have come here."""
-    all_reduce_sum(torch.zeros(1))
 
 
 # ============ devices ============

@@ -404,6 +404,40 @@ def test_nobody_passes_the_barrier_before_the_last_has_come(tmp_path):
     assert run_ranks(_barrier_times, 2, str(tmp_path)) == [True, True]
 
 
+def _inside_a_group(rank, world_size):
+    halves = [[0, 1], [2, 3]]
+    mine = distributed.new_groups(halves)[rank // 2]
+    alone = distributed.new_groups([[0], [1], [2], [3]])[rank]
+    with distributed.within(mine):
+        found = {
+            "place": (distributed.rank(), distributed.world_size(), distributed.is_main()),
+            "sum": distributed.all_reduce_sum(torch.tensor([float(rank)])).item(),
+            "max": distributed.all_reduce_max(torch.tensor(rank)).item(),
+            "rows": distributed.all_gather_rows(torch.full((rank % 2 + 1,), rank)).tolist(),
+            "from 1": distributed.broadcast(torch.tensor(rank), source=1).item(),
+            "object from 1": distributed.broadcast_object(str(rank), source=1),
+        }
+    found["outside"] = distributed.all_reduce_sum(torch.tensor(rank)).item()
+    with distributed.within(alone):
+        found["alone"] = distributed.all_reduce_sum(torch.tensor(rank)).item()
+    return found
+
+
+def test_inside_a_group_collectives_and_ranks_are_those_of_its_processes():
+    for rank, found in enumerate(run_ranks(_inside_a_group, 4)):
+        first = rank // 2 * 2
+        assert found == {
+            "place": (rank % 2, 2, rank % 2 == 0),
+            "sum": 2.0 * first + 1,
+            "max": first + 1,
+            "rows": [first, first + 1, first + 1],
+            "from 1": first + 1,
+            "object from 1": str(first + 1),
+            "outside": 6,
+            "alone": rank,
+        }
+
+
 # ============ devices ============
 
 
