@@ -9,7 +9,9 @@ this repository, a full training checkpoint, a released file. checkpoint_key: it
 "student"; the teacher unless given. Other keyword arguments go to the network. Weights that are
 missing or do not fit stop the loading. What is returned is the trunk in training mode, without a
 head: images (B, 3, H, W), normalised with the mean and standard deviation of ImageNet, to features
-(B, D). Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV).
+(B, D). Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV), arXiv:1807.05520 (DeepCluster),
+arXiv:1905.01278 (DeeperCluster). The last two take the derivatives of a grey image first (Sobel);
+with rgb=True these are part of the first convolution, exactly but for DeepCluster's image border.
 
 Our package src is imported under a name of its own, so that a `src` or `utils` of the caller stays
 what it is, and torch.save and torch.compile of the network find its classes.
@@ -104,6 +106,25 @@ swav_resnet50, swav_resnet50w2 = resnet50, resnet50w2
 swav_resnet50w4, swav_resnet50w5 = resnet50w4, resnet50w5
 
 
+# ============ AlexNet and VGG-16, DeepCluster and DeeperCluster ============
+def deepcluster_alexnet(pretrained=True, rgb=False, **options):
+    """AlexNet with batch norm by DeepCluster, (B, 3, H, W) -> (B, 4096), from 63 px on; weights from
+    a file, pretrained="alexnet/checkpoint.pth.tar", since we know no address of them."""
+    return _of_clusters("alexnet", 1, pretrained, rgb, **options)
+
+
+def deepcluster_vgg16(pretrained=True, rgb=False, **options):
+    """VGG-16 with batch norm by DeepCluster, (B, 3, H, W) -> (B, 4096), from 32 px on; weights from
+    a file, pretrained="vgg16/checkpoint.pth.tar", since we know no address of them."""
+    return _of_clusters("vgg16", 1, pretrained, rgb, **options)
+
+
+def deepercluster_vgg16(pretrained=True, rgb=False, **options):
+    """VGG-16 with batch norm by DeeperCluster, (B, 3, H, W) -> (B, 4096), from 30 px on; weights
+    from a file, pretrained="ours.pth", since we know no address of them."""
+    return _of_clusters("vgg16", 2, pretrained, rgb, **options)
+
+
 # ============ building and loading ============
 def _dino(arch, name, pretrained, **options):
     return _load(arch, f"dino/{name}_pretrain/{name}_pretrain.pth", pretrained, **options)
@@ -116,6 +137,26 @@ def _xcit(size, patch_size, pretrained, **options):
 
 def _swav_wide(arch, name, pretrained, **options):
     return _load(arch, f"deepcluster/swav_{name}_400ep_pretrain.pth.tar", pretrained, **options)
+
+
+def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **options):
+    """A network of src.convnets with the weights of a file, under Sobel filters if the file has them."""
+    if pretrained is True or pretrained is None or pretrained == "":
+        raise ValueError(
+            f"pretrained={pretrained!r} must be the path or address of a file, or False: no address "
+            "of these weights is known here for sure"
+        )
+    found = {"sobel": True}
+    if pretrained is not False:
+        found |= _ours("eval_args").file_defaults(pretrained, checkpoint_key, arch)
+    options = {**found, "sobel_padding": sobel_padding, **options}
+    model = _ours("convnets").build_convnet(**{"arch": arch, **options})
+    if pretrained is not False:
+        _ours("weights").load_weights(model, pretrained, checkpoint_key)
+    if rgb and model.sobel is not None:
+        model.features[0] = _ours("sobel").sobel_to_rgb(model.features[0], model.sobel.padding)
+        model.sobel = None
+    return model
 
 
 def _load(arch, released, pretrained, checkpoint_key=None, **options):

@@ -1,10 +1,11 @@
-"""Networks without a head, by the name of --arch: ViT, XCiT of timm, ResNet, torchvision."""
+"""Networks without a head, by the name of --arch: ViT, XCiT of timm, ResNet, VGG, torchvision."""
 
 import re
 
 from torch import nn
 
 from src import resnet, vision_transformer
+from src.convnets import build_convnet
 
 
 def is_vit(arch: str) -> bool:
@@ -23,20 +24,24 @@ def build_backbone(
     stem: str = "imagenet",
     width: float = 1.0,
     zero_init_residual: bool = False,
+    sobel: bool | None = None,
+    sobel_padding: int = 1,
 ) -> nn.Module:
     """An untrained network of (B, in_chans, S, S) -> (B, num_features), which is its attribute.
 
     It has forward_backbone, the same as calling it. arch: one of vision_transformer.ARCHITECTURES,
     xcit_* (El-Nouby et al. 2021, arXiv:2106.09681; timm's network), one of resnet.ARCHITECTURES, or
     a torchvision classification network. depth: number of blocks of a vision transformer, None: its
-    usual one; width: factor on the channels or dimensions of all layers.
+    usual one; width: factor on the channels or dimensions of all layers. sobel: true or false for a
+    network of src.convnets without its top layer, whose alexnet and vgg16 are not torchvision's.
 
     What published commands and presets give whatever the arch is not used where it has no meaning:
     patch_size, img_size and drop_path_rate by convolutional networks, stem by transformers. Raises
     ValueError on any other option that arch has no use for, and on an unknown name.
     """
+    of_resnets = {"zero_init_residual": zero_init_residual, "sobel": bool(sobel)}
     if is_vit(arch):
-        refuse_unusual(arch, "a ResNet of ours", zero_init_residual=zero_init_residual)
+        refuse_unusual(arch, "a ResNet of ours", **of_resnets)
         return vision_transformer.ARCHITECTURES[arch](
             patch_size=patch_size,
             img_size=img_size,
@@ -48,9 +53,13 @@ def build_backbone(
         )
     refuse_unusual(arch, "a ViT, such as vit_small", num_registers=num_registers, depth=depth)
     if arch.startswith("xcit"):
-        refuse_unusual(arch, "a ResNet of ours", zero_init_residual=zero_init_residual)
+        refuse_unusual(arch, "a ResNet of ours", **of_resnets)
         refuse_unusual(arch, "a ViT or a ResNet of ours", width=width)
         return build_xcit(arch, in_chans, drop_path_rate)
+    options = {"stem": stem, "width": width, "zero_init_residual": zero_init_residual}
+    if sobel is not None:
+        options |= {"sobel": sobel, "sobel_padding": sobel_padding}
+        return build_convnet(arch, in_chans=in_chans, **options)
     if arch not in resnet.ARCHITECTURES:
         from torchvision import models
 
@@ -60,13 +69,13 @@ def build_backbone(
                 f"--arch {arch} is not known: use one of {', '.join(names)}, "
                 "or any torchvision classification model, such as vgg16 or convnext_tiny"
             )
-    options = {"stem": stem, "width": width, "zero_init_residual": zero_init_residual}
     return resnet.build_model(arch, in_chans=in_chans, **options)
 
 
 def refuse_unusual(arch: str, kind: str, **options) -> None:
     """Raise ValueError naming the first option that was changed, of those that `kind` alone has."""
-    usual = {"num_registers": 0, "depth": None, "width": 1.0, "zero_init_residual": False}
+    usual = {"num_registers": 0, "depth": None, "width": 1.0}
+    usual |= {"zero_init_residual": False, "sobel": False}
     for name, value in options.items():
         if value != usual[name]:
             hint = f"use --{name} {usual[name]}" if usual[name] else "leave it out"

@@ -18,10 +18,12 @@ import torch
 
 from src import distributed
 from src.signals import StopSignal, requeue_slurm_job
+from src.top_layer import TopLayer
 from src.weights import (
     CheckpointError,
     Report,
     cause,
+    epoch_of,
     load_weights,
     read_weights,
     sections,
@@ -34,6 +36,7 @@ __all__ = [
     "Report",
     "StopSignal",
     "check_writable",
+    "epoch_of",
     "load_checkpoint",
     "load_state",
     "load_weights",
@@ -143,9 +146,10 @@ def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST
     state, own = without_wrapper(state), module.state_dict()
     problems = {name: "only in this network" for name in own if name not in state}
     problems |= {name: "only in the file" for name in state if name not in own}
+    resizing = tuple(f"{name}." for name, m in module.named_modules() if isinstance(m, TopLayer))
     for name in own.keys() & state.keys():
         there, here = tuple(state[name].shape), tuple(own[name].shape)
-        if there != here:
+        if there != here and not (name.startswith(resizing) and there[1:] == here[1:]):
             problems[name] = f"{there} in the file, {here} here"
     if problems:
         order = [name for name in [*own, *state] if name in problems]

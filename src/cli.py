@@ -50,12 +50,8 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
     """Flags of how a run is run, not of what it computes; the same in every script."""
     group = parser.add_argument_group("runtime")
     add = group.add_argument
-    add(
-        "--dump_path",
-        "--output_dir",
-        default=".",
-        help="folder of the run: checkpoints, logs, plots",
-    )
+    add("--dump_path", "--output_dir", "--exp", default=".",
+        help="folder of the run: checkpoints, logs, plots")  # fmt: skip
     add("--seed", type=at_least_zero(int), default=31, help="seed of every random draw")
     add("--workers", "--num_workers", type=at_least_zero(int), default=10,
         help="loader processes per training process; 0: load in the process itself")  # fmt: skip
@@ -67,7 +63,8 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
         "loss scaling on one that has not, fp32 on a CPU")  # fmt: skip
     add("--use_fp16", type=boolean, default=None,
         help="published spelling: true = --precision auto, false = --precision fp32")  # fmt: skip
-    for flags in (["--dist_url"], ["--world_size"], ["--rank"], ["--local_rank", "--local-rank"]):
+    launcher = (["--dist_url", "--dist-url"], ["--world_size", "--world-size"], ["--rank"])
+    for flags in (*launcher, ["--local_rank", "--local-rank"], ["--debug_slurm"]):
         add(*flags, default=None, help="accepted and ignored: the launcher's environment says it")
 
 
@@ -86,7 +83,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--checkpoint_freq", "--saveckp_freq", type=positive(int), default=25,
         help="epochs between the checkpoints that are kept in checkpoints/")  # fmt: skip
-    add("--checkpoint_iters", type=at_least_zero(int), default=0,
+    add("--checkpoint_iters", "--checkpoints", type=at_least_zero(int), default=0,
         help="iterations between saves inside an epoch; 0: only at the end of each epoch")  # fmt: skip
     add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
     add("--knn_freq", type=at_least_zero(int), default=0,
@@ -139,7 +136,7 @@ def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) ->
             f"--batch_size {args.batch_size} makes batches of {global_batch} images, and "
             f"--data_path {args.data_path} has {num_images}: use a smaller one"
         )
-    if args.warmup_epochs > args.epochs:
+    if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         raise ValueError(
             f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: use a smaller one"
         )
@@ -169,16 +166,18 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
-def add_backbone_args(parser: argparse.ArgumentParser, arch: str = "resnet50") -> Callable:
+def add_backbone_args(
+    parser: argparse.ArgumentParser, arch: str = "resnet50", others: str = ""
+) -> Callable:
     """The network without its head; returns the group's add_argument for what a method adds.
 
-    arch: the default. The help names vision transformers after add_vit_args.
+    arch: the default. others: names for the help, which names vision transformers after add_vit_args.
     """
     add = parser.add_argument_group("model").add_argument
     transformers = "--patch_size" in parser._option_string_actions
-    vits = "vit_tiny vit_small vit_base, xcit_* (by timm), " if transformers else ""
-    add("--arch", default=arch,
-        help=f"{vits}resnet18 34 50 101 152, resnet50w2 w4 w5, resnext50_32x4d, resnext101_32x8d, "
+    others += "vit_tiny vit_small vit_base, xcit_* (by timm), " if transformers else ""
+    add("--arch", "-a", default=arch,
+        help=f"{others}resnet18 34 50 101 152, resnet50w2 w4 w5, resnext50_32x4d, resnext101_32x8d, "
         "or any torchvision classification model")  # fmt: skip
     add("--stem", default="imagenet", choices=["imagenet", "small"],
         help="imagenet: 7x7 stride 2 and max-pooling; small, for 32 px: 3x3 stride 1")  # fmt: skip
@@ -227,13 +226,20 @@ def vit_options(args: argparse.Namespace, img_size: int = 224) -> dict:
 
 
 def model_options(args: argparse.Namespace) -> dict:
-    """The arguments of src.resnet.build_model that come from the flags of add_model_args."""
+    """The arguments of src.resnet.build_model that come from the flags of add_model_args.
+
+    Where --sobel says true or false also sobel and sobel_padding, of src.convnets.build_convnet.
+    """
     head = {"output_dim": args.feat_dim, "hidden_mlp": args.hidden_mlp}
+    names = [name for name in ("sobel", "sobel_padding") if getattr(args, name, None) is not None]
+    if names == ["sobel_padding"]:
+        raise ValueError(f"--sobel_padding {args.sobel_padding} needs --sobel true")
     return {
         **backbone_options(args),
         **head,
         "head_dims": args.head_dims,
         "head_bn": args.head_bn,
+        **{name: getattr(args, name) for name in names},
     }
 
 

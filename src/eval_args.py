@@ -12,7 +12,7 @@ from src import cli, image_args
 from src.backbones import is_vit
 from src.cli_types import positive
 from src.evaluation import run_arguments, run_defaults, run_folder
-from src.weights import read_weights
+from src.weights import SOBEL, read_weights
 
 # Small images, and networks for them that are not of a run.
 NETWORKS = {
@@ -27,10 +27,17 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
     """The network and the file that its weights come from."""
     cli.add_vit_args(parser)
     cli.add_model_args(parser)
+    add = parser.add_argument_group("classifiers of clusters or rotations").add_argument
+    add("--sobel", type=cli.boolean, nargs="?", const=True, default=None,
+        help="true: Sobel filters before the first layer; false: none, but alexnet and vgg16 have "
+        "batch norm; by default the file says it, else these two are torchvision's")  # fmt: skip
+    add("--sobel_padding", type=int, choices=[1, 2], default=None,
+        help="zeros around the image there: 1 DeepCluster's, 2 DeeperCluster's")  # fmt: skip
     add = parser.add_argument_group("weights").add_argument
     add("--pretrained", "--pretrained_weights", default="",
         help="a run's folder, a checkpoint of it, a released file, or torchvision weights; those of "
-        "a vision transformer say its --arch, --patch_size, --img_size, --depth")  # fmt: skip
+        "a vision transformer say its --arch, --patch_size, --img_size, --depth, those of DeepCluster "
+        "and the like their --arch, --width, --sobel")  # fmt: skip
     add("--checkpoint_key", default=None,
         help="section of the file: student, teacher, ... (default: teacher, if there is one)")  # fmt: skip
 
@@ -68,9 +75,9 @@ def parse_args(
     elif not args.pretrained and "arch" not in given:
         preset = cli.preset_of(args.data_path)
         defaults = {"size": image_args.CROPS[preset]["size"][0], **NETWORKS.get(preset, {})}
-    elif args.pretrained and ("arch" not in given or is_vit(args.arch)):
-        if not getattr(args, "load_features", None):
-            defaults = vit_defaults(args.pretrained, args.checkpoint_key)
+    elif args.pretrained and not getattr(args, "load_features", None):
+        arch = args.arch if "arch" in given else None
+        defaults = file_defaults(args.pretrained, args.checkpoint_key, arch)
     parser.set_defaults(**defaults, given=sorted(given))
     args = parser.parse_args(argv)
     args.preset = cli.preset_of(args.data_path)
@@ -79,12 +86,32 @@ def parse_args(
     return args, run
 
 
+def file_defaults(
+    pretrained: str, checkpoint_key: str | None = None, arch: str | None = None
+) -> dict:
+    """What a file says about the vision transformer or the classifier of clusters in it, by flag.
+
+    arch: the one that was asked for; of another the file's flags are not taken. {} where the file
+    says nothing. Raises as read_weights does.
+    """
+    weights = read_weights(pretrained, checkpoint_key)
+    if arch is None or is_vit(arch):
+        found = _vit_flags(weights)
+        if found or arch is not None:
+            return found
+    found = _convnet_flags(weights)
+    return found if arch in (None, found.get("arch", arch)) else {}
+
+
 def vit_defaults(pretrained: str, checkpoint_key: str | None = None) -> dict:
     """What a file says about the vision transformer in it, by flag; {} if there is none in it.
 
     The size of the images is that of a square table of positions. Raises as read_weights does.
     """
-    weights = read_weights(pretrained, checkpoint_key)
+    return _vit_flags(read_weights(pretrained, checkpoint_key))
+
+
+def _vit_flags(weights):
     start = next((name.removesuffix(QKV) for name in weights if name.endswith(QKV)), None)
     names = ("pos_embed", "patch_embed.proj.weight")
     if start is None or any(f"{start}{name}" not in weights for name in names):  # XCiT has no table
@@ -101,6 +128,26 @@ def vit_defaults(pretrained: str, checkpoint_key: str | None = None) -> dict:
         found["arch"] = ARCH_OF_WIDTH[table.shape[2]]
     if f"{start}register_tokens" in weights:
         found["num_registers"] = weights[f"{start}register_tokens"].shape[1]
+    return found
+
+
+def _convnet_flags(weights):
+    """Flags of AlexNet or VGG-16 with batch norm, or of any network under Sobel filters; else {}."""
+    body = "body." if any(name.startswith("body.") for name in weights) else ""
+    found = {}
+    if f"{SOBEL}0.weight" in weights:  # DeeperCluster, whose trunk is called body, pads by 2
+        found = {"sobel": True, "sobel_padding": 2 if body else 1}
+    layers = {name.removeprefix(body): x for name, x in weights.items()}
+    # torchvision's networks end in classifier.6, and without batch norm 1 is a ReLU
+    if "features.1.running_mean" not in layers or "classifier.6.weight" in layers:
+        return found
+    kernel = layers["features.0.weight"].shape[-1] if "features.0.weight" in layers else None
+    for arch, last, side in (
+        ("alexnet", "classifier.4.weight", 11),
+        ("vgg16", "classifier.3.weight", 3),
+    ):
+        if kernel == side and last in layers:
+            found = {"arch": arch, "width": len(layers[last]) / 4096, "sobel": False, **found}
     return found
 
 

@@ -24,7 +24,8 @@ HELD_OUT = 10  # without a val split, every tenth image is classified by the oth
 # Flags that make a network; and those that the args.json of a run decides for its evaluation.
 VIT_FLAGS = ("patch_size", "img_size", "num_registers", "depth")
 HEAD_FLAGS = ("hidden_mlp", "feat_dim", "head_dims", "head_bn")
-MODEL_FLAGS = ("arch", "stem", "width", *HEAD_FLAGS, *VIT_FLAGS)
+SOBEL_FLAGS = ("sobel", "sobel_padding")
+MODEL_FLAGS = ("arch", "stem", "width", *HEAD_FLAGS, *VIT_FLAGS, *SOBEL_FLAGS)
 RUN_FLAGS = (*MODEL_FLAGS, "zero_init_residual", "data_path", "in_chans", "mean", "std", "seed")
 
 
@@ -78,15 +79,15 @@ def build_network(
 ) -> nn.Module:
     """The network of `arch` with `weights`, or untrained as `seed` makes it, in evaluation mode.
 
-    options: of src.cli.model_options and vit_options. run: the arguments of its training run, {} if
-    there was none. feature: "backbone" or "embedding"; the weights of what comes after it may be
+    options: of src.cli.model_options and vit_options; with `sobel`, true or false, the network is of
+    src.convnets. run: the arguments of its training run, {} if there was none. feature: "backbone" or "embedding"; the weights of what comes after it may be
     missing. Raises ValueError and OSError.
     """
-    head_of_swav = not (is_transformer(arch) or is_dino(run))
+    head_of_swav = not (is_transformer(arch) or is_dino(run) or "sobel" in options)
     if not head_of_swav and feature == "embedding":
         raise ValueError(
-            "--feature embedding is the output of SwAV's projection head, which vision transformers "
-            "and runs of DINO do not have: use --feature backbone"
+            "--feature embedding is the output of SwAV's projection head, which vision transformers, "
+            "runs of DINO and classifiers of clusters do not have: use --feature backbone"
         )
     torch.manual_seed(seed)
     if head_of_swav:
@@ -121,8 +122,10 @@ def _with_swav_head(arch, options, run):
 def statistics(args, dataset: ImageDataset, usual: bool) -> tuple[list[float], list[float]]:
     """Mean and standard deviation to normalise with: those given, or those of the data.
 
-    usual: with ImageNet's usual red, as DINO; else with SwAV's (src.datasets).
+    usual: with ImageNet's usual red, as DINO, and DeepCluster, whose networks --sobel tells; else with
+    SwAV's (src.datasets).
     """
+    usual = usual or getattr(args, "sobel", None) is not None
     std = usual_std(dataset.std) if usual else dataset.std
     return args.mean or dataset.mean, args.std or std
 

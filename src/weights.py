@@ -1,7 +1,7 @@
 """Reading weights from elsewhere into a network, safely, and saying what fitted.
 
-Files: this repository's, the released SwAV, DeepCluster-v2 and DINO checkpoints, torchvision's,
-safetensors. Only tensors, plain containers, argparse.Namespace and numpy scalars are unpickled.
+Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
+checkpoints, torchvision's, safetensors. Only tensors, plain containers, argparse.Namespace and numpy scalars are unpickled.
 """
 
 import argparse
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 # What published files wrap their weights in, and what they put before the names of a network.
 SECTIONS = ("state_dict", "model", "teacher", "student")
-PREFIXES = ("", "backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "trunk.")
+PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder.", "model.", "body.")
+OWN_PREFIXES = PREFIXES[:3]  # networks of ours have them too
+SOBEL = "sobel."  # filters before a trunk, whose names do not start as the trunk's do
 COUNTER = "num_batches_tracked"  # of a batch normalisation: a file may lack it, and all fit
 
 
@@ -39,7 +41,7 @@ class Report:
 
 
 def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
-    """Named tensors of a file, without DistributedDataParallel's "module.".
+    """Named tensors of a file, without the "module." of DistributedDataParallel and DataParallel.
 
     path: a file, the folder of a run, or an http(s) address. checkpoint_key: the section to take,
     such as "student"; None: the first of SECTIONS that there is. A file without any is taken whole. Raises
@@ -57,12 +59,20 @@ def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[st
     weights = {str(k): v for k, v in chosen.items() if isinstance(v, torch.Tensor)}
     if not weights:
         raise CheckpointError(f"{path} holds no tensors by name; it has: {_some(map(str, found))}")
-    return without_wrapper(weights)
+    weights = without_wrapper(weights)
+    # DeepCluster ran its convolutions alone, not the linear layers, on several GPUs.
+    return {name.replace("features.module.", "features."): x for name, x in weights.items()}
 
 
 def sections(path: str | Path) -> list[str]:
     """Names of the parts of a file, such as "student" and "teacher". Raises as read_weights."""
     return _sections(_read_file(path))
+
+
+def epoch_of(path: str | Path) -> int:
+    """The epochs that a file says it was trained for, 0 if it does not. Raises as read_weights."""
+    epoch = _read_file(path).get("epoch", 0)
+    return epoch if isinstance(epoch, int) else 0
 
 
 def load_weights(
@@ -81,7 +91,7 @@ def load_weights(
     weights = read_weights(path, checkpoint_key)
     module = unwrapped(module)
     own = module.state_dict()
-    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in PREFIXES[:2]]
+    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
     renamed = max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
     matched = [name for name in own if _fits(own, renamed, name)]
     wrong_shape = [name for name in own if name in renamed and name not in matched]
@@ -183,11 +193,18 @@ def _allowed_globals():
 
 def _rename(weights, strip, put):
     """{name in the network: (name in the file, tensor)}"""
-    return {
+    renamed = {
         put + name.removeprefix(strip): (name, value)
         for name, value in weights.items()
         if name.startswith(strip)
     }
+    sobel = {
+        start + name: (name, value)
+        for name, value in weights.items()
+        for start in ("", put)
+        if name.startswith(SOBEL)
+    }
+    return {**sobel, **renamed}
 
 
 def _fits(own, renamed, name):

@@ -14,6 +14,7 @@ from PIL import Image
 import eval_knn
 from src import checkpoint, cli, eval_args, image_args
 from src.backbones import build_backbone
+from src.convnets import build_convnet
 from src.datasets import open_dataset
 from src.features import extract_features
 from src.heads import DINOHead, MultiCropWrapper
@@ -281,6 +282,137 @@ def test_an_untrained_vision_transformer_fits_the_images(tmp_path):
     argv = ["--arch", "vit_tiny", "--width", "0.125", "--depth", "2", "--patch_size", "4"]
     rows, settings = evaluate(tmp_path, *argv, "--num_registers", "2")
     assert top1(rows, "untrained network") > 10 and settings["num_registers"] == 2
+
+
+# ============ classifiers of clusters ============
+
+
+def released_classifier(path, arch, width=1 / 16, body="", **options):
+    """A file as DeepCluster's, or with `body` as DeeperCluster's, and the network in it."""
+    torch.manual_seed(0)
+    model = build_convnet(arch, 5, width=width, **options).eval()
+    state = {}
+    for name, value in model.state_dict().items():
+        top = name.startswith(("sobel.", "top_layer."))
+        state[name if top else body + name.replace("features.", "features.module.")] = value
+    torch.save({"epoch": 1, "arch": arch, "state_dict": state}, path)
+    return model
+
+
+SAID = ("arch", "width", "sobel", "sobel_padding")
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
+@pytest.mark.parametrize(
+    ("options", "body"),
+    [
+        ({"sobel": True, "sobel_padding": 1}, ""),
+        ({"sobel": True, "sobel_padding": 2}, "body."),
+        ({"sobel": False, "sobel_padding": None}, ""),
+    ],
+)
+def test_a_file_of_a_classifier_of_clusters_says_which_one_it_is(tmp_path, arch, options, body):
+    path = tmp_path / "released.pth.tar"
+    padding = {"sobel_padding": options["sobel_padding"] or 1}
+    released_classifier(path, arch, body=body, **{**options, **padding})
+    expected = {"arch": arch, "width": 1 / 16, **options}
+    for argv in ([], ["--arch", arch]):
+        args = parse("--pretrained", path, *argv)
+        assert {name: getattr(args, name) for name in SAID} == expected
+    assert parse("--pretrained", path, "--sobel", "false").sobel is False  # a flag wins
+    args = parse("--pretrained", path, "--arch", "resnet18")
+    assert (args.arch, args.width, args.sobel) == ("resnet18", 1.0, None)
+
+
+def test_a_file_of_a_resnet_under_sobel_filters_says_that_it_has_them(tmp_path):
+    path = tmp_path / "resnet.pth"
+    released_classifier(path, "resnet10", sobel=True)
+    for argv in ([], ["--arch", "resnet10"]):
+        assert parse("--pretrained", path, *argv).sobel is True
+    assert parse("--pretrained", path, "--arch", "vit_tiny").sobel is None
+
+
+def test_files_of_torchvision_are_of_its_own_alexnet_and_vgg(tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    for arch in ("alexnet", "vgg16", "vgg16_bn"):
+        with torch.device("meta"):
+            state = models.get_model(arch).state_dict()
+        torch.save({n: torch.zeros(()).expand(x.shape) for n, x in state.items()}, tmp_path / "a")
+        args = parse("--pretrained", tmp_path / "a", "--arch", arch)
+        assert (args.arch, args.sobel, args.width) == (arch, None, 1.0)
+        assert parse("--pretrained", tmp_path / "a").sobel is None
+
+
+def test_files_of_the_published_sizes_are_known(tmp_path):
+    for arch in ("alexnet", "vgg16"):
+        with torch.device("meta"):
+            state = build_convnet(arch, sobel=True).state_dict()
+        state = {f"module.{n}": torch.zeros(()).expand(x.shape) for n, x in state.items()}
+        torch.save({"state_dict": state}, tmp_path / "a")
+        args = parse("--pretrained", tmp_path / "a")
+        assert (args.arch, args.sobel, args.sobel_padding, args.width) == (arch, True, 1, 1.0)
+
+
+@pytest.mark.parametrize("body", ["", "body."])
+def test_features_of_a_released_classifier_are_its_own(tmp_path, images, body):
+    path, folder = tmp_path / "released.pth.tar", tmp_path / "dump"
+    options = {"sobel": True, "sobel_padding": 2 if body else 1}
+    model = released_classifier(path, "alexnet", body=body, **options)
+    argv = ["--data_path", images, "--pretrained", path, "--size", 67]
+    _, settings = evaluate(tmp_path, *argv, "--dump_features", folder)
+    assert settings["sobel"] is True and settings["sobel_padding"] == (2 if body else 1)
+    dataset = open_dataset(str(images))
+    expected, _ = extract_features(
+        *(model.forward_backbone, dataset, 67, dataset.mean, dataset.std, "cpu")
+    )
+    found = np.load(folder / "val_features.npy")
+    np.testing.assert_allclose(found, expected[::10], rtol=1e-3, atol=1e-5)
+    assert found.min() < 0  # before the ReLU
+    with pytest.raises(ValueError, match="--feature embedding .* classifiers of clusters"):
+        evaluate(tmp_path, *argv, "--feature", "embedding")
+    with pytest.raises(ValueError, match="images of 20 px are too small"):
+        evaluate(tmp_path, *argv, "--size", 20)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sobel"), [("resnet10", True), ("resnet10", False), ("vgg16", False)]
+)
+def test_a_run_of_a_classifier_of_clusters_needs_no_other_flag(tmp_path, arch, sobel):
+    options = {"stem": "small", "width": 1 / 16, "in_chans": 3, "zero_init_residual": False}
+    options |= {"sobel": sobel, "sobel_padding": 2}
+    run = tmp_path / "run"
+    for seed in (5, 3):  # first another network, then that of the run's seed, before its training
+        torch.manual_seed(seed)
+        model = build_convnet(arch, 7, **options)
+        checkpoint.save_checkpoint(run, {"model": model.state_dict(), "epoch": 1})
+        arguments = {"arch": arch, **options, "seed": 3, "data_path": "digits", "dropout": 0.1}
+        size = 8 if arch == "resnet10" else 32
+        arguments |= {"size_crops": [size], "num_clusters": 7}
+        (run / "args.json").write_text(json.dumps(arguments))
+        argv = ["--pretrained", str(run), "--workers", "0", "--device", "cpu", "--nb_knn", "20"]
+        assert eval_knn.main([*argv, "--untrained"]) == 0
+        found = json.loads((run / "eval_knn.json").read_text())
+        settings = found["settings"]
+        assert (settings["arch"], settings["size"]) == (arch, size)
+        assert (settings["sobel"], settings["sobel_padding"]) == (sobel, 2)
+        rows = found["results"]
+        assert (top1(rows) == top1(rows, "untrained network")) == (seed == 3)
+
+
+def test_untrained_networks_under_sobel_filters_and_flags_that_do_not_fit(tmp_path, images):
+    small = ["--data_path", images, "--width", 1 / 16]
+    network = ["--arch", "resnet10", "--stem", "small"]
+    _, settings = evaluate(tmp_path, *small, *network, "--sobel")
+    assert settings["sobel"] is True and settings["sobel_padding"] is None
+    for argv, sentence in (
+        ([*network, "--sobel_padding", 2], "--sobel_padding 2 needs --sobel true"),
+        (["--arch", "vit_tiny", "--sobel"], "--sobel needs a ResNet"),
+        ([*network, "--sobel", "--in_chans", 1], "--sobel true needs --in_chans 3, not 1"),
+        ([*network, "--sobel", "--num_registers", 2], "--num_registers needs a ViT"),
+        ([*network, "--sobel", "--depth", 2], "--depth needs a ViT"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            evaluate(tmp_path, *small, *argv)
 
 
 # ============ data ============

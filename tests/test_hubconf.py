@@ -14,6 +14,7 @@ import torch
 
 from src import checkpoint
 from src.backbones import build_backbone
+from src.convnets import build_convnet
 from src.heads import DINOHead, MultiCropWrapper
 from src.resnet import resnet50
 from src.vision_transformer import vit_small
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 DINO = [f"dino_vit{size}{patch}" for size in "sb" for patch in (16, 8)]
 XCIT = [f"dino_xcit_{size}_p{patch}" for size in ("small_12", "medium_24") for patch in (16, 8)]
 SWAV = [f"resnet50{width}" for width in ("", "w2", "w4", "w5")]
-ENTRIES = [*DINO, *XCIT, "dino_resnet50", *SWAV, *(f"swav_{name}" for name in SWAV)]
+CLUSTERS = ["deepcluster_alexnet", "deepcluster_vgg16", "deepercluster_vgg16"]
+ENTRIES = [*DINO, *XCIT, "dino_resnet50", *SWAV, *(f"swav_{name}" for name in SWAV), *CLUSTERS]
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -140,6 +142,11 @@ def test_what_the_entries_build_is_what_their_help_says(downloaded):
             assert f"(B, {model(IMAGES.to('meta')).shape[1]})" in said, entry
             if entry in DINO:
                 assert model.patch_size == int(entry.removeprefix("dino_vit")[1:])
+        for entry in CLUSTERS:
+            model = load(entry, pretrained=False)
+            assert model.classifier[-1].weight.shape == (4096, 4096)
+            assert type(model).__name__.lower() in entry and model.top_layer is None
+            assert model.sobel.padding == (2 if "deeper" in entry else 1)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +207,35 @@ def test_swav_is_a_trunk_without_a_random_classifier(swav, released_swav):
         with torch.no_grad():
             torch.testing.assert_close(found, swav.eval().forward_backbone(IMAGES))
     assert found.shape == (2, 2048)
+
+
+@pytest.mark.parametrize("entry", CLUSTERS)
+def test_classifiers_of_clusters_come_from_a_file_and_take_rgb_images(tmp_path, entry):
+    arch, padding = entry.split("_")[1], 2 if "deeper" in entry else 1
+    torch.manual_seed(4)
+    theirs = build_convnet(arch, 5, sobel=True, sobel_padding=padding, width=1 / 16).eval()
+    state = theirs.state_dict()
+    if padding == 1:
+        state = {n.replace("features.", "features.module."): x for n, x in state.items()}
+    else:
+        state = {n if n.startswith("sobel") else f"body.{n}": x for n, x in state.items()}
+    torch.save({"epoch": 1, "arch": arch, "state_dict": state}, tmp_path / "released.pth.tar")
+    found = load(entry, pretrained=str(tmp_path / "released.pth.tar")).eval()
+    images = torch.rand(2, 3, 70, 70, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.forward_backbone(images)
+        torch.testing.assert_close(found(images), expected)
+        rgb = load(entry, pretrained=tmp_path / "released.pth.tar", rgb=True).eval()
+        assert rgb.sobel is None and rgb.features[0].in_channels == 3
+        if padding == 2:  # the border too
+            torch.testing.assert_close(rgb(images), expected, rtol=1e-4, atol=1e-5)
+            return
+        conv = {"alexnet": 1, "vgg16": 2}[arch]
+        maps = [model.forward_conv(images, conv)[..., 4:-4, 4:-4] for model in (rgb, theirs)]
+        torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-5)
+    for missing in (True, None, ""):
+        with pytest.raises(ValueError, match="must be the path or address of a file, or False"):
+            load(entry, pretrained=missing)
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["published names", "names of timm"])

@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 
 from src.checkpoint import save_checkpoint
+from src.convnets import build_convnet
+from src.resnet import build_model
 from src.weights import CheckpointError, load_weights, read_weights
 
 HEAD = ("projection_head", "prototypes")
@@ -130,6 +132,81 @@ def test_torchvision_and_moco_files(tmp_path):
     target = trunk()
     assert len(load_weights(target, tmp_path / "moco.pth").left_over) == len(source.state_dict())
     assert equal(target.state_dict(), source)
+
+
+def released_classifier(kind, arch):
+    """A narrow network and its file as released; what follows its trunk is called differently."""
+    torch.manual_seed(0)
+    padding = 1 if kind == "deepcluster" else 2
+    source = build_convnet(arch, 5, sobel=True, sobel_padding=padding, width=1 / 16)
+    state, start = {}, "" if kind == "deepcluster" else "module."
+    for name, value in source.state_dict().items():
+        if kind == "deepcluster":  # the convolutions alone were in DataParallel
+            name = name.replace("features.", "features.module.")
+        elif not name.startswith("sobel."):
+            name = name.replace("top_layer.", "pred_layer.")
+            name = name if name.startswith("pred_layer.") else f"body.{name}"
+        state[start + name] = value
+    optimizer = {"state": {}, "param_groups": [{"lr": 0.05}]}
+    return source, {"epoch": 3, "arch": arch, "state_dict": state, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
+@pytest.mark.parametrize("kind", ["deepcluster", "deepercluster"])
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_released_classifiers_of_clusters(kind, arch, zip_format, tmp_path):
+    source, released = released_classifier(kind, arch)
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save(released, path, _use_new_zipfile_serialization=zip_format)
+    target = build_convnet(arch, sobel=True, width=1 / 16)
+    target.sobel.requires_grad_(False)[0].weight.zero_()  # the filters are loaded as well
+    report = load_weights(target, path)
+    top = "top_layer" if kind == "deepcluster" else "pred_layer"
+    assert report.left_over == [f"{top}.bias", f"{top}.weight"]
+    assert (report.missing, report.wrong_shape) == ([], [])
+    assert equal(target.state_dict(), source)
+    if kind == "deepercluster":
+        target = nn.ModuleDict({"backbone": build_convnet(arch, sobel=True, width=1 / 16)})
+        assert load_weights(target, path).missing == []
+        return
+    target = build_convnet(arch, 5, sobel=True, width=1 / 16)
+    assert load_weights(target, path).left_over == []
+    target = build_convnet(arch, 7, sobel=True, width=1 / 16)  # other clusters than the file's
+    report = load_weights(target, path, allow_missing=("top_layer",))
+    assert report.wrong_shape == ["top_layer.weight", "top_layer.bias"]
+    with pytest.raises(CheckpointError, match="lacks 2 of the .*top_layer.weight"):
+        load_weights(target, path)
+
+
+def test_resnets_go_from_classifiers_of_clusters_to_other_methods_and_back(tmp_path):
+    options = {"stem": "small", "width": 1 / 16}
+    source = build_convnet("resnet10", 5, **options)
+    save_checkpoint(tmp_path, {"model": source.state_dict(), "epoch": 1})
+    head = {"normalize": True, "output_dim": 8, "hidden_mlp": 8, "nmb_prototypes": 3}
+    swav = build_model("resnet10", **options, **head)
+    report = load_weights(swav, tmp_path, allow_missing=HEAD)
+    assert report.left_over == ["top_layer.bias", "top_layer.weight"]
+    assert equal(source.trunk.state_dict(), swav)
+
+    path, other = tmp_path / "swav.pth", build_convnet("resnet10", 7, **options)
+    torch.save(prefixed("module.", build_model("resnet10", **options, **head)), path)
+    report = load_weights(other, path, allow_missing=("top_layer",))
+    assert report.missing == ["top_layer.weight", "top_layer.bias"]
+    assert equal(other.trunk.state_dict(), source.trunk) is False
+    assert len(report.matched) == len(source.trunk.state_dict())
+    # a run under Sobel filters, into the same network of another method with other classes
+    source = build_convnet("resnet10", 5, sobel=True, **options)
+    save_checkpoint(tmp_path, {"model": source.state_dict(), "epoch": 1})
+    other = build_convnet("resnet10", 7, sobel=True, **options)
+    load_weights(other, tmp_path, allow_missing=("top_layer",))
+    assert equal(source.trunk.state_dict(), other.trunk)
+    state = {n.replace("trunk.", "body."): x for n, x in source.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "body.pth")
+    other = build_convnet("resnet10", sobel=True, **options)
+    assert load_weights(other, tmp_path / "body.pth").missing == []
+    assert equal(source.trunk.state_dict(), other.trunk)
+    with pytest.raises(CheckpointError, match=r"conv1.weight"):  # of two channels, not three
+        load_weights(swav, tmp_path, allow_missing=HEAD)
 
 
 def test_a_bare_trunk_goes_into_a_network_that_keeps_it_under_a_name(tmp_path):
