@@ -1,32 +1,31 @@
-"""Pictures of what a network looks at, of what it is trained on, and of how it groups images.
+"""Pictures of what a network looks at and for, what it is trained on, how it groups images.
 
 attention: self-attention of the class token in the last block of a vision transformer, of each head
-and of their mean, over an image, a folder, a video or an animated GIF (src/attention_maps.py). Caron
-et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3.
-crops: multi-crops of a few images after their photometry, each framed in the colour of the window
-of the image that it was cut from (src/multicrop.py, src/augment.py).
+and of their mean, over an image, a folder, a video or an animated GIF. Caron et al., Emerging
+Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3.
+crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
-as csv, npy and folders, and what clusters look like (src/cluster_files.py, src/cluster_pictures.py).
+as csv, npy and folders, and what clusters look like (src/cluster_files.py).
+filters: weights of the first layer; or images that maximise the response of filters, by gradient
+ascent (Yosinski et al., arXiv:1506.06579), beside those of the data that activate them most.
+activations: the latter alone, with a table. Both are figures of DeepCluster, arXiv:1807.05520.
 
-  python visualize.py attention                          digits, an untrained network, seconds
   python visualize.py attention --pretrained runs/dino   a run: its args.json says the rest
   python visualize.py attention --pretrained_weights dino_deitsmall8_pretrain.pth \\
       --image_path cat.jpg --threshold 0.6 --output_dir cat
-  python visualize.py attention --pretrained runs/dino --image_path walk.mp4 --fps 25
-  python visualize.py crops --pretrained runs/dino       what this run is trained on
   python visualize.py crops --data_path my_images --nmb_crops 2 6 --solarize 0 0.2 0
-  python visualize.py clusters --pretrained runs/swav --folders
   python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
+  python visualize.py filters --pretrained runs/deepcluster --conv 13 --filters 3 17 99
+  python visualize.py activations --pretrained runs/swav --layer layer4.0.conv2
 
-Of each image, in a folder of its own where there are several: img.png, attn-head0.png, ..., and with
---threshold mask_th0.6_head0.png, ..., as published; attn-mean.png, overlay-*.png, and sheet.png, all
-in one to look at. Of several images also one sheet.png, of frames attention.gif.
+Of each image: img.png, attn-head0.png, ..., and with --threshold mask_th0.6_head0.png, ..., as
+published; attn-mean.png, overlay-*.png, and sheet.png, all in one; of frames attention.gif.
 
-Deviations from the authors' visualize_attention.py: without weights the network is untrained and
-says so, theirs takes released ones; without --image_path images of --data_path, not one from the
-web; networks trained on smaller images see smaller ones, --image_size is 480/224 of that; each head
-has its own colour of masks, not a random one; img.png has the colours of the image. Kept: two values
-of --image_size change the shape of the image; what is no whole patch is cut off, right and bottom.
+Deviations: without weights networks are untrained, and say so. The authors' visualize_attention.py
+takes one image from the web without --image_path, sees 480 px whatever the network was trained on,
+has random colours of masks. Kept: two values of --image_size change the shape, and what is no whole
+patch is cut off. DeepCluster's ascent maximises a softmax over the filters, in images of any
+range, whose contrast is stretched in the end; ours the response itself, within what pixels can be.
 """
 
 import argparse
@@ -40,36 +39,33 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from src import attention_maps, checkpoint, cli, cluster_files, distributed, image_args, plots
+from src import (
+    activation_pictures,
+    attention_maps,
+    checkpoint,
+    cli,
+    cluster_files,
+    distributed,
+    filter_pictures,
+    image_args,
+    picture_args,
+    plots,
+    responses,
+)
 from src.augment import Augment
 from src.backbones import is_vit
 from src.cluster_pictures import add_cluster_args, check_folders, draw_clusters, image_names
 from src.crop_pictures import draw_crops
 from src.datasets import IMAGENET, open_dataset, usual_std
-from src.eval_args import NETWORKS as SMALL_NETWORKS
-from src.eval_args import check_images, vit_defaults
-from src.evaluation import (
-    build_network,
-    is_dino,
-    is_transformer,
-    run_arguments,
-    run_defaults,
-    run_folder,
-    statistics,
-)
+from src.eval_args import check_images
+from src.evaluation import build_network, is_dino, is_transformer, run_arguments, statistics
 from src.frames import in_batches, open_frames
 from src.logger import duration, setup_logging
 from src.multicrop import MultiCropDataset, collate_crops
-from src.presets import CROPS, SHARED
 from src.setup import generator
 
 logger = logging.getLogger(__name__)
 
-# Untrained networks for small images, which are enlarged for them.
-NETWORKS = dict.fromkeys(
-    ("tiny", "cifar"), {"arch": "vit_tiny", "patch_size": 8, "image_size": [96, 96]}
-)
-TRAINED_SIZE = 224  # pixels of the crops that the published 480 is meant for
 ON_SHEET = 12  # images on the sheet of all images
 LOG_SECONDS = 5.0
 CLUSTER_SETTINGS = ("pretrained", "data_path", "split", "head", "num_clusters", "feature", "seed")
@@ -197,17 +193,13 @@ def clusters(args, run):
     """Write which cluster each image is in to --dump_path, and draw clusters."""
     weights = "" if args.num_clusters else args.pretrained
     heads, dino = cluster_files.read_heads(weights, args.checkpoint_key)
-    path = {"train": args.train_path, "val": args.val_path}[args.split]
-    flag = f"--{args.split if path else 'data'}_path"
-    dataset = open_dataset(path or args.data_path, args.split, args.in_chans, flag)
+    dataset = open_split(args)
     cluster_files.check_request(args, [len(weight) for weight, _ in heads], len(dataset))
     folder = Path(args.dump_path)
     check_folders(folder, args.folders)
     checkpoint.check_writable(folder)
     feature = args.feature if args.num_clusters else "backbone" if dino else "embedding"
-    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
-    network = (args.pretrained, run, feature, args.checkpoint_key, args.seed)
-    model = build_network(args.arch, options, *network)
+    model = open_network(args, run, feature)
     usual = is_transformer(args.arch) or is_dino(run) or dino is not None
     normalise = statistics(args, dataset, usual)
     features = cluster_files.features_of(model, feature, dino, dataset, normalise, args)
@@ -227,6 +219,91 @@ def clusters(args, run):
     logger.info("%s; written to %s, look at %s", text, folder, folder / "clusters.png")
     if 2 * (found.sizes == 0).sum() > len(found.sizes):
         logger.info("note: most prototypes are nearest to no image, as in a run that is young")
+
+
+def open_split(args):
+    """The images of --split."""
+    path = {"train": args.train_path, "val": args.val_path}[args.split]
+    flag = f"--{args.split if path else 'data'}_path"
+    return open_dataset(path or args.data_path, args.split, args.in_chans, flag)
+
+
+def open_network(args, run, feature="backbone"):
+    """The network of the flags with its weights, in evaluation mode."""
+    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+    network = (args.pretrained, run, feature, args.checkpoint_key, args.seed)
+    return build_network(args.arch, options, *network)
+
+
+# ============ filters, activations ============
+def filters(args, run):
+    """Draw the first layer's filters; with --conv, --layer or --filters what a layer looks for."""
+    model, calls = trace_network(args, run)
+    folder = Path(args.dump_path)
+    if all(getattr(args, name) is None for name in ("conv", "layer", "filters", "num_filters")):
+        first, path = responses.convolutions(model, calls)[0].module, folder / "filters.png"
+        checkpoint.check_writable(folder)
+        filter_pictures.draw_first_layer(first, getattr(model, "sobel", None), path)
+        text = "%d filters, drawn to %s; --conv, --layer or --filters show what a layer looks for"
+        logger.info(text, first.out_channels, path)
+        return
+    layer, dataset, normalise, chosen, top = rank_images(args, run, model, calls)
+    settings = ("steps", "step_size", "decay", "blur_every", "blur_sigma", "clip", "seed")
+    settings = {name: getattr(args, name) for name in settings}
+    samples = (dataset.load(index) for index in spread(len(dataset), 16))
+    settings["grey"] = all(bool((image == image[:1]).all()) for image in samples)
+    found = filter_pictures.ascend(model, layer, chosen, args.size, normalise, **settings)
+    name = f"filters_{layer.name}"
+    (folder / name).mkdir(exist_ok=True)
+    for number, image, before, after in zip(chosen, *found, strict=True):
+        picture = activation_pictures.as_picture(image)
+        Image.fromarray(picture).save(folder / name / f"filter_{number:04}.png")
+        natural = max((value for _, value in top.of_filter(number)), default=math.nan)
+        text = "filter %d: noise %.3g, after ascent %.3g, best image %.3g"
+        logger.info(text, number, before, after, natural)
+    synthetic = list(zip(found[0], found[2].tolist(), strict=True))
+    path = folder / f"{name}.png"
+    activation_pictures.draw_sheet(top, chosen, dataset, path, synthetic)
+    logger.info("%d filters, drawn to %s", len(chosen), path)
+
+
+def activations(args, run):
+    """Write which images the filters of a layer respond to most, and draw them."""
+    model, calls = trace_network(args, run)
+    layer, dataset, _, chosen, top = rank_images(args, run, model, calls)
+    folder = Path(args.dump_path)
+    table, listed = folder / "activations.csv", chosen if args.filters else range(layer.num_filters)
+    activation_pictures.write_table(top, listed, dataset, table)
+    activation_pictures.draw_sheet(top, chosen, dataset, folder / "activations.png")
+    text = "%s has %d filters of %d x %d cells; written to %s, look at %s"
+    shape = (layer.name, layer.num_filters, *layer.cells)
+    logger.info(text, *shape, table, folder / "activations.png")
+
+
+def trace_network(args, run):
+    """The network, frozen, on the device, and the use of its modules."""
+    model = open_network(args, run).requires_grad_(False)
+    if not args.pretrained:
+        logger.warning("WARNING: no --pretrained: the network is UNTRAINED, as its filters are")
+    model.to(distributed.resolve_device(args.device))
+    return model, responses.trace(model, args.size, args.in_chans)
+
+
+def rank_images(args, run, model, calls):
+    """(layer, images, (mean, std), filters to draw, what each filter responds to most)."""
+    layer = responses.find_layer(model, calls, args.conv, args.layer)
+    dataset, device = open_split(args), distributed.resolve_device(args.device)
+    picture_args.check_filters(args, layer, len(dataset))
+    checkpoint.check_writable(args.dump_path)
+    normalise = statistics(args, dataset, is_dino(run) or args.sobel is not None)
+    precision = "fp32" if args.use_fp16 is False else args.precision
+    precision = distributed.resolve_precision(precision, device)
+    how = {"device": device, "precision": precision}
+    how |= {"batch_size": args.batch_size, "num_workers": args.workers}
+    images = (dataset, args.top, args.size, normalise)
+    top = activation_pictures.find_top_images(model, layer, *images, **how)
+    chosen = list(dict.fromkeys(args.filters or [])) or top.most_active(args.num_filters or 8)
+    return layer, dataset, normalise, chosen, top
 
 
 # ============ main ============
@@ -279,113 +356,20 @@ def get_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-# fmt: off
-def add_attention_flags(parser):
-    positive = cli.positive
-    add = parser.add_argument_group("attention").add_argument
-    add("--image_path", default=None,
-        help="an image, a folder of images, a video or an animated GIF; or else --data_path")
-    add("--image_size", type=positive(int), nargs="+", default=(480, 480),
-        help="height and width in pixels; one value: of the shorter side, the shape stays")
-    add("--threshold", type=positive(float), default=None,
-        help="also draw the patches that hold this share of each head's attention, such as 0.6")
-    add("--num_images", type=positive(int), default=None,
-        help="the first images of --image_path (default: all), or so many of --data_path (4)")
-    add("--every", type=positive(int), default=1, help="take every so many-th frame or image")
-    add("--fps", type=positive(float), default=10, help="frames a second of attention.gif")
-    add = cli.add_vit_args(parser)
-    add("--arch", default="vit_small", help="vit_tiny, vit_small or vit_base")
-    add("--width", type=positive(float), default=1.0, help="multiplies the dimension of the tokens")
-    parser.set_defaults(patch_size=8)
-    add = add_shared_flags(parser)
-    add("--checkpoint_key", default=None,
-        help="section of the file: student, teacher, ... (default: teacher, if there is one)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="digits",
-        help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")
-    add("--in_chans", type=positive(int), default=3, help="channels of the images")
-    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
-    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
-
-
-def add_crops_flags(parser):
-    image_args.add_crop_args(image_args.add_data_args(parser, SHARED))
-    image_args.add_augment_args(parser)
-    add = add_shared_flags(parser)
-    add("--num_images", type=cli.positive(int), default=8, help="images, a row of the sheet each")
-    add("--epoch", type=cli.at_least_zero(int), default=0, help="whose crops are drawn, from 0")
-
-
-def add_shared_flags(parser):
-    add = parser.add_argument_group("weights and files").add_argument
-    add("--pretrained", "--pretrained_weights", default="",
-        help="a run's folder, a checkpoint of it, or a released file")
-    add("--dump_path", "--output_dir", default=".",
-        help="folder of the pictures; by default that of the run, if there is one")
-    add("--seed", type=cli.at_least_zero(int), default=31, help="seed of every random draw")
-    return add
-# fmt: on
-
-
-def attention_defaults(args, run, given):
-    """The network and the size of the images, from the run, the file or the preset."""
-    defaults = run_defaults(run)
-    if args.pretrained and not run and ("arch" not in given or is_vit(args.arch)):
-        defaults = vit_defaults(args.pretrained, args.checkpoint_key)
-    elif not args.pretrained and not args.image_path and not given & {"arch", "patch_size"}:
-        defaults = {**NETWORKS.get(cli.preset_of(args.data_path), {})}
-    if defaults.get("img_size"):  # of the crops that the network was trained on
-        patch_size = defaults.get("patch_size", args.patch_size)
-        side = 480 * defaults["img_size"] // TRAINED_SIZE // patch_size * patch_size
-        defaults["image_size"] = [max(side, patch_size)] * 2
-    if run:
-        defaults["dump_path"] = str(run_folder(args.pretrained) / "plots" / "attention")
-    elif not args.image_path:
-        defaults["dump_path"] = str(Path("plots") / "attention")
-    return defaults
-
-
-def crops_defaults(args, run, given):
-    """The crops and the photometry, from the run or the preset."""
-    if not run:
-        return SHARED[cli.preset_of(args.data_path) if args.preset == "auto" else args.preset]
-    defaults = {**run, "dump_path": str(run_folder(args.pretrained))}
-    if is_dino(run):
-        scales = (run["global_crops_scale"], run["local_crops_scale"])
-        values = {
-            "nmb_crops": [2, run["local_crops_number"]],
-            "size_crops": [run["global_crops_size"], run["local_crops_size"]],
-            "min_scale_crops": [scale[0] for scale in scales],
-            "max_scale_crops": [scale[1] for scale in scales],
-        }
-        resolutions = 2 if run["local_crops_number"] else 1
-        defaults |= {name: x[:resolutions] for name, x in values.items()}
-    return defaults
-
-
-def clusters_defaults(args, run, given):
-    """The network and the images, from the run, the file or the preset."""
-    defaults = run_defaults(run)
-    if args.pretrained and not run and ("arch" not in given or is_vit(args.arch)):
-        defaults = vit_defaults(args.pretrained, args.checkpoint_key)
-    elif not args.pretrained and "arch" not in given:
-        preset = cli.preset_of(args.data_path)
-        defaults = {"size": CROPS[preset]["size"][0], **SMALL_NETWORKS.get(preset, {})}
-    folder = run_folder(args.pretrained) if run else Path()
-    return {**defaults, "dump_path": str(folder / "plots" / "clusters")}
-
-
 COMMANDS = {
-    "attention": (attention, add_attention_flags, attention_defaults),
-    "crops": (crops, add_crops_flags, crops_defaults),
-    "clusters": (clusters, add_cluster_args, clusters_defaults),
+    "attention": (attention, picture_args.add_attention_flags, picture_args.attention_defaults),
+    "crops": (crops, picture_args.add_crops_flags, picture_args.crops_defaults),
+    "clusters": (clusters, add_cluster_args, picture_args.network_defaults),
+    "filters": (filters, picture_args.add_filters_flags, picture_args.network_defaults),
+    "activations": (activations, picture_args.add_activations_flags, picture_args.network_defaults),
 }
 
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
     check_images(args)
+    if args.picture in ("filters", "activations") and args.conv and args.layer:
+        raise ValueError(f"--conv {args.conv} and --layer {args.layer}: give one of them")
     if args.picture == "attention":
         if len(args.image_size) > 2:
             raise ValueError(

@@ -56,7 +56,7 @@ def image_names(dataset: ImageDataset) -> tuple[list[str], Tensor]:
 
     The latter is known once all were asked for; another image takes the place of an unreadable one.
     """
-    names = [dataset._source.name(index) for index in range(len(dataset))]
+    names = [dataset.file_name(index) for index in range(len(dataset))]
     broken = set(dataset.broken)
     return names, torch.tensor([name not in broken for name in names])
 

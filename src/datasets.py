@@ -120,10 +120,14 @@ class ImageDataset:
     def __len__(self):
         return len(self._source)
 
+    def file_name(self, index: int) -> str:
+        """The file of image `index`, its shard and key, or its number in a named set."""
+        return self._source.name(index)
+
     @property
     def broken(self) -> list[str]:
         """Names of the files that this process and its workers could not read."""
-        return [self._source.name(index) for index in self._is_broken.nonzero().flatten().tolist()]
+        return [self.file_name(index) for index in self._is_broken.nonzero().flatten().tolist()]
 
     def same_files(self, other: "ImageDataset") -> bool:
         """Whether both name the same images, as the splits of a folder without train/ and val/ do."""
@@ -151,23 +155,20 @@ class ImageDataset:
                 return self.read(candidate)
             except (BrokenImage, UnfitImage, OSError) as error:
                 self._is_broken[candidate] = 1
-                file, count = self._source.name(candidate), int(self._is_broken.sum())
+                file, count = self.file_name(candidate), int(self._is_broken.sum())
                 logger.warning("cannot read %s (%s): took the next, %d so far", file, error, count)
         raise ValueError(f"{self._flag} {self.name}: none of its {len(self)} images is readable")
 
 
 def _split_folder(path, split, flag):
     """The folder of `split`, and the `train` folder beside it if there is one."""
-    names = SPLIT_FOLDERS.get(split, (split,))
-    train = os.path.join(path, "train")
+    names, train = SPLIT_FOLDERS.get(split, (split,)), os.path.join(path, "train")
     has_train = os.path.isdir(train)
     for name in names:
         if os.path.isdir(os.path.join(path, name)):
             return os.path.join(path, name), train if has_train else None
     if has_train:
-        raise FileNotFoundError(
-            f"{flag} {path} has a folder train but no folder {' or '.join(names)}"
-        )
+        raise FileNotFoundError(f"{flag} {path} has a folder train but no {' or '.join(names)}")
     return path, None
 
 
@@ -186,8 +187,7 @@ def _folder_labels(source, train):
         known = sorted(entry.name for entry in subfolders if has_image(entry.path))
     classes = [*known, *sorted(names - set(known))]  # a class that only val has comes last
     number = {name: label for label, name in enumerate(classes)}
-    labels = torch.tensor([number[part[0]] for part in parts])
-    return labels, [os.fsdecode(name) for name in classes]
+    return torch.tensor([number[part[0]] for part in parts]), [os.fsdecode(x) for x in classes]
 
 
 def _shard_labels(texts):

@@ -483,7 +483,7 @@ def test_every_flag_is_read_and_explained():
     text = (ROOT / "visualize.py").read_text()
     text += "".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
     for action in commands.choices["clusters"]._actions:
-        if action.dest in ("help", "dist_url", "world_size", "rank", "local_rank"):
+        if action.dest in ("help", "dist_url", "world_size", "rank", "local_rank", "debug_slurm"):
             continue
         assert action.help, action.dest
         assert re.search(rf'args\.{action.dest}\b|"{action.dest}"[,\])]', text), action.dest
