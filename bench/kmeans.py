@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
 from bench.measure import median_seconds, peak_megabytes, print_table
-from src.kmeans import _exact_rows, _member_sums, assign, initial_centroids, spherical_kmeans
+from src.kmeans import assign, initial_centroids, spherical_kmeans
 from src.kmeans_start import extent
+from src.kmeans_sums import exact_rows, member_sums
 
 
 def members_by_scipy(assignments, num_clusters):
@@ -62,7 +63,7 @@ def published_kmeans(features, centroids, iterations):
 
 
 def m_step(features, assignments, centroids, exact):
-    sums, counts = _member_sums(features, exact, assignments, len(centroids))
+    sums, counts = member_sums(features, exact, assignments, len(centroids))
     means = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids.double())
     return F.normalize(means, dim=1).float()
 
@@ -80,13 +81,13 @@ def main():
     start = initial_centroids(features, args.clusters, seed=0)
     assignments = assign(features, start, spherical=True)
     reach = extent(features)
-    rows = _exact_rows(features, *reach)
+    rows = exact_rows(features, *reach)
     given = features, assignments, start
     forms = {
         "published": lambda: published_m_step(*given),
         "published, members by a sort": lambda: published_m_step(*given, members_by_sort),
         "ours": lambda: m_step(*given, rows),
-        "ours, and the rounding": lambda: m_step(*given, _exact_rows(features, *reach)),
+        "ours, and the rounding": lambda: m_step(*given, exact_rows(features, *reach)),
         "ours, plain float64 sums": lambda: m_step(*given, None),
     }
     ours = m_step(*given, rows)

@@ -4,21 +4,20 @@ Every process keeps its own rows; an iteration exchanges K x (D + 1) sums and co
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import distributed
 from src.kmeans_start import block_rows, extent, faiss_centroids, num_rows
 from src.kmeans_start import initial_centroids as initial_centroids
+from src.kmeans_sums import exact_rows, member_sums, placed
 from src.neighbours import full_precision
 
 BLOCK = 2**21  # scores that the E-step holds at a time on a CPU, in its cache
 GROUP = 64  # columns of which only the maximum is compared at first
 MANY = 1024  # centroids from which on that pays
-BAG = 8  # rows whose sums float32 holds exactly, once the rows are rounded
-SPREAD = 5  # powers of 2 between the largest entries of two rows up to which they are rounded alike
 SPLIT = 0.01  # distance of the two halves of a cluster from its centroid, in norms of the centroid
 
 
@@ -28,26 +27,35 @@ def spherical_kmeans(
     iterations: int = 10,
     empty: str = "keep",
     backend: str = "torch",
+    device: torch.device | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    first_step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Cluster unit rows by the largest dot product; centroids are normalised means (Eq. 11).
 
     Each iteration assigns all rows (E-step; the lowest index in ties), then moves the centroids to
     the means of their members (M-step); a last E-step assigns to the centroids that are returned.
 
-    features: (n, D), this process's rows, L2-normalised, any floating type; n may be 0.
-    centroids: (K, D), the same on all processes. Everything is computed in float32 with autocast
-    off, the sums without any rounding of theirs, from a copy of the features (see _exact_rows).
+    features: (n, D), this process's rows, L2-normalised, any floating type; n may be 0, and they
+    may be memory-mapped. Everything is computed in float32 with autocast off, the sums without any
+    rounding of theirs, from a copy of the features (up to 1 GiB of it; see src/kmeans_sums.py).
+    centroids: (K, D), the same on all processes.
     empty: "keep" leaves the centroid of an empty cluster where it was; "reseed" splits the largest
     clusters in two instead (thesis, section 3.2.1, where they are drawn at random), as many as are
     empty and have 2 members.
     backend: "torch", or "faiss", which runs on rank 0 and re-seeds empty clusters in its own way.
+    device: where it is computed, that of the features by default. Of the features, what is more
+    than 1 GiB stays where it is, and goes there in blocks, twice an iteration.
+    on_step: on_step(step, centroids (K, D)) after each M-step (step 0 is the first; not of faiss).
+    With the centroids of step s and first_step = s + 1, all goes on as if it had not been stopped.
     Returns centroids (K, D) float32, identical on all processes, and the assignments (n,) int64 of
-    this process's rows. Both are the same at any number of processes, but for rows whose two best
-    centroids are as close as float32 can tell.
+    this process's rows, both where the features are. Both are the same at any number of processes,
+    but for rows whose two best centroids are as close as float32 can tell.
     Raises ValueError on all processes for more clusters than rows, K = 0, features that are not
     finite or of another size than the centroids, another `empty` or `backend`.
     """
-    return _kmeans(features, centroids, iterations, empty, backend, spherical=True)
+    options = empty, backend, device, on_step, first_step
+    return _kmeans(features, centroids, iterations, True, *options)
 
 
 def euclidean_kmeans(
@@ -56,59 +64,75 @@ def euclidean_kmeans(
     iterations: int = 10,
     empty: str = "keep",
     backend: str = "torch",
+    device: torch.device | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    first_step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Cluster rows by the smallest squared distance; centroids are means (thesis, Eq. 3.2).
 
     Rows of any length; everything else is as in spherical_kmeans.
     """
-    return _kmeans(features, centroids, iterations, empty, backend, spherical=False)
+    options = empty, backend, device, on_step, first_step
+    return _kmeans(features, centroids, iterations, False, *options)
 
 
-def assign(features: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
+def assign(
+    features: Tensor, centroids: Tensor, spherical: bool, device: torch.device | None = None
+) -> Tensor:
     """The E-step: (n,) int64, for each of this process's rows (n, D) the best of (K, D) centroids.
 
     The largest dot product if `spherical`, else the smallest squared distance; the lowest index in
-    ties. Raises ValueError as spherical_kmeans does. Collective, for the sake of that.
+    ties. device: where blocks are computed, that of the features by default. Raises ValueError as
+    spherical_kmeans does. Collective, for the sake of that.
     """
-    exponent, *_ = _check(features, centroids)
-    return _nearest(features, centroids, spherical, exponent)
+    device = features.device if device is None else torch.device(device)
+    exponent, *_ = _check(features, centroids, device)
+    return _nearest(features, centroids, spherical, exponent, device)
 
 
 @torch.no_grad()
-def _kmeans(features, centroids, iterations, empty, backend, spherical):
+def _kmeans(features, centroids, iterations, spherical, empty, backend, device, on_step, first):
     if empty not in ("keep", "reseed") or backend not in ("torch", "faiss"):
         raise ValueError(
             f"k-means knows empty= keep or reseed and backend= torch or faiss, "
             f"not {empty!r} and {backend!r}"
         )
-    if iterations < 0:
-        raise ValueError(f"iterations {iterations} of k-means must be at least 0")
-    if features.device.type == "mps":  # has no float64
-        found = _kmeans(features.cpu(), centroids.cpu(), iterations, empty, backend, spherical)
-        return tuple(x.to(features.device) for x in found)
-    exponent, largest, smallest = _check(features, centroids)
+    if not 0 <= first <= iterations:
+        raise ValueError(
+            f"iterations {iterations} of k-means must be at least 0, and first_step {first} "
+            f"between 0 and them"
+        )
+    home = features.device
+    device = home if device is None else torch.device(device)
+    if "mps" in (home.type, device.type):  # has no float64
+        device = torch.device("cpu")
+    features = placed(features, device)
+    exponent, largest, smallest = _check(features, centroids, device)
     num_rows(features, len(centroids))
-    centroids = centroids.detach().to(features.device, torch.float32)
+    centroids = centroids.detach().to(device, torch.float32)
     if backend == "faiss":
-        centroids = faiss_centroids(features, centroids, iterations, spherical)
-        iterations = 0
-    exact = _exact_rows(features, largest, smallest) if iterations else None
-    for step in range(iterations):
-        assignments = _nearest(features, centroids, spherical, exponent)
-        sums, counts = _member_sums(features, exact, assignments, len(centroids))
+        centroids = faiss_centroids(features, centroids, iterations - first, spherical)
+        first = iterations
+    exact = exact_rows(features, largest, smallest, device) if first < iterations else None
+    for step in range(first, iterations):
+        assignments = _nearest(features, centroids, spherical, exponent, device)
+        sums, counts = member_sums(features, exact, assignments, len(centroids), device)
         members = counts[:, None]
         means = torch.where(members > 0, sums / members.clamp(min=1), centroids.double())
         if empty == "reseed":
-            means = _reseed(means, counts, spherical, step, exponent)
+            means = _reseed(means, counts, spherical, step, largest)
         if spherical:
             means = F.normalize(means, dim=1, eps=1e-12)
         centroids = means.float()
-    return centroids, _nearest(features, centroids, spherical, exponent)
+        if on_step is not None:
+            on_step(step, centroids)
+    assignments = _nearest(features, centroids, spherical, exponent, device)
+    return centroids.to(home), assignments.to(home)
 
 
-def _check(features, centroids):
+def _check(features, centroids, device):
     """Exponents of the largest entry of both, and of the features' largest and smallest row."""
-    largest, smallest = extent(features)
+    largest, smallest = extent(features, device)
     if centroids.ndim != 2 or centroids.shape[1] != features.shape[1]:
         raise ValueError(
             f"centroids {tuple(centroids.shape)} must be (K, {features.shape[1]}), "
@@ -126,7 +150,7 @@ def _check(features, centroids):
 
 
 @torch.no_grad()
-def _nearest(features, centroids, spherical, exponent):
+def _nearest(features, centroids, spherical, exponent, device):
     """Assignments (n,): argmax of x.c, or of x.c - |c|^2 / 2, which is argmin of the distance.
 
     A power of 2 scales all entries to at most 1, which changes no argmax and keeps squares finite.
@@ -135,7 +159,7 @@ def _nearest(features, centroids, spherical, exponent):
     """
     num_clusters, size = centroids.shape
     scale = 2.0 ** -max(-100, min(100, exponent))
-    weights = centroids.to(features.device, torch.float32) * scale
+    weights = centroids.to(device, torch.float32) * scale
     if not spherical:  # the offset is the weight of one more entry, which is 1 in all rows
         offsets = weights.square().sum(1, keepdim=True) / -2
         weights = torch.cat([weights, offsets], dim=1)
@@ -144,7 +168,7 @@ def _nearest(features, centroids, spherical, exponent):
     grouped = num_clusters >= MANY
     copies = weights[-1:].expand(-num_clusters % (GROUP if grouped else 32), -1)
     weights = torch.cat([weights, copies])
-    length = block_rows(features, max(weights.shape), BLOCK)
+    length = block_rows(device, max(weights.shape), BLOCK)
     rows = weights.new_ones(length, weights.shape[1])
     product = weights.new_empty(length, len(weights))  # (b, K)
     assignments = torch.empty(len(features), dtype=torch.int64, device=features.device)
@@ -164,45 +188,6 @@ def _nearest(features, centroids, spherical, exponent):
 
 
 # ============ M-step ============
-
-
-def _exact_rows(features, largest, smallest):
-    """The features (n, D), rounded so that float32 sums of 8 rows are exact; None where that hurts.
-
-    Exact sums are the same in any order, hence at any number of processes and with a GPU's atomic
-    additions. Entries, below 2^largest, become multiples of 2^(largest - 21): 8 of them add up to
-    at most 2^24 such units, which is what float32 holds, and float64 holds the sum of 2^32 rows.
-    That moves an entry, hence a mean, by at most 2^(largest - 22): by 2.4e-7 for entries below 1.
-    None if some row's largest entry is over 32 to 64 times smaller than another's: sums are then
-    ordinary float64 ones, whose dependence on the order rarely reaches the float32 centroids.
-    """
-    if largest - smallest > SPREAD or abs(largest) > 100:
-        return None
-    anchor = 1.5 * 2.0 ** (largest + 2)  # float32 has a step of 2^(largest - 21) around it
-    return features.float().add(anchor).sub_(anchor)
-
-
-def _member_sums(features, exact, assignments, num_clusters):
-    """Sums (K, D) float64 and numbers (K,) of the members of each cluster on all processes.
-
-    exact: _exact_rows of the features. Bags of 8 members add up in float32, then bags in float64.
-    """
-    counts = assignments.bincount(minlength=num_clusters)
-    size = features.shape[1]
-    sums = torch.zeros(num_clusters, size, dtype=torch.float64, device=features.device)
-    if exact is None:
-        length = block_rows(features, size, 2**19)
-        for block, members in zip(features.split(length), assignments.split(length), strict=True):
-            sums.index_add_(0, members, block.float().double())
-    elif len(features):
-        order = assignments.int().argsort(stable=True)  # members of cluster 0, of cluster 1, ...
-        bags = (counts + BAG - 1) // BAG  # (K,), numbers of them
-        clusters = torch.arange(num_clusters, device=bags.device).repeat_interleave(bags)  # (B,)
-        before = counts.cumsum(0) - counts - BAG * (bags.cumsum(0) - bags)
-        starts = before[clusters] + BAG * torch.arange(len(clusters), device=bags.device)
-        bag_sums = F.embedding_bag(order, exact, starts, mode="sum")  # (B, D)
-        sums.index_add_(0, clusters, bag_sums.double())
-    return distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)
 
 
 def _reseed(means, counts, spherical, step, exponent):

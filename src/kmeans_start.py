@@ -12,29 +12,29 @@ DRAWS = 4096  # candidates of k-means++ that are looked up at once
 ROUNDS = 8  # ... and how often before the farthest row is taken without a draw
 
 
-def block_rows(features: Tensor, width: int, entries: int) -> int:
+def block_rows(device: torch.device, width: int, entries: int) -> int:
     """Rows of `width` entries worked on at a time: `entries` in all, 2^24 on a GPU."""
-    return max(64, min(4096, entries // width) if features.device.type == "cpu" else 2**24 // width)
+    return max(64, min(4096, entries // width) if device.type == "cpu" else 2**24 // width)
 
 
-def extent(features: Tensor) -> tuple[int, int]:
+def extent(features: Tensor, device: torch.device | None = None) -> tuple[int, int]:
     """Exponents e of the largest and the smallest row: its largest entry is in [2^(e-1), 2^e).
 
-    features: (n, D), this process's rows; all-zero rows count for nothing. One pass.
+    features: (n, D), this process's rows; all-zero rows count for nothing. One pass, in blocks on
+    `device`, that of the features by default.
     Both are those of all processes. Raises ValueError on all of them if any entry is not finite.
     """
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"k-means needs features of shape (n, D), not {tuple(features.shape)}")
-    ends = [
-        torch.tensor([0.0, 0.0, -math.inf], device=features.device)
-    ]  # broken, largest, -smallest
-    for block in features.split(block_rows(features, features.shape[1], 2**18)):
-        top = block.float().abs().amax(1)  # (b,)
+    device = features.device if device is None else device
+    ends = [torch.tensor([0.0, 0.0, -math.inf], device=device)]  # broken, largest, -smallest
+    for block in features.split(block_rows(device, features.shape[1], 2**18)):
+        top = block.to(device).float().abs().amax(1)  # (b,)
         if len(top):
             smallest = top.where(top > 0, math.inf).amin()
             ends.append(torch.stack([1 - top.isfinite().all().float(), top.amax(), -smallest]))
     broken, largest, smallest = torch.stack(ends).nan_to_num(nan=0.0).amax(0).tolist()
-    ends = torch.tensor([broken, largest, smallest], device=features.device)
+    ends = torch.tensor([broken, largest, smallest], device=device)
     broken, largest, smallest = distributed.all_reduce_max(ends).tolist()
     if broken:
         raise ValueError("k-means needs finite features, and some are NaN or infinite")
@@ -125,7 +125,7 @@ def _plus_plus(features, positions, num_clusters, total, generator, exponent):
     """
     scale = 2.0 ** -max(-100, min(100, exponent))  # no square overflows
     distances = torch.full((len(features),), math.inf, device=features.device)  # squared
-    rows = block_rows(features, features.shape[1], 2**18)
+    rows = block_rows(features.device, features.shape[1], 2**18)
     chosen = torch.randint(total, (1,), generator=generator)
     while len(chosen) < num_clusters:
         centroid = _rows_at(features, positions, chosen[-1:]) * scale

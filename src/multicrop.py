@@ -19,11 +19,12 @@ TRIES = 10  # of RandomResizedCrop, before it takes the centre
 
 
 class MultiCropDataset(Dataset):
-    """`[i]` or `[(epoch, i)]` -> `([uint8 (n_r, C, S_r, S_r) per resolution], i)`.
+    """`[i]`, `[(epoch, i)]` or `[(epoch, i, place)]` -> `([uint8 (n_r, C, S_r, S_r) ...], i)`.
 
     `num_crops`, `size_crops`, `min_scale_crops` and `max_scale_crops` have one value a resolution:
     how many crops, their side in pixels, and the range of their area as a share of the image.
-    `ratio` is the range of width / height. What is drawn depends on (seed, epoch, i) alone.
+    `ratio` is the range of width / height. What is drawn depends on (seed, epoch, i) alone, or on
+    (seed, epoch, place): an image that an epoch holds in two places has other crops in each.
     Raises ValueError when the lists do not fit together.
     """
 
@@ -50,9 +51,10 @@ class MultiCropDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, item):
-        epoch, index = item if isinstance(item, tuple) else (0, item)
+        item = item if isinstance(item, tuple) else (0, item)
+        epoch, index, place = *item[:2], item[-1]
         image = self.dataset.load(index)  # (C, H, W)
-        generator = crop_generator(self.seed, epoch, index)
+        generator = crop_generator(self.seed, epoch, place)
         crops = []
         for number, size, scale in zip(self.num_crops, self.size_crops, self.scales, strict=True):
             windows = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import kmeans, kmeans_start
+from src import kmeans, kmeans_start, kmeans_sums
 from src.kmeans import assign, euclidean_kmeans, initial_centroids, spherical_kmeans
 from tests.gloo import run_ranks
 
@@ -67,6 +67,16 @@ def test_euclidean_equals_the_golden_clusters(golden, case, iterations):
     assert np.array_equal(assignments.numpy(), arrays[f"km_{case}_labels"])
     np.testing.assert_allclose(centroids.numpy(), arrays[f"km_{case}_centroids"], atol=1e-5)
     assert torch.equal(assign(rows, centroids, spherical=False), assignments)
+
+
+def test_assignments_with_an_empty_cluster_equal_the_golden_ones(golden):
+    arrays = golden("deepercluster")
+    rows, start = (torch.from_numpy(arrays[f"km_empty_{name}"]) for name in ("x", "init"))
+    labels = assign(rows, start, spherical=False)
+    assert np.array_equal(labels, arrays["km_empty_niter0_labels_before_split"])
+    assert (labels.bincount(minlength=len(start)) == 0).sum() == 1
+    _, assignments = euclidean_kmeans(rows, start, 5, empty="reseed")
+    assert (assignments.bincount(minlength=len(start)) > 0).all()
 
 
 @pytest.mark.parametrize("num_clusters", [3, 1023, 1024, 1100])
@@ -134,29 +144,32 @@ def test_sums_are_exact_and_the_same_in_any_order(num_clusters, scale):
     generator = torch.Generator().manual_seed(num_clusters)
     labels = torch.randint(num_clusters, (2000,), generator=generator)
     largest, smallest = kmeans.extent(rows)
-    exact = kmeans._exact_rows(rows, largest, smallest)
+    (exact,) = kmeans_sums.exact_rows(rows, largest, smallest).blocks()
     units = exact.double() * 2.0 ** (21 - largest)
     assert torch.equal(units, units.round()) and units.abs().max() <= 2**21
     assert (exact - rows).abs().max() <= 2.0 ** (largest - 22)
     expected = torch.zeros(num_clusters, 16, dtype=torch.int64).index_add_(0, labels, units.long())
     for order in (torch.arange(2000), torch.randperm(2000, generator=generator)):
-        sums, counts = kmeans._member_sums(rows[order], exact[order], labels[order], num_clusters)
+        exact = kmeans_sums.exact_rows(rows[order], largest, smallest)
+        sums, counts = kmeans_sums.member_sums(rows[order], exact, labels[order], num_clusters)
         assert torch.equal(sums, expected.double() * 2.0 ** (largest - 21))
         assert torch.equal(counts, labels.bincount(minlength=num_clusters))
 
 
 def test_the_largest_entries_fill_a_bag_to_the_last_bit():
     rows = torch.full((80, 2), 1 - 2.0**-21)  # the largest multiple of the unit that is below 1
-    exact = kmeans._exact_rows(rows, *kmeans.extent(rows))
-    sums, _ = kmeans._member_sums(rows, exact, torch.zeros(80, dtype=torch.int64), 1)
-    assert torch.equal(exact, rows) and torch.equal(sums[0], rows.double().sum(0))
+    exact = kmeans_sums.exact_rows(rows, *kmeans.extent(rows))
+    sums, _ = kmeans_sums.member_sums(rows, exact, torch.zeros(80, dtype=torch.int64), 1)
+    assert torch.equal(exact.kept[0], rows) and torch.equal(sums[0], rows.double().sum(0))
 
 
 def test_sums_of_a_million_points_are_exact():
     rows = unit_rows(500, 4).repeat(2000, 1)  # float32 sums of these are wrong by 1e-3 and more
-    exact = kmeans._exact_rows(rows, *kmeans.extent(rows))
-    sums, counts = kmeans._member_sums(rows, exact, torch.zeros(len(rows), dtype=torch.int64), 1)
-    assert counts.item() == len(rows) and torch.equal(sums[0], exact[:500].double().sum(0) * 2000)
+    exact = kmeans_sums.exact_rows(rows, *kmeans.extent(rows))
+    zeros = torch.zeros(len(rows), dtype=torch.int64)
+    sums, counts = kmeans_sums.member_sums(rows, exact, zeros, 1)
+    expected = exact.kept[0][:500].double().sum(0) * 2000
+    assert counts.item() == len(rows) and torch.equal(sums[0], expected)
     np.testing.assert_allclose(sums[0] / counts, rows[:500].double().mean(0), atol=1e-7)
 
 
@@ -168,7 +181,7 @@ def test_rows_of_very_different_lengths_are_not_rounded():
     torch.testing.assert_close(centroids[1], torch.tensor([4 / 3, 2.0]))
     for exponent, rounded in [(-1, True), (-5, True), (-6, False), (-90, False)]:
         rows = torch.tensor([[0.6, 0.0], [2.0**exponent / 1.3, 0.0], [0.0, 0.0]])
-        assert (kmeans._exact_rows(rows, *kmeans.extent(rows)) is not None) == rounded
+        assert (kmeans_sums.exact_rows(rows, *kmeans.extent(rows)) is not None) == rounded
 
     for value in (3e38, 1e-38):  # where units would be outside of float32
         rows = torch.full((9, 2), value)
@@ -190,6 +203,88 @@ def test_euclidean_clusters_do_not_depend_on_the_scale_of_the_features(scale):
     centroids, assignments = euclidean_kmeans(rows * scale, start * scale, 5)
     assert torch.equal(assignments, expected[1])
     torch.testing.assert_close(centroids / scale, expected[0])
+
+
+# ============ features that are too many to copy ============
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 64, 5000])
+@pytest.mark.parametrize("num_clusters", [5, 1100])
+@BOTH
+def test_sums_in_blocks_have_the_bits_of_the_whole_copy(
+    monkeypatch, cluster, num_clusters, rows_at_once
+):
+    rows, start = unit_rows(1300, 12), unit_rows(num_clusters, 12, seed=1)
+    expected = cluster(rows, start, 2, "reseed")
+    monkeypatch.setattr(kmeans_sums, "WHOLE", 4 * rows_at_once * 12 * 4)
+    exact = kmeans_sums.exact_rows(rows, *kmeans.extent(rows))
+    assert (exact.kept is None) == (rows_at_once < 1300 / 4)
+    lengths = [len(block) for block in exact.blocks()]
+    assert sum(lengths) == 1300 and (exact.kept or max(lengths) == rows_at_once)
+    assert all(map(torch.equal, cluster(rows, start, 2, "reseed"), expected))
+
+
+@pytest.mark.parametrize("limit", [10_000, 2**30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@BOTH
+def test_memory_mapped_features_are_clustered_as_those_in_memory(
+    tmp_path, monkeypatch, cluster, dtype, limit
+):
+    rows, start = unit_rows(900, 8).numpy().astype(dtype), unit_rows(20, 8, seed=1)
+    file = np.memmap(tmp_path / "features", dtype, "w+", shape=rows.shape)
+    file[:] = rows
+    file.flush()
+    read = torch.from_numpy(np.memmap(tmp_path / "features", dtype, "r+", shape=rows.shape))
+    expected = cluster(torch.from_numpy(rows).float(), start, 3)
+    monkeypatch.setattr(kmeans_sums, "WHOLE", limit)
+    for device in (None, "cpu", torch.device("cpu")):
+        found = cluster(read, start, 3, device=device)
+        assert all(map(torch.equal, found, expected))
+    spherical = cluster is spherical_kmeans
+    assert torch.equal(assign(read, found[0], spherical, device="cpu"), expected[1])
+    assert torch.equal(initial_centroids(read, 4, 0), initial_centroids(torch.tensor(rows), 4, 0))
+
+
+# ============ a run that is stopped ============
+
+
+def stopped_and_resumed(cluster, rows, start, iterations, empty, stop):
+    """Clusters of a run that ends after the M-step `stop`, and goes on from what it saved."""
+    saved = []
+
+    def save(step, centroids):
+        saved.append((step, centroids.clone()))
+        if step == stop:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        cluster(rows, start, iterations, empty, on_step=save)
+    assert [step for step, _ in saved] == list(range(stop + 1))
+    return cluster(rows, saved[-1][1], iterations, empty, first_step=stop + 1)
+
+
+@pytest.mark.parametrize("empty", ["keep", "reseed"])
+@pytest.mark.parametrize("factor", [1.0, 1e5])
+@BOTH
+def test_a_stopped_run_goes_on_to_the_same_bits(cluster, empty, factor):
+    rows, _ = blobs(10, 20, 8, noise=0.3)
+    start = rows[:1].expand(12, -1) * factor
+    expected = cluster(rows, start, 5, empty)
+    for stop in range(5):
+        found = stopped_and_resumed(cluster, rows, start, 5, empty, stop)
+        assert all(map(torch.equal, found, expected)), stop
+
+
+@BOTH
+def test_each_m_step_hands_over_the_centroids_it_made(cluster):
+    rows, start = unit_rows(100, 5), unit_rows(6, 5, seed=1)
+    steps = []
+    cluster(rows, start, 3, on_step=lambda step, centroids: steps.append((step, centroids)))
+    assert [step for step, _ in steps] == [0, 1, 2]
+    for step, centroids in steps:
+        assert torch.equal(centroids, cluster(rows, start, step + 1)[0])
+    cluster(rows, start, 0, on_step=lambda *_: steps.append(None))
+    assert len(steps) == 3
 
 
 # ============ empty clusters ============
@@ -229,6 +324,10 @@ def test_a_cluster_around_the_origin_can_be_split():
     centroids, assignments = euclidean_kmeans(rows, torch.zeros(2, 1), 3, empty="reseed")
     assert sorted(centroids.flatten().tolist()) == [-1.25, 1.25]
     assert assignments.bincount().tolist() == [2, 2]
+    near, far = (
+        euclidean_kmeans(rows, torch.tensor([[0.0], [start]]), 1, "reseed")[0] for start in (9, 1e5)
+    )
+    assert torch.equal(near, far) and near.any()  # a run that goes on does not know its start
 
 
 # ============ starts ============
@@ -358,6 +457,8 @@ def test_bad_arguments_are_named():
             ("'split'", (rows, rows[:2], 1, "split")),
             ("'numpy'", (rows, rows[:2], 1, "keep", "numpy")),
             ("iterations -1", (rows, rows[:2], -1)),
+            ("first_step 4", (rows, rows[:2], 3, "keep", "torch", None, None, 4)),
+            ("first_step -1", (rows, rows[:2], 3, "keep", "torch", None, None, -1)),
             (r"centroids \(2, 2\) must be \(K, 3\)", (rows, rows[:2, :2])),
             (r"shape \(n, D\), not \(3,\)", (rows[0], rows[:2])),
             ("finite features", (broken, rows[:2])),
@@ -402,10 +503,22 @@ def _clusters(rows, positions):
         for cluster in (spherical_kmeans, euclidean_kmeans):
             for empty in ("keep", "reseed"):
                 name = f"{method} {cluster.__name__} {empty}"
-                centroids, assignments = cluster(rows, start, 5, empty)
-                found[f"{name} centroids"] = centroids.numpy()
-                found[f"{name} mine"] = assignments.numpy()
+                ways = {"": cluster(rows, start, 5, empty)}
+                if method == "random":
+                    ways[" in blocks"] = _in_blocks(cluster, rows, start, 5, empty)
+                    ways[" resumed"] = stopped_and_resumed(cluster, rows, start, 5, empty, 1)
+                for way, (centroids, assignments) in ways.items():
+                    found[f"{name}{way} centroids"] = centroids.numpy()
+                    found[f"{name}{way} mine"] = assignments.numpy()
     return found
+
+
+def _in_blocks(cluster, *arguments):
+    before, kmeans_sums.WHOLE = kmeans_sums.WHOLE, 1000  # bytes: 7 rows
+    try:
+        return cluster(*arguments)
+    finally:
+        kmeans_sums.WHOLE = before
 
 
 def _faiss_clusters(rows, start):
@@ -462,14 +575,15 @@ def test_any_number_of_processes_gives_the_same_bits(ranks, world_size):
     for facts in ranks[world_size]:
         for at, found in facts["clusters"]:
             for name, value in found.items():
-                whole = expected[name][at] if name.endswith("mine") else expected[name]
+                plain = name.replace(" in blocks", "").replace(" resumed", "")
+                whole = expected[plain][at] if name.endswith("mine") else expected[plain]
                 assert np.array_equal(value, whole), name
 
 
 @pytest.mark.parametrize("world_size", SPLITS)
 def test_sums_that_are_not_exact_agree_between_processes_as_float32_does(ranks, world_size):
     uneven = _rows() * torch.logspace(0, 6, 200)[:, None]
-    assert kmeans._exact_rows(uneven, *kmeans.extent(uneven)) is None
+    assert kmeans_sums.exact_rows(uneven, *kmeans.extent(uneven)) is None
     centroids, assignments = euclidean_kmeans(uneven, uneven[::20], 5)
     for rank, facts in enumerate(ranks[world_size]):
         np.testing.assert_allclose(facts["plain"][0], centroids, rtol=1e-6)

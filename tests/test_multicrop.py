@@ -20,6 +20,7 @@ from src.multicrop import (
     draw_window,
     multicrop_loader,
 )
+from src.sampling import PlannedSampler
 
 ROOT = Path(__file__).parent.parent
 SWAV = {
@@ -152,6 +153,16 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
     assert not torch.equal(first[0][0], first[0][1])  # nor are two crops the same
 
 
+def test_a_place_draws_the_crops_so_that_an_image_drawn_twice_is_seen_in_two_ways():
+    dataset = digits()
+    crops, index = dataset[(3, 7, 1200)]
+    again = dataset[(np.int64(3), np.int64(7), np.int64(1200))]
+    assert index == 7 and again[1] == 7 and all(map(torch.equal, crops, again[0]))
+    assert all(map(torch.equal, dataset[(3, 7, 7)][0], dataset[(3, 7)][0]))
+    for item in [(3, 7, 1201), (4, 7, 1200), (3, 7), (3, 1200)]:
+        assert not torch.equal(crops[0], dataset[item][0][0]), item
+
+
 def test_generators_of_neighbours_are_unrelated():
     def first(seed, epoch, index):
         return crop_generator(seed, epoch, index).random()
@@ -224,6 +235,23 @@ def test_epochs_differ_with_persistent_workers():
     assert torch.equal(batches[0][1], batches[2][1])
     assert torch.equal(batches[0][0][0], batches[2][0][0])
     assert not torch.equal(batches[0][1], batches[1][1])
+
+
+def test_a_planned_epoch_has_the_same_batches_for_any_number_of_workers_and_from_its_middle():
+    dataset, order = digits(), np.random.default_rng(0).integers(0, 9, (4, 8))
+    batches = {}
+    for workers, start in [(0, 0), (1, 0), (0, 2)]:
+        sampler = PlannedSampler(8, 1, 2)
+        sampler.set_epoch(5, order, start)
+        batches[workers, start] = list(multicrop_loader(dataset, sampler, 8, workers, "cpu"))
+    for other, start in [((1, 0), 0), ((0, 2), 2)]:
+        for batch, expected in zip(batches[other], batches[0, 0][start:], strict=True):
+            assert torch.equal(batch[1], expected[1])
+            assert all(map(torch.equal, batch[0], expected[0]))
+    crops, indices = batches[0, 0][3]
+    assert indices.tolist() == order[3].tolist()
+    at = (3 * 2 + 1) * 8 + 5
+    assert torch.equal(crops[0][5], dataset[(5, int(order[3, 5]), at)][0][0])
 
 
 def test_collation_keeps_pixels_together_and_values_in_place():
