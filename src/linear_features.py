@@ -1,6 +1,7 @@
 """What a linear classifier is trained on: features of a frozen network, in batches or all at once."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +9,13 @@ from torch import Tensor, nn
 
 from src import distributed
 from src.augment import apply_draws, draw_parameters
-from src.datasets import EpochSampler, ImageDataset, epoch_permutation
-from src.evaluation import HELD_OUT
-from src.features import share
+from src.conv_features import CentreRegionCrops
+from src.datasets import EpochSampler, epoch_permutation
+from src.features import extract_features, share
 from src.multicrop import MultiCropDataset, multicrop_loader
 from src.resnet import ResNet
 from src.setup import generator
+from src.ten_crops import VIEWS, TenCrops, ten_crop_forward
 from src.vision_transformer import VisionTransformer
 
 WINDOW = 6  # cells a side that --global_pooling false averages, as published: 7 x 7 -> 2 x 2
@@ -73,57 +75,27 @@ def _windows(maps):
     return F.avg_pool2d(maps, WINDOW, stride=1).flatten(1)  # (B, C * h * w)
 
 
-class Part:
-    """Some images of a dataset, given by their indices, as a dataset of their own."""
-
-    def __init__(self, dataset: ImageDataset, indices: list[int]):
-        self.dataset, self.indices = dataset, indices
-        self.name, self.classes = dataset.name, dataset.classes
-        self.mean, self.std = dataset.mean, dataset.std
-        self.labels = dataset.labels[indices]
-        self.groups = None if dataset.groups is None else dataset.groups[indices]
-
-    def __len__(self):
-        return len(self.indices)
-
-    def load(self, index: int) -> Tensor:
-        return self.dataset.load(self.indices[index])
-
-
-def hold_out(dataset: ImageDataset) -> tuple[Part, Part]:
-    """Nine tenths of a dataset for training, every tenth image for validation."""
-    every = range(len(dataset))
-    train = [i for i in every if i % HELD_OUT]
-    return Part(dataset, train), Part(dataset, list(every[::HELD_OUT]))
-
-
 class ImageBatches:
     """Features of random resized crops with a random flip, computed anew in every epoch.
 
     `batches(epoch, start, stopwatch)` yields features (B, D) and labels (B,) of this process, from
     iteration `start` of the epoch. The crops depend on (seed, epoch, index), the flips on (seed,
     epoch, iteration) and the place in the global batch: both not on the number of processes.
-    forward: normalised images on the device -> (B, D).
+    forward: normalised images on the device -> (B, D). unscaled: windows of the image's centre
+    instead of resized crops, see src.conv_features.
     """
 
     def __init__(
-        self,
-        forward,
-        dataset,
-        size,
-        statistics,
-        batch_size,
-        process,
-        precision,
-        seed,
-        workers,
-        flip,
-    ):
+        self, forward, dataset, size, statistics, batch_size, process, precision, seed, workers,
+        flip, unscaled=False,
+    ):  # fmt: skip
         self.forward, self.labels, self.seed = forward, dataset.labels, seed
         self.process, self.precision, self.batch_size = process, precision, batch_size
         self.mean, self.std = (torch.tensor(x).view(-1, 1, 1) for x in statistics)  # (C, 1, 1)
         self.options = {**ONLY_FLIP, "flip_prob": 0.5 if flip else 0.0}
         crops = MultiCropDataset(dataset, [1], [size], *([x] for x in SCALE), seed=seed)
+        if unscaled:
+            crops = CentreRegionCrops(dataset, size, seed)
         ranks = (process.rank, process.world_size)
         self.sampler = EpochSampler(len(dataset), batch_size, *ranks, seed, groups=dataset.groups)
         kind = process.device.type
@@ -164,3 +136,48 @@ class CachedBatches:
                 self.features[mine - own.start].to(self.device),
                 self.labels[mine].to(self.device),
             )
+
+
+@dataclass
+class FrozenFeatures:
+    """A frozen network, and how it sees images: features of whole sets, or of random crops.
+
+    forward: normalised images (B, C, S, S) on the device -> (B, dim). statistics: mean and standard
+    deviation of each channel.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    dim: int
+    size: int
+    statistics: tuple[list[float], list[float]]
+    interpolation: str
+    process: distributed.Process
+    precision: str
+    workers: int
+
+    def of(self, dataset, batch_size: int, ten_crops: bool = False) -> tuple[Tensor, Tensor]:
+        """Features (n, dim) of the centre crops of this process's share, and their labels (n, ...).
+
+        ten_crops: (n, 10 dim), those of ten crops of an image, one after the other.
+        """
+        forward, images, resize, (mean, std) = self.forward, dataset, None, self.statistics
+        if ten_crops:
+            images = TenCrops(dataset, self.size, interpolation=self.interpolation)
+            forward, resize = ten_crop_forward(forward), self.size
+            mean, std = list(mean) * VIEWS, list(std) * VIEWS
+            batch_size = max(1, batch_size // VIEWS)
+        features, indices = extract_features(
+            *(forward, images, self.size, mean, std, self.process.device),
+            batch_size=batch_size,
+            num_workers=self.workers,
+            precision=self.precision,
+            resize=resize,
+            interpolation=self.interpolation,
+        )
+        return features, dataset.labels[indices]
+
+    def batches(self, dataset, batch_size: int, seed: int, flip: bool, unscaled: bool):
+        """Those of random crops, see ImageBatches."""
+        images = (dataset, self.size, self.statistics, batch_size)
+        how = (self.process, self.precision, seed, self.workers, flip, unscaled)
+        return ImageBatches(self.forward, *images, *how)

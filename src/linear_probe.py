@@ -5,18 +5,16 @@ by hand, so that a process may have fewer rows of a batch than another, or none.
 """
 
 import hashlib
-import logging
 import math
 from bisect import bisect_right
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import checkpoint, distributed, resume
-
-logger = logging.getLogger(__name__)
+from src import distributed
+from src.average_precision import mean_average_precision
+from src.voc import multilabel_loss
 
 MOMENTUM = 0.9  # of SGD, as published
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5  # those of PyTorch's batch norm
@@ -65,21 +63,28 @@ class LinearClassifiers(nn.Module):
 
 
 class ManySGD:
-    """torch.optim.SGD with momentum 0.9, and a learning rate for each of the L classifiers."""
+    """torch.optim.SGD with momentum, and a learning rate for each of the L classifiers."""
 
-    def __init__(self, module: nn.Module, weight_decay: float, nesterov: bool = False):
-        self.parameters, self.options = dict(module.named_parameters()), (weight_decay, nesterov)
+    def __init__(
+        self,
+        module: nn.Module,
+        weight_decay: float,
+        nesterov: bool = False,
+        momentum: float = MOMENTUM,
+    ):
+        self.parameters = dict(module.named_parameters())
+        self.options = (weight_decay, nesterov, momentum)
         self.momentum = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def step(self, lrs: Tensor) -> None:
         """One step with the gradients summed over processes, which are then gone. lrs: (L,)."""
-        weight_decay, nesterov = self.options
+        weight_decay, nesterov, factor = self.options
         for name, p in self.parameters.items():
             gradient = distributed.all_reduce_sum(p.grad).add(p, alpha=weight_decay)
             p.grad = None
-            momentum = self.momentum[name].mul_(MOMENTUM).add_(gradient)
-            step = gradient.add(momentum, alpha=MOMENTUM) if nesterov else momentum
+            momentum = self.momentum[name].mul_(factor).add_(gradient)
+            step = gradient.add(momentum, alpha=factor) if nesterov else momentum
             p.sub_(lrs.view(-1, *[1] * (p.ndim - 1)) * step)
 
 
@@ -94,37 +99,80 @@ def epoch_lr(lr: float, epoch: int, epochs: int, final_lr: float = 0.0, decay=No
     return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def inverse_sqrt_lr(lr: float, weight_decay: float, iteration: int) -> float:
+    """lr / sqrt(1 + lr wd t) at iteration t, counted from 0 over all epochs, as DeepCluster's."""
+    return lr / math.sqrt(1 + lr * weight_decay * iteration)
+
+
 def losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sums of the cross-entropies of scores (L, B, C) with labels (B,): (L,)."""
+    """Sums of the cross-entropies of scores (L, B, C) with labels (B,): (L,).
+
+    labels (B, C): of several classes each, see src.voc.multilabel_loss.
+    """
+    if labels.ndim == 2:
+        return multilabel_loss(scores, labels).sum(1)
     num = len(scores)
     loss = F.cross_entropy(scores.flatten(0, 1), labels.repeat(num), reduction="none")  # (L * B,)
     return loss.view(num, -1).sum(1)
 
 
+def view_scores(classifiers: nn.Module, x: Tensor, views: int, multilabel: bool) -> Tensor:
+    """Scores (L, B, C) of x (B, views * D): of several views the logarithm of their summed softmax.
+
+    multilabel: instead the mean of their scores. The features of a view lie together.
+    """
+    if views == 1:
+        return classifiers(x)
+    scores = classifiers(x.unflatten(1, (views, -1)).flatten(0, 1)).unflatten(1, (-1, views))
+    if multilabel:
+        return scores.mean(2)
+    return scores.log_softmax(3).logsumexp(2)
+
+
 @torch.no_grad()
-def accuracies(classifiers: nn.Module, features: Tensor, labels: Tensor, device) -> dict:
+def accuracies(
+    classifiers: nn.Module, features: Tensor, labels: Tensor, device, views: int = 1
+) -> dict:
     """Top-1, top-5 (%) and mean loss over the rows of all processes: lists of L numbers by name.
 
-    features (n, D), labels (n,): of this process, n may be 0. Fewer than 5 classes make a top-5 of
-    100. A score that is not a number is wrong.
+    features (n, views * D), labels (n,): of this process, n may be 0. Fewer than 5 classes make a
+    top-5 of 100. A score that is not a number is wrong. labels (n, C), of several classes each: mean
+    average precisions instead, see src.average_precision.
     """
     classifiers.eval()
-    sums = 0.0
-    for x, y in zip(features.split(1024), labels.split(1024), strict=True):
+    num, classes = classifiers.linear.bias.shape
+    multilabel, kept, rows = labels.ndim == 2, [], max(1, 1024 // views)
+    sums = torch.zeros(1 if multilabel else 3, num, dtype=torch.float64)
+    for x, y in zip(features.split(rows), labels.split(rows), strict=True):
+        if not len(x):  # a share of no images is one empty part
+            continue
         x, y = x.to(device), y.to(device)
-        scores = classifiers(x)  # (L, B, C)
-        own = scores.gather(2, y.expand(len(scores), -1)[:, :, None])  # (L, B, 1)
-        before = (
-            torch.arange(scores.shape[2], device=device) < y[:, None]
-        )  # (B, C), of equal scores
-        ranks = (~((scores < own) | (scores == own) & ~before)).sum(2)  # (L, B)
-        ranks[~own[..., 0].isfinite()] = scores.shape[2]
-        right = [(ranks < min(k, scores.shape[2])).sum(1).float() for k in (1, 5)]
-        sums = sums + torch.stack([*right, losses(scores, y)]).cpu().double()  # (3, L)
+        scores = view_scores(classifiers, x, views, multilabel)  # (L, B, C)
+        found = losses(scores, y)[None]  # (1, L)
+        if multilabel:
+            kept.append(scores.transpose(0, 1).cpu())  # (B, L, C)
+        else:
+            found = torch.cat([_hits(scores, y), found])  # (3, L)
+        sums = sums + found.cpu().double()
     count = distributed.all_reduce_sum(torch.tensor(len(labels)))
-    top1, top5, loss = distributed.all_reduce_sum(sums) / count
+    *hits, loss = distributed.all_reduce_sum(sums) / count
     loss = [x if math.isfinite(x) else None for x in loss.tolist()]  # None: diverged
-    return {"top1": (100 * top1).tolist(), "top5": (100 * top5).tolist(), "loss": loss}
+    if not multilabel:
+        top1, top5 = hits
+        return {"top1": (100 * top1).tolist(), "top5": (100 * top5).tolist(), "loss": loss}
+    scores = torch.cat(kept) if kept else torch.zeros(0, num, classes)
+    found = [mean_average_precision(scores[:, i], labels) for i in range(num)]
+    return {**{name: [x[name] for x in found] for name in ("map", "map_11points")}, "loss": loss}
+
+
+def _hits(scores, labels):
+    """Numbers of rows whose label is the first, and among the first five: (2, L)."""
+    own = scores.gather(2, labels.expand(len(scores), -1)[:, :, None])  # (L, B, 1)
+    classes = torch.arange(scores.shape[2], device=scores.device)
+    before = classes < labels[:, None]  # (B, C), of equal scores
+    ranks = (~((scores < own) | (scores == own) & ~before)).sum(2)  # (L, B)
+    ranks[~own[..., 0].isfinite()] = scores.shape[2]
+    return torch.stack([(ranks < min(k, scores.shape[2])).sum(1).float() for k in (1, 5)])
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -134,102 +182,3 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-class Probe:
-    """The classifiers, their optimizer and results, and the folder that keeps them.
-
-    settings: all that the result depends on; a folder with others is not continued.
-    """
-
-    def __init__(self, classifiers: LinearClassifiers, optimizer: ManySGD, folder, settings: dict):
-        self.classifiers, self.optimizer = classifiers, optimizer
-        self.folder, self.settings = Path(folder), settings
-        self.history = []  # results by epoch, see accuracies
-
-    def save(self, epoch: int, samples_done: int) -> None:
-        """Save to the folder's checkpoint.pth; all processes call it, one writes."""
-        failed = None
-        if distributed.is_main():
-            state = {
-                "state_dict": self.classifiers.state_dict(),
-                "momentum": self.optimizer.momentum,
-                "epoch": epoch,
-                "samples_done": samples_done,  # of the epoch
-                "history": self.history,
-                "settings": self.settings,
-            }
-            try:
-                checkpoint.save_checkpoint(self.folder, state)
-            except checkpoint.CheckpointError as error:
-                failed = error
-        if distributed.all_reduce_max(torch.tensor(int(failed is not None))).item():
-            raise failed or checkpoint.CheckpointError("rank 0 could not save, see its message")
-
-    def resume(self) -> tuple[int, int]:
-        """Take over what the folder holds: (epoch, samples of it done) to go on from.
-
-        Raises CheckpointError if that was made with other settings.
-        """
-        state = checkpoint.load_checkpoint(self.folder)
-        place = (state["epoch"], state["samples_done"]) if state else (-1, 0)
-        resume.check_same_place(*place, self.folder)
-        if state is None:
-            return 0, 0
-        check_settings(state, self.settings, self.folder)
-        checkpoint.load_state(self.classifiers, state["state_dict"], self.folder)
-        for name, momentum in self.optimizer.momentum.items():
-            momentum.copy_(state["momentum"][name])
-        self.history = state["history"]
-        return place
-
-
-def check_settings(state: dict, settings: dict, folder) -> None:
-    """Raise CheckpointError if one of `settings` differs in the checkpoint `state` of `folder`."""
-    for name, value in settings.items():
-        before = state["settings"].get(name)
-        if before != value:
-            raise checkpoint.CheckpointError(
-                f"{folder} holds an evaluation with {name} {before}, not {value}: use another "
-                "--dump_path, or remove that folder to start afresh"
-            )
-
-
-def saved_classifiers(weights: str | None, folder, settings: dict, dim: int, num_classes: int):
-    """Classifiers to evaluate, their learning rates and the epochs they were trained for.
-
-    weights: a file of published linear weights, whose rate and epochs are None; without it, what
-    `folder` holds, which must be for features with these settings. dim, num_classes: what they have
-    to fit. Raises FileNotFoundError, ValueError and CheckpointError.
-    """
-    if weights:
-        tensors, lrs, epoch, source = checkpoint.read_weights(weights), [None], None, weights
-    else:
-        state, source = checkpoint.load_checkpoint(folder), folder
-        if state is None:
-            raise FileNotFoundError(
-                f"--evaluate: {folder} holds no classifier: train one by leaving --evaluate out, or "
-                "name one by --linear_weights"
-            )
-        check_settings(state, settings, folder)
-        tensors, lrs, epoch = state["state_dict"], state["settings"]["lrs"], state["epoch"]
-    if not {"linear.weight", "linear.bias"} <= tensors.keys():
-        raise ValueError(
-            f"--linear_weights {source} has no linear.weight and linear.bias but "
-            f"{', '.join(list(tensors)[:4])}: give the weights of a linear classifier"
-        )
-    if tensors["linear.weight"].ndim == 2:
-        names = ("linear.weight", "linear.bias", "bn.weight", "bn.bias")
-        tensors = {name: x[None] if name in names else x for name, x in tensors.items()}
-    tensors = {name: x for name, x in tensors.items() if not name.endswith("num_batches_tracked")}
-    num, classes, features = tensors["linear.weight"].shape
-    if (features, classes) != (dim, num_classes):
-        raise ValueError(
-            f"{source} maps {features} features to {classes} classes, and here are {dim} and "
-            f"{num_classes}: check --arch, --n_last_blocks, --avgpool_patchtokens, --global_pooling "
-            "and the data"
-        )
-    channels = tensors["bn.weight"].shape[1] if "bn.weight" in tensors else 0
-    classifiers = LinearClassifiers(num, dim, num_classes, channels)
-    checkpoint.load_state(classifiers, tensors, source)
-    return classifiers, lrs, epoch

@@ -20,13 +20,24 @@ from src.datasets import open_dataset
 from src.evaluation import build_network
 from src.features import extract_features
 from src.heads import DINOHead, MultiCropWrapper
-from src.linear_features import ImageBatches, linear_input
-from src.linear_probe import LinearClassifiers, ManySGD, accuracies, epoch_lr, fingerprint, losses
+from src.linear_args import chosen_folds
+from src.linear_data import split_folds
+from src.linear_features import FrozenFeatures, ImageBatches, linear_input
+from src.linear_probe import (
+    LinearClassifiers,
+    ManySGD,
+    accuracies,
+    epoch_lr,
+    fingerprint,
+    inverse_sqrt_lr,
+    losses,
+)
 from src.linear_results import summary
 from src.logger import Stopwatch
 from src.resnet import build_model
 from src.vision_transformer import VisionTransformer
 from tests.gloo import run_ranks
+from tests.voc_images import write_voc
 
 ROOT = Path(__file__).parent.parent
 NETWORK = shlex.split("--arch resnet10 --stem small --width 0.125 --size 8")
@@ -367,6 +378,19 @@ def test_what_belongs_to_another_evaluation_is_refused_and_left_as_it_is(images,
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_what_an_earlier_version_saved_goes_on(images, tmp_path):
+    argv = [*NETWORK, "--data_path", images]
+    expected = evaluate(tmp_path, *argv)
+    path = tmp_path / "linear" / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    for name in ("momentum", "conv", "conv_pooling", "tencrops", "split", "fold"):
+        del state["settings"][name]
+    torch.save(state, path)
+    assert evaluate(tmp_path, *argv) == expected
+    with pytest.raises(OSError, match="with momentum 0.9, not 0.5"):
+        evaluate(tmp_path, *argv, "--momentum", "0.5")
+
+
 def _whole_evaluation(rank, world_size, folder, argv):
     """Results and weights of main() in this process of a group."""
     places = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
@@ -548,6 +572,255 @@ def test_published_command_lines_are_taken():
     )
 
 
+DEEPCLUSTER = (
+    "--data /imagenet --model checkpoint.pth.tar --conv 3 --tencrops --exp out --workers 12 --epochs 90 "
+    "--batch_size 256 --lr 0.01 --momentum 0.9 --weight_decay -7 --seed 31 --verbose"
+)
+DEEPERCLUSTER = (
+    "--dump_path out --epoch 0 --start_iter 0 --pretrained vgg16.pth --conv 13 --data_path /imagenet "
+    "--workers 8 --sobel true --lr 0.02 --wd 1e-5 --nepochs 100 --batch_size 64 --split train --kfold 5 "
+    "--cross_valid 2 --rank 0 --local_rank 0 --world-size 4 --dist-url env:// --debug_slurm false"
+)
+
+
+def test_published_command_lines_of_convolutions_are_taken():
+    args = eval_linear.get_parser().parse_args(shlex.split(DEEPCLUSTER))
+    assert (args.data_path, args.pretrained, args.dump_path, args.tencrops) == (
+        *("/imagenet", "checkpoint.pth.tar"),
+        *("out", True),
+    )
+    assert args.wd == pytest.approx(1e-7) and args.verbose
+    args = eval_linear.get_parser().parse_args(shlex.split(DEEPERCLUSTER))
+    assert (args.epochs, args.wd, args.sobel, args.conv) == (100, 1e-5, True, 13)
+    assert chosen_folds(args.cross_valid, args.kfold) == (5, [2])
+
+
+# ============ convolutions ============
+
+VGG = shlex.split("--arch vgg16 --width 0.0625 --size 32")
+
+
+def test_the_protocol_of_a_convolution_is_that_of_its_network():
+    alexnet = arguments("--data_path x --arch alexnet --conv 5")
+    assert (alexnet.protocol, alexnet.lr, alexnet.wd, alexnet.epochs) == (
+        *("deepcluster", 0.01),
+        *(1e-4, 90),
+    )
+    assert alexnet.scheduler_type == "inverse_sqrt" and alexnet.sobel is False
+    lrs = [arguments(f"--data_path x --arch vgg16 --conv {i}").lr for i in range(1, 14)]
+    assert lrs == [0.005, 0.01, *[0.03] * 4, 0.02, *[0.03] * 3, *[0.02] * 3]
+    vgg = arguments("--data_path x --arch vgg16 --conv 9 --sobel --lr 0.1 --wd -3 --verbose")
+    assert (vgg.protocol, vgg.lr, vgg.epochs, vgg.sobel) == ("deepercluster", 0.1, 100, True)
+    assert (vgg.wd, vgg.interpolation, vgg.log_freq) == (pytest.approx(1e-3), "bilinear", 10)
+    swav = arguments("--data_path x --arch resnet50")
+    assert (swav.epochs, swav.scheduler_type, swav.momentum) == (100, "cosine", 0.9)
+    assert batch("--data_path x --arch vgg16 --conv 9", 4) == 64  # 256 over all
+
+
+def test_the_learning_rate_falls_as_deepclusters(golden):
+    found = golden("deepcluster")
+    lr0, wd = found["lr_decay_lr0"].item(), found["lr_decay_wd"].item()
+    for t, expected in zip(found["lr_decay_t"].tolist(), found["lr_decay_out"], strict=True):
+        assert inverse_sqrt_lr(lr0, wd, t) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_convolution_is_evaluated_and_its_rate_falls_by_iteration(images, tmp_path):
+    argv = [*VGG, "--data_path", images, "--conv", "2", "--batch_size", "20", "--lr", "0.5"]
+    found = evaluate(tmp_path, *argv, "--wd", "0.1", "--log_freq", "1", "--momentum", "0.5")
+    settings = found["settings"]
+    assert settings["protocol"] == "deepercluster" and settings["conv"] == 2
+    assert settings["momentum"] == 0.5 and settings["std"][0] == 0.229
+    assert trained(tmp_path)["linear.weight"].shape == (1, 2, 4 * 12 * 12)  # 12 cells a side
+    lines = [json.loads(x) for x in (tmp_path / "linear" / "log.jsonl").read_text().splitlines()]
+    lrs = [line["lrs"][0] for line in lines if "lrs" in line]
+    assert lrs == pytest.approx([0.5 / (1 + 0.05 * t) ** 0.5 for t in range(9)])
+    with pytest.raises(OSError, match="holds an evaluation with conv 2, not 3"):
+        evaluate(tmp_path, *argv, "--conv", "3")
+
+
+def test_what_a_convolution_sees_is_separated(images, tmp_path):
+    argv = [*VGG, "--data_path", images, "--conv", "4", "--cache_features", "--epochs", "20"]
+    for kind in ("max", "average"):
+        found = evaluate(tmp_path / kind, *argv, "--conv_pooling", kind)
+        assert found["best_top1"] == 100.0 and found["settings"]["conv_pooling"] == kind
+
+
+def test_unscaled_windows_are_of_the_centres(images):
+    dataset = open_dataset(str(images), "train")
+    process = distributed.init("cpu")
+    options = (dataset, 8, ([0.0] * 3, [1.0] * 3), 20, process, "fp32", 31, 0, False)
+    (found, _), *_ = ImageBatches(lambda x: x, *options, True)(0, 0, Stopwatch())
+    (scaled, _), *_ = ImageBatches(lambda x: x, *options)(0, 0, Stopwatch())
+    assert found.shape == (20, 3 * 8 * 8) and not torch.equal(found, scaled)
+    patches = []
+    for i in range(len(dataset)):  # all windows of the centres of 9 px
+        square = F.interpolate(dataset.load(i)[None], [9, 10], mode="bilinear", antialias=True)[0]
+        patches.append(square[:, :, :9].unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4))
+    patches = torch.stack(patches).flatten(0, 2).flatten(1).float() / 255
+    assert (
+        torch.cdist(found, patches).amin(1).max() < 0.2 < torch.cdist(scaled, patches).amin(1).max()
+    )
+
+
+def test_of_the_protocols_deepcluster_alone_does_not_scale_its_crops(images, tmp_path, monkeypatch):
+    batches, unscaled = FrozenFeatures.batches, []
+
+    def recorded(self, *arguments):
+        unscaled.append(arguments[-1])
+        return batches(self, *arguments)
+
+    monkeypatch.setattr(FrozenFeatures, "batches", recorded)
+    for protocol in ("deepcluster", "deepercluster", "swav"):
+        argv = [*VGG, "--data_path", images, "--conv", "1", "--epochs", "1", "--protocol", protocol]
+        evaluate(tmp_path / protocol, *argv)
+    assert unscaled == [True, False, False]
+
+
+def test_two_processes_equal_one_with_ten_crops_of_a_convolution(images, tmp_path):
+    argv = [*VGG, "--data_path", str(images), "--conv", "5", "--tencrops", "--cache_features"]
+    one, weights = _whole_evaluation(0, 1, tmp_path / "one", [*argv, "--batch_size", "16"])
+    ranks = run_ranks(_whole_evaluation, 2, tmp_path / "two", [*argv, "--batch_size", "8"])
+    two, state = ranks[0]
+    assert two["results"][0] == pytest.approx(one["results"][0], rel=1e-4)
+    np.testing.assert_allclose(state["linear.weight"], weights["linear.weight"], atol=1e-5)
+
+
+# ============ ten crops, folds, splits ============
+
+
+@pytest.mark.parametrize("views", [1, 10])
+def test_the_softmax_is_averaged_over_views(views):
+    classifiers = LinearClassifiers(2, 12, 7, seed=3)
+    with torch.no_grad():
+        classifiers.linear.weight.mul_(100)
+    draws = torch.Generator().manual_seed(0)
+    features = torch.randn(33, views * 12, generator=draws)
+    labels = torch.randint(7, (33,), generator=draws)
+    found = accuracies(classifiers, features, labels, "cpu", views)
+    for i in range(2):
+        weight = classifiers.linear.weight[i].double()
+        scores = features.double().unflatten(1, (views, 12)) @ weight.t()  # (33, views, 7)
+        mean = scores.softmax(2).mean(1)
+        top1 = 100 * (mean.argmax(1) == labels).double().mean().item()
+        top5 = 100 * (mean.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+        assert (found["top1"][i], found["top5"][i]) == pytest.approx((top1, top5), abs=1e-4)
+        assert found["loss"][i] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
+
+
+def test_ten_crops_are_evaluated_alone_and_after_training(images, tmp_path):
+    argv = [*NETWORK, "--data_path", images, "--size", "8"]
+    crops = evaluate(tmp_path, *argv, "--tencrops")
+    assert crops["settings"]["tencrops"]
+    alone = evaluate(tmp_path, *argv, "--tencrops", "--evaluate", name="eval_linear_evaluate.json")
+    assert alone["results"][0]["loss"] == pytest.approx(crops["results"][0]["loss"])
+    one = evaluate(tmp_path, *argv, "--evaluate", name="eval_linear_evaluate.json")
+    assert one["results"][0]["loss"] != pytest.approx(crops["results"][0]["loss"], rel=1e-6)
+
+
+def test_folds_share_every_class_and_hold_each_image_once(images):
+    dataset = open_dataset(str(images), "train")
+    dataset.labels = (
+        torch.arange(60) % 4 == 1
+    ).long()  # a fold of every fourth image has one class
+    split = split_folds(dataset, 4)
+    held_out = []
+    for fold in range(4):
+        train, val = split(fold)
+        assert sorted(train.indices + val.indices) == list(range(60)) and len(val) == 15
+        counts = val.labels.bincount(minlength=2)
+        assert (counts - dataset.labels.bincount() / 4).abs().max() < 1
+        assert torch.equal(val.labels, dataset.labels[val.indices])
+        held_out += val.indices
+    assert sorted(held_out) == list(range(60))
+    with pytest.raises(ValueError, match="--cross_valid 61 .* 60"):
+        split_folds(dataset, 61)
+
+
+def test_the_larger_of_two_numbers_is_that_of_the_folds():
+    assert chosen_folds(None, None) == (None, [None])
+    assert chosen_folds(3, None) == (3, [0, 1, 2])
+    assert chosen_folds(5, 0) == chosen_folds(0, 5) == (5, [0])  # theirs: --kfold 5 --cross_valid 0
+    for wrong in ((None, 2), (1, None), (3, 3), (1, 0), (0, None)):
+        with pytest.raises(ValueError, match="--cross_valid|--kfold"):
+            chosen_folds(*wrong)
+
+
+def test_all_folds_are_evaluated_one_after_the_other(images, tmp_path, capsys):
+    argv = [*NETWORK, "--data_path", images, "--lrs", "0.01", "0.1", "--cache_features"]
+    single = evaluate(
+        *(tmp_path / "one", *argv, "--cross_valid", "3", "--kfold", "1"),
+        name="eval_linear_fold1.json",
+    )
+    assert single["settings"]["fold"] == [1, 3] and single["settings"]["images"] == [40, 20, 2]
+    assert not (tmp_path / "one" / "eval_linear.json").exists()
+    found = evaluate(tmp_path / "all", *argv, "--cross_valid", "3")
+    assert found["folds"][1] == single  # the same as alone
+    for i, row in enumerate(found["results"]):
+        tops = [fold["results"][i]["best_top1"] for fold in found["folds"]]
+        assert row["best_top1"] == pytest.approx(np.mean(tops))
+        assert row["best_top1_std"] == pytest.approx(np.std(tops, ddof=1))
+    best = max(found["results"], key=lambda row: row["best_top1"])
+    assert found["best_top1"] == best["best_top1"] and found["lr"] == best["lr"]
+    assert "3 folds" in capsys.readouterr().out
+    assert evaluate(tmp_path / "all", *argv, "--cross_valid", "3") == found  # nothing is left to do
+
+
+def test_a_stop_between_folds_goes_on_with_the_next(images, tmp_path, monkeypatch):
+    argv = [*NETWORK, "--data_path", images, "--cache_features", "--cross_valid", "2"]
+    expected = evaluate(tmp_path / "whole", *argv)
+    taken, save = iter(range(99)), eval_linear.Probe.save
+
+    def save_and_signal(self, *place):
+        save(self, *place)
+        if next(taken) == 2:  # after the last epoch of the first fold
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    argv += ["--dump_path", str(tmp_path / "parts")]
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_linear.Probe, "save", save_and_signal)
+        assert eval_linear.main([*QUICK, *map(str, argv)]) == 128 + signal.SIGTERM
+    assert (tmp_path / "parts" / "eval_linear_fold0.json").exists()
+    assert not (tmp_path / "parts" / "linear" / "fold1").exists()
+    assert evaluate(tmp_path / "parts", *argv) == expected
+
+
+def test_trainval_joins_two_splits_and_is_validated_on_the_third(images, tmp_path):
+    for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        (tmp_path / "data" / split).parent.mkdir(exist_ok=True)
+        os.symlink(images / source, tmp_path / "data" / split)
+    (tmp_path / "data" / "test").unlink()
+    argv = [*NETWORK, "--data_path", tmp_path / "data", "--split", "trainval", "--epochs", "1"]
+    with pytest.raises(ValueError, match="--split trainval needs .*train, val and test"):
+        evaluate(tmp_path / "out", *argv)
+    for label in ("blue", "red"):
+        (tmp_path / "data" / "test" / label).mkdir(parents=True)
+        image = next((images / "val" / label).iterdir())
+        os.symlink(image, tmp_path / "data" / "test" / label / "0.png")
+    found = evaluate(tmp_path / "out", *argv)
+    assert found["settings"]["images"] == [75, 2, 2] and found["settings"]["split"] == "trainval"
+
+
+def test_a_folder_of_voc_is_classified_by_20_binary_classifiers(tmp_path, capsys):
+    folder = write_voc(tmp_path / "VOC2007", difficult=(3, 23))
+    argv = [*NETWORK, "--data_path", folder, "--lrs", "0.001", "1", "--epochs", "30"]
+    found = evaluate(tmp_path / "out", *argv, "--split", "trainval")
+    assert found["settings"]["images"] == [40, 20, 20]  # images to train, to test, classes
+    assert found["best_map"] > 95 and found["best_map_11points"] > 90 and found["lr"] in (0.001, 1)
+    assert [row["lr"] for row in found["results"]] == [0.001, 1.0]
+    assert "mAP" in capsys.readouterr().out
+    few = evaluate(tmp_path / "train", *argv, "--tencrops", "--epochs", "1")
+    assert few["settings"]["images"] == [20, 20, 20] and 0 <= few["map"] <= 100
+
+
+def test_a_run_without_a_checkpoint_begins_where_it_is_told(images, tmp_path):
+    argv = [*NETWORK, "--data_path", images, "--batch_size", "20", "--log_freq", "1"]
+    evaluate(tmp_path, *argv, "--epoch", "1", "--start_iter", "2")
+    lines = [json.loads(x) for x in (tmp_path / "linear" / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "losses" in line] == [5, 6, 7, 8]
+    found = evaluate(tmp_path, *argv, "--epoch", "1", "--start_iter", "2")  # it has one now
+    assert found["best_epoch"] in (2, 3)
+
+
 # ============ --evaluate ============
 
 
@@ -600,7 +873,7 @@ def test_published_linear_weights_with_a_batch_norm_fit(images, tmp_path):
     layers.bn, layers.linear = torch.nn.BatchNorm2d(64), torch.nn.Linear(64, 2)
     layers.bn(features[:, :, None, None])
     torch.save({"state_dict": layers.state_dict()}, tmp_path / "linear.pth")
-    from src.linear_probe import saved_classifiers
+    from src.linear_files import saved_classifiers
 
     found, _, _ = saved_classifiers(str(tmp_path / "linear.pth"), tmp_path, {}, 64, 2)
     with torch.no_grad():
@@ -626,6 +899,17 @@ def test_published_linear_weights_with_a_batch_norm_fit(images, tmp_path):
         ("--evaluate --linear_weights nowhere.pth", "nowhere.pth"),
         ("--evaluate --linear_weights TRUNK", "has no linear.weight"),
         ("--global_pooling false", "--size"),
+        ("--conv 3", "--conv 3 is for AlexNet and VGG16"),
+        ("--conv 14 --arch vgg16 --width 0.02 --size 32", "--conv 14 must be between 1 and 13"),
+        ("--conv 0", "--conv"),
+        ("--conv 5 --arch alexnet --width 0.02 --size 16", "--size 16 is too small"),
+        ("--conv 3 --global_pooling false --arch vgg16", "leave it out with --conv"),
+        ("--cross_valid 1", "--cross_valid 1 must be at least 2"),
+        ("--kfold 3", "--kfold 3 needs --cross_valid"),
+        ("--cross_valid 5 --evaluate", "--evaluate and --cross_valid"),
+        ("--split trainval", "--split trainval"),
+        ("--epoch 1", "--epoch 1 must be below --epochs 1"),
+        ("--wd nan", "--wd"),
         ("--global_pooling maybe", "--global_pooling"),
         ("--arch vit_tiny --size 16 --n_last_blocks 13", "--n_last_blocks 13"),
         ("--arch resnet18 --num_registers 4", "--num_registers"),

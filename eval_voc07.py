@@ -1,0 +1,341 @@
+"""Classification of PASCAL VOC 2007: how well a network trained without labels can be fine-tuned.
+
+DeepCluster, arXiv:1807.05520, section 4.3, and DeeperCluster, arXiv:1905.01278: 20 binary
+classifications of each image, mean average precision of ten random crops. Two published set-ups:
+  --fc6_8 true   FC6-8: the convolutions are frozen; linear layers are trained, from scratch
+  --fc6_8 false  ALL: the same with all layers trained
+and two protocols, chosen by --protocol; a flag on the command line wins over either:
+  deepcluster    80,000 iterations, halving the learning rate every 5,000; square crops of 0.1 to 0.5
+                 of the image's area
+  deepercluster  150,000, every 10,000; crops of 0.08 to 1, width / height 3/4 to 4/3 (vgg16)
+Both: batches of 16, learning rate 0.003, momentum 0.9, weight decay 1e-6, gradients clipped to 10.
+
+  python eval_voc07.py --pretrained runs/deepcluster --data_path VOCdevkit/VOC2007 --split trainval
+  python eval_voc07.py --pretrained vgg16.pth.tar --vocdir VOCdevkit/VOC2007 --fc6_8 0
+--split train is tested on val, trainval on test. Starting the same command again continues where it
+stopped. What training writes lies in --dump_path/voc07/, the results in --dump_path/eval_voc07.json.
+
+Deviations from the authors' code: an epoch has an order of its own and leaves out its last, smaller
+batch; equal scores are one threshold of the average precision, which is not computed on the training
+images; ALL keeps the pre-trained convolutions, as the papers have it (a published version draws them
+anew); of ResNets FC6-8 trains one linear layer; the seed is 31 for both. Kept: batch norms use the
+statistics of the pre-training throughout; --train_batchnorm is about their scale and shift alone.
+"""
+
+import argparse
+import json
+import logging
+import math
+import signal
+from pathlib import Path
+
+import torch
+
+from src import checkpoint, cli, distributed, eval_args, setup
+from src.average_precision import mean_average_precision
+from src.evaluation import MODEL_FLAGS, build_network, statistics
+from src.features import extract_features
+from src.linear_probe import fingerprint
+from src.logger import RunLog, Stopwatch, describe_run, duration, setup_logging
+from src.signals import StopSignal, requeue_slurm_job
+from src.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
+from src.voc import CLASSES, TESTED_ON, multilabel_loss, open_voc
+from src.voc_classifier import VOCClassifier
+from src.voc_training import Training, training_images
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS = {
+    "deepcluster": {"nit": 80000, "stepsize": 5000, "min_scale": 0.1, "max_scale": 0.5},
+    "deepercluster": {"nit": 150000, "stepsize": 10000, "min_scale": 0.08, "max_scale": 1.0},
+}
+RATIO = {"deepcluster": (1.0, 1.0), "deepercluster": (3 / 4, 4 / 3)}  # width / height of crops
+BATCH = 16  # images, over all processes
+MAX_NORM = 10.0  # of the gradient
+# What the result depends on, besides the number of iterations.
+SETTINGS = (*MODEL_FLAGS, "in_chans", "size", "mean", "std", "protocol", "fc6_8", "split", "seed")
+SETTINGS += ("train_batchnorm", "stepsize", "lr", "wd", "min_scale", "max_scale")
+NAMED = ("pretrained", "checkpoint_key", "data_path", "nit", "eval_random_crops")
+TEST_IMAGES = 4  # whose ten crops are one batch
+STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
+
+
+# ============ training ============
+def train(state, loader, labels, start, args, stop, log):
+    """Train from iteration `start` on; returns the iterations done, fewer when a signal stopped it.
+
+    loader: of src.voc_training.training_images. labels (N, 20): 1, 0, or 255, which the loss leaves out.
+    """
+    world_size, stopwatch = distributed.world_size(), Stopwatch()
+    network, optimizer, scaler, process = (
+        state.network,
+        state.optimizer,
+        state.scaler,
+        state.process,
+    )
+    trained = [p for p in state.module.parameters() if p.requires_grad]
+    network.train()
+    for it, (images, indices) in enumerate(stopwatch.watch(loader(start, args.nit)), start):
+        torch.manual_seed(setup.generator(args.seed, it, process.rank).initial_seed())  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args.lr, it, args.stepsize)
+
+        # ============ multi-label loss ============
+        with distributed.autocast(process.device, state.precision):
+            scores = network(images)  # (B, 20)
+        targets = labels[indices].to(process.device)  # (B, 20)
+        loss = multilabel_loss(scores.float(), targets).mean()
+
+        # ============ backward and optim step ============
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+
+        # ============ log, save, stop ============
+        done = it + 1
+        stopping = (world_size == 1 or done % STOP_CHECK == 0) and stop.agreed()
+        if stopping or done % args.log_freq == 0 or done == args.nit:
+            rates = stopwatch.rates(args.batch_size * world_size, args.nit - done)
+            log_progress(log, it, optimizer, loss, norm, rates, state.folder, args)
+        if stopping or done % args.checkpoint_iters == 0 or done == args.nit:
+            state.save(done)
+        if stopping:
+            return done
+    return args.nit
+
+
+def learning_rate(lr, iteration, stepsize):
+    """lr, halved every `stepsize` iterations."""
+    return lr * 0.5 ** (iteration // stepsize)
+
+
+def log_progress(log, it, optimizer, loss, norm, rates, folder, args):
+    """Write a log line; RunError where the loss is not finite, what is saved stays as it is."""
+    loss = (distributed.all_reduce_sum(loss.detach()) / distributed.world_size()).item()
+    if not math.isfinite(loss):
+        newest = folder / checkpoint.NEWEST
+        raise cli.RunError(
+            f"the loss is not finite; {newest} holds the last good state, if one was saved; lower --lr"
+        )
+    lr = optimizer.param_groups[0]["lr"]
+    log.write(it, {"iteration": it, "loss": loss, "lr": lr, "gradient_norm": norm.item(), **rates})
+    logger.info(
+        "it %d/%d loss %.4f lr %.4g grad %.3g | %.0f img/s data %.0f%% eta %s",
+        *(it + 1, args.nit, loss, lr, norm.item(), rates["images_per_second"]),
+        *(100 * rates["data_share"], duration(rates["eta_seconds"])),
+    )
+
+
+# ============ evaluation ============
+def evaluate(state, dataset, args):
+    """Average precisions of the mean scores of ten crops of each image, random or fixed ones."""
+    if args.eval_random_crops:
+        scale, ratio = (args.min_scale, args.max_scale), RATIO[args.protocol]
+        crops = RandomTenCrops(dataset, args.size, scale, ratio, args.seed)
+    else:
+        crops = TenCrops(dataset, args.size)
+    state.module.eval()
+    forward = ten_crop_forward(state.module)
+    scores, indices = extract_features(
+        *(lambda images: forward(images).mean(1), crops, args.size),  # (B, 20)
+        *(args.mean * VIEWS, args.std * VIEWS, state.process.device),
+        batch_size=TEST_IMAGES,
+        num_workers=args.workers,
+        precision=state.precision,
+        resize=args.size,
+    )
+    return mean_average_precision(scores, dataset.labels[indices])
+
+
+def report(result, settings, path, untrained):
+    """Log the results and write them to `path` as JSON; one process does."""
+    if not distributed.is_main():
+        return
+    by_class = dict(zip(CLASSES, result["ap"], strict=True))
+    found = {"map": result["map"], "map_11points": result["map_11points"], "ap": by_class}
+    path.write_text(json.dumps({**found, "settings": settings}, indent=1) + "\n")
+    for name, value in by_class.items():
+        logger.info("%-12s %s", name, "no image" if value is None else f"{value:6.2f}")
+    logger.info("mAP %.2f (11-point %.2f)", result["map"], result["map_11points"])
+    if untrained:
+        logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
+    logger.info("written to %s", path)
+
+
+# ============ main ============
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tune and evaluate; returns 0, or 128 + the signal when a signal stopped it."""
+    args, run = parse_args(argv)
+    launch = distributed.read_environment()
+    setup_logging(None, launch.rank == 0)
+    check_args(args)
+    dataset, tested = (
+        open_voc(args.data_path, split, args.in_chans)
+        for split in (args.split, TESTED_ON[args.split])
+    )
+    check_batch(args, launch.world_size, len(dataset))
+    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+    network = (run, "backbone", args.checkpoint_key, args.seed)
+    backbone = build_network(args.arch, options, args.pretrained, *network)
+    args.mean, args.std = statistics(args, dataset, True)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    total = args.batch_size * launch.world_size
+    settings |= {"weights": fingerprint(backbone), "batch": total, "images": len(dataset)}
+    named = {name: getattr(args, name) for name in NAMED}
+    begin = setup.generator(args.seed)
+    model = VOCClassifier(backbone, len(CLASSES), args.fc6_8, args.train_batchnorm, begin)
+    with torch.no_grad():  # what does not fit is found before anything is started
+        model.eval()(torch.zeros(1, args.in_chans, args.size, args.size))
+    out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07"
+    checkpoint.check_writable(folder)
+
+    process = distributed.init(args.device)
+    precision = distributed.resolve_precision(args.precision, process.device)
+
+    # ============ model and optimizer ============
+    state = Training(model, args.wd, process, precision, folder, settings)
+    start = state.resume()
+    setup_logging(folder, process.rank == 0)
+    if process.rank == 0:  # not before: what may not go on leaves the folder as it was
+        describe_run(vars(args), folder)
+    log_plan(args, dataset, tested, total, state)
+
+    # ============ training ============
+    stop = StopSignal()
+    if start < args.nit:
+        scale = (args.min_scale, args.max_scale)
+        crops = (args.size, scale, RATIO[args.protocol], (args.mean, args.std))
+        loading = (args.batch_size, process, args.seed, args.workers)
+        loader = training_images(dataset, *crops, *loading)
+        log = RunLog(folder if process.rank == 0 else None, tensorboard=False)
+        if train(state, loader, dataset.labels, start, args, stop, log) < args.nit:
+            return stopped(stop)
+        log.close()
+    else:
+        logger.info("%s is trained for its %d iterations already", folder, start)
+
+    # ============ evaluation ============
+    result = evaluate(state, tested, args)
+    report(result, settings | named, out / "eval_voc07.json", not args.pretrained)
+    stop.restore()
+    distributed.shutdown()
+    return 0
+
+
+def log_plan(args, dataset, tested, total, state):
+    """Say what will be computed, before it is."""
+    count = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    what = "FC6-8, trunk frozen" if args.fc6_8 else "ALL layers"
+    for line in (
+        f"protocol    {args.protocol}, {what}: {count:,} parameters of {args.arch} are trained",
+        f"data        {dataset.name}: {len(dataset):,} images, tested on {len(tested):,}",
+        f"batch       {args.batch_size} x {state.process.world_size} processes = {total}; "
+        f"{args.nit:,} iterations, learning rate {args.lr:g}, halved every {args.stepsize:,}",
+    ):
+        logger.info(line)
+
+
+def stopped(stop):
+    """Leave after a signal: all is saved; under Slurm, have the job run again. Returns the status."""
+    if distributed.is_main():
+        logger.warning("stopped by %s; the same command continues", stop.name)
+    requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
+    stop.restore()
+    distributed.shutdown()
+    return 128 + getattr(signal, stop.name)
+
+
+# ============ arguments ============
+def parse_args(argv):
+    """The arguments, and those of the run that is evaluated ({} if it is not a run)."""
+    args, run = eval_args.parse_args(get_parser, argv)
+    if "data_path" not in args.given:
+        args.data_path = ""  # a run's is that of its training
+    plain = args.arch in ("alexnet", "vgg16")
+    if plain and args.sobel is None and not args.pretrained:
+        args.sobel = False  # ours, with batch norm, rather than torchvision's
+    if args.protocol == "auto":
+        args.protocol = "deepercluster" if args.arch == "vgg16" else "deepcluster"
+    for name, value in PROTOCOLS[args.protocol].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args, run
+
+
+def get_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    at_least_zero, positive, boolean = cli.at_least_zero, cli.positive, cli.boolean
+
+    add = parser.add_argument_group("method").add_argument
+    add("--protocol", default="auto", choices=["auto", *PROTOCOLS],
+        help="auto: deepercluster for vgg16, else deepcluster")
+    add("--fc6_8", type=boolean, default=True, help="true: FC6-8, only the classifier is trained; "
+        "false: ALL layers")
+    add("--train_batchnorm", type=boolean, default=False,
+        help="with --fc6_8 true also train the scale and shift of batch norms")
+    add("--eval_random_crops", type=boolean, default=True,
+        help="evaluate on ten random crops; false: corners, centre and their mirror images")
+
+    eval_args.add_network_args(parser)
+    add("--model", dest="pretrained", default=argparse.SUPPRESS, help="the same as --pretrained")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", "--vocdir", default="", help="VOCdevkit/VOC2007; must be given")
+    add("--split", default="train", choices=TESTED_ON, help="to train on; tested on val or test")
+    add("--size", type=positive(int), default=224, help="side in pixels of the crops")
+    add("--in_chans", type=positive(int), default=3, help="channels of the images")
+    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: ImageNet's")
+    add("--std", type=float, nargs="+", default=None, help="of each channel; default: ImageNet's")
+    add("--min_scale", type=positive(float), default=None,
+        help="smallest area of a crop, as a share of the image (default: 0.1, deepercluster 0.08)")
+    add("--max_scale", type=positive(float), default=None,
+        help="largest area of a crop (default: 0.5, deepercluster 1)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--nit", type=positive(int), default=None,
+        help="iterations of training (default: 80000, deepercluster 150000)")
+    add("--stepsize", type=positive(int), default=None,
+        help="iterations between halvings of --lr (default: 5000, deepercluster 10000)")
+    add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=None,
+        help="images per process (default: 16 over all processes)")
+    add("--lr", type=positive(float), default=0.003, help="learning rate")
+    add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
+    add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
+    add("--checkpoint_iters", type=positive(int), default=1000, help="iterations between saves")
+    cli.add_runtime_args(parser)
+    return parser
+    # fmt: on
+
+
+def check_args(args) -> None:
+    """Raise ValueError on arguments that do not fit together."""
+    distributed.resolve_device(args.device)
+    eval_args.check_images(args)
+    if not args.data_path:
+        raise ValueError(
+            "--data_path (or --vocdir) must be given: the folder VOCdevkit/VOC2007, with JPEGImages "
+            "and ImageSets/Main, of PASCAL VOC 2007"
+        )
+    if not args.min_scale <= args.max_scale <= 1:
+        raise ValueError(
+            f"--min_scale {args.min_scale} and --max_scale {args.max_scale} must satisfy 0 < min <= "
+            "max <= 1"
+        )
+
+
+def check_batch(args, world_size, num_images) -> None:
+    """The published batch where none is given; ValueError for one larger than the data."""
+    if args.batch_size is None:
+        args.batch_size = max(1, min(BATCH, num_images) // world_size)
+    if args.batch_size * world_size > num_images:
+        raise ValueError(
+            f"--batch_size {args.batch_size} times {world_size} processes is more than the "
+            f"{num_images} training images: use at most {num_images // world_size}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
