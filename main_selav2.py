@@ -32,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, memory_bank, setup
+from src import checkpoint, cli, distributed, image_args, memory_bank, pseudo_labels, setup
 from src.augment import Augment
 from src.datasets import open_dataset
 from src.gradients import grad_norm
 from src.logger import Stopwatch, describe_run, setup_logging
-from src.memory_bank import IGNORED, MemoryBank, PseudoLabels
+from src.memory_bank import MemoryBank
 from src.optim import cosine_schedule
+from src.pseudo_labels import IGNORED, PseudoLabels, loss_of_nothing
 from src.resnet import build_model
 from src.run import Run
 from src.self_label import reassignment_epochs, self_labels
@@ -140,8 +141,9 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
             assigned = embedding[args.crops_for_assign].flatten(0, 1)  # (crops * B, D)
             rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
-            head = (scores[0], targets[0], assigned)
-            memory_bank.report_predictions(run, epoch, iteration, *head, rates, args)
+            head = (scores[0] / args.temperature, targets[0], assigned, rates)
+            ceiling = loss_of_nothing(args.nmb_prototypes)
+            pseudo_labels.report_predictions(run, epoch, iteration, *head, ceiling)
         if done < run.iters_per_epoch and run.must_stop(done):
             run.save(epoch, done)
             return done
@@ -225,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
         if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
             run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(math.exp(memory_bank.loss_of_nothing(args.nmb_prototypes)))
+        run.plot(math.exp(loss_of_nothing(args.nmb_prototypes)))
         if not last and run.must_stop(done):
             return run.stopped()
     return run.finished()
@@ -241,7 +243,7 @@ def assign_memory(run, bank, labels, truth, epoch, args):
     assignments[:, ~bank.known] = IGNORED
     before = labels.replace(bank.indices, assignments, epoch)
     seconds = time.perf_counter() - began
-    memory_bank.report_assignment(
+    pseudo_labels.report_assignment(
         run, labels.labels, before, truth, args.nmb_prototypes, epoch, seconds
     )
 
@@ -252,7 +254,7 @@ def log_assignments(args, num_images, times):
         "labels      K = %s prototypes share %s images, assigned anew before %d of %d epochs; epsilon "
         "%g; ln(K) = %.3f is the loss of predicting nothing",
         *(" + ".join(f"{k:,}" for k in args.nmb_prototypes), f"{num_images:,}"),
-        *(times, args.epochs, args.epsilon, memory_bank.loss_of_nothing(args.nmb_prototypes)),
+        *(times, args.epochs, args.epsilon, loss_of_nothing(args.nmb_prototypes)),
     )
 
 

@@ -90,31 +90,35 @@ def diagnose_teacher(history: list[dict], num_outputs: int) -> str | None:
 
 
 def diagnose_clusters(
-    history: list[dict], num_prototypes: int, ceiling: float | None = None
+    history: list[dict],
+    num_prototypes: int,
+    ceiling: float | None = None,
+    lr: str = "--base_lr",
+    clusters: str = "--nmb_prototypes",
 ) -> str | None:
-    """What is wrong with a run that predicts the clusters of a memory bank, as `diagnose`, or None.
+    """What is wrong with a run that predicts pseudo-labels of all images, as `diagnose`, or None.
 
     history: log lines with `loss`, `prototypes_used` (by the predictions of a batch), `batch` and
     `embedding_std`. num_prototypes: of the head that these are of. ceiling: the loss of predicting
-    nothing, ln(K) unless the heads differ.
+    nothing, ln(K) unless the heads differ. lr, clusters: the flags of the step size and of K.
     """
     recent = history[-10:]
     if len(recent) < 10 or num_prototypes < 2:
         return None
     ceiling, last = math.log(num_prototypes) if ceiling is None else ceiling, recent[-1]
-    found = _same_embedding(recent, "lower --base_lr, or lengthen --warmup_epochs")
+    found = _same_embedding(recent, f"lower {lr}")
     if found:
         return found
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
         return (
-            f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; raise --base_lr, "
-            "lower --temperature, or use fewer prototypes (--nmb_prototypes)"
+            f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; change {lr}, or "
+            f"ask for fewer clusters ({clusters})"
         )
     possible = min(num_prototypes, last["batch"])
     if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
         return (
             f"only {last['prototypes_used']:.1f} of {possible} possible clusters are predicted; lower "
-            "--base_lr, or use fewer prototypes (--nmb_prototypes)"
+            f"{lr}, or ask for fewer ({clusters})"
         )
     return None
 

@@ -87,14 +87,18 @@ def extract_features(
     precision: str = "fp32",
     resize: int | None = None,
     interpolation: str = "bicubic",
-) -> tuple[Tensor, Tensor]:
+    indices: Sequence[int] | None = None,
+    write: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Tensor | None, Tensor]:
     """Features of this rank's share of `dataset`, from one centre crop of each image.
 
     forward: normalised images (B, C, size, size) on `device` -> (B, D); the caller has put the
     network into evaluation mode. size, resize: pixels of the crop, and of the shorter side before;
     `resize` is by default size * 256 / 224, the published 256 for 224, and below 96 px size itself.
     batch_size, num_workers: per process, of workers at most as many as there are CPUs or batches.
-    precision: of the forward pass, fp32, bf16 or fp16.
+    precision: of the forward pass, fp32, bf16 or fp16. indices: the samples to take instead of the
+    share. write: called with the number of the first row of a batch and its features (B, D), which
+    are then not kept.
     Returns features (n, D) float32 on the CPU and their sample indices (n,), in order; n may be 0.
     Raises ValueError for a resize below the crop.
     """
@@ -103,7 +107,7 @@ def extract_features(
     if not 1 <= size <= resize:
         raise ValueError(f"a crop of {size} px needs images resized to at least that, not {resize}")
     device = torch.device(device)
-    indices = share(len(dataset))
+    indices = share(len(dataset)) if indices is None else indices
     loader = DataLoader(
         _CentreCrops(dataset, indices, size, resize, interpolation),
         batch_size=batch_size,
@@ -119,7 +123,7 @@ def extract_features(
         with distributed.autocast(device, precision):
             return forward(images).flatten(1).float().cpu()  # (B, D)
 
-    if not indices:  # the width of the features is still needed
+    if not len(indices):  # the width of the features is still needed
         empty = torch.zeros(1, mean.shape[1], size, size, dtype=torch.uint8)
         return features_of(empty)[:0], torch.empty(0, dtype=torch.int64)
     features, done, waited = None, 0, 0.0
@@ -130,15 +134,18 @@ def extract_features(
         images = next(batches)
         waited += time.perf_counter() - before
         batch = features_of(images)
-        if features is None:
-            features = torch.empty(len(indices), batch.shape[1])
-        features[done : done + len(batch)] = batch
+        if write is not None:
+            write(done, batch)
+        else:
+            if features is None:
+                features = torch.empty(len(indices), batch.shape[1])
+            features[done : done + len(batch)] = batch
         done += len(batch)
         now = time.perf_counter()
         if now - last_line > LOG_SECONDS or done == len(indices):
             last_line = now
             _log_progress(dataset, done, len(indices), now - start, waited)
-    return features, torch.tensor(indices)
+    return features, torch.as_tensor(indices)
 
 
 def _log_progress(dataset, done, total, seconds, waited):

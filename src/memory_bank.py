@@ -1,25 +1,20 @@
-"""Memory bank and pseudo-labels of the methods that assign the whole data set, once an epoch.
+"""Memory bank of the methods that assign the whole data set once an epoch.
 
 SwAV paper (arXiv:2006.09882), appendix D.2: the assignment phase works on the embeddings that
 training computed during the last epoch, instead of on a pass of its own over the data.
 """
 
 import logging
-import math
 import time
 
 import torch
 from torch import Tensor
 
-from src import distributed, metrics, setup
-from src.diagnosis import diagnose_clusters
+from src import distributed, setup
 from src.logger import duration
 
 logger = logging.getLogger(__name__)
 
-IGNORED = (
-    -100
-)  # pseudo-label of an image that the bank does not hold: it does not count in the loss
 GATHERED = 2**24  # numbers that all processes together exchange at a time when saving
 LOG_SECONDS = 10.0
 
@@ -107,40 +102,6 @@ class MemoryBank:
             self.push(state["indices"][rows], state["embeddings"][rows].transpose(0, 1))
 
 
-class PseudoLabels:
-    """Cluster of every image for each head, the same on all processes.
-
-    labels: (heads, N) int64, IGNORED where unknown. epoch: at whose start they were made, -1: never.
-    """
-
-    def __init__(self, num_heads, num_images):
-        self.labels = torch.full((num_heads, num_images), IGNORED)
-        self.epoch = -1
-
-    def of(self, indices: Tensor, device: torch.device) -> Tensor:
-        """(heads, B) for a batch."""
-        return self.labels[:, indices].to(device, non_blocking=True)
-
-    def replace(self, indices: Tensor, assignments: Tensor, epoch: int) -> Tensor | None:
-        """Make labels of the assignments (heads, n) of this process's rows (n,) and of the others'.
-
-        Returns the labels before, None if there were none. All processes call it.
-        """
-        before = self.labels if self.epoch >= 0 else None
-        indices = distributed.all_gather_rows(indices)
-        assignments = distributed.all_gather_rows(assignments.cpu().t().contiguous())  # (N, heads)
-        self.labels = torch.full_like(self.labels, IGNORED)
-        self.labels[:, indices] = assignments.t()
-        self.epoch = epoch
-        return before
-
-    def state_dict(self) -> dict:
-        return {"labels": self.labels.int(), "epoch": self.epoch}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.labels, self.epoch = state["labels"].long(), state["epoch"]
-
-
 @torch.no_grad()
 def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
     """Embed every image with the untrained network: what the first assignment works on.
@@ -168,53 +129,3 @@ def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
         if it + 1 < total and run.must_stop(it + 1):
             logger.info("stopped in the pass that fills the memory bank: it will start again")
             return
-
-
-def loss_of_nothing(num_clusters: list[int]) -> float:
-    """The loss of uniform predictions: ln(K), averaged over the heads."""
-    return sum(map(math.log, num_clusters)) / len(num_clusters)
-
-
-def report_predictions(run, epoch, iteration, scores, labels, embedding, rates, args) -> None:
-    """Write a log line with the health of the predictions (V * B, K) and of the embeddings (N, D).
-
-    scores, labels (B,): of the first head. All processes call it.
-    """
-    health = metrics.prediction_health(scores.detach() / args.temperature, labels, IGNORED)
-    health = {name: run.mean_over_processes(x) for name, x in health.items()}
-    health["prototypes_used"] = metrics.prototype_usage(scores.detach()).item()
-    health["embedding_std"] = run.mean_over_processes(metrics.embedding_std(embedding))
-    health["rankme"] = metrics.rankme(embedding).item()
-    num_prototypes, ceiling = scores.shape[1], loss_of_nothing(args.nmb_prototypes)
-    text = "predictions H {prediction_entropy:.2f} of {ceiling:.2f}, {accuracy:.0f}% agree, "
-    text += "{prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank {rankme:.0f}"
-    text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
-    line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: diagnose_clusters(lines, num_prototypes, ceiling))
-
-
-def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) -> None:
-    """Write a log line with the health of new pseudo-labels (heads, N), the same on all processes.
-
-    before: those of the epoch before, or None. truth: (N,) of the data, or None.
-    """
-    if not distributed.is_main():
-        return
-    line = {
-        "epoch": epoch,
-        "epoch_float": float(epoch),
-        "iteration": epoch * run.iters_per_epoch,
-        **metrics.cluster_health(labels, before, truth, num_clusters),
-        "assignment_seconds": seconds,
-    }
-    run.log.write(line["iteration"], line)
-    text = "sizes {cluster_min:.0f} to {cluster_max:.0f}, median {cluster_median:.0f}, "
-    text += f"{round(line['clusters_empty'], 1):g} empty"
-    text += ", NMI {nmi_previous:.2f} with the previous" if before is not None else ""
-    text += ", NMI {nmi_labels:.2f} with the labels" if truth is not None else ""
-    known = (labels[0] >= 0).sum().item()
-    logger.info(
-        "epoch %d/%d clusters %s of %s images in %.1f s: %s",
-        *(epoch + 1, run.arguments["epochs"], " + ".join(map(str, num_clusters))),
-        *(f"{known:,}", seconds, text.format(**line)),
-    )

@@ -11,6 +11,7 @@ import torch
 from src import checkpoint, cli, distributed, plots, resume
 from src.logger import RunLog, duration
 from src.probe import knn_probe, open_validation
+from src.setup import share_buffers
 from src.signals import StopSignal, requeue_slurm_job
 
 logger = logging.getLogger(__name__)
@@ -198,8 +199,7 @@ class Run:
         """
         if dataset.labels is None:
             return
-        for buffer in network.buffers():  # batch statistics of rank 0, as in the checkpoint
-            buffer.copy_(distributed.broadcast(buffer))
+        share_buffers(network)
         if not self.validation:
             where = (self.arguments["data_path"], self.arguments["in_chans"])
             self.validation = [open_validation(dataset, *where)]

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from src import checkpoint
+from src import checkpoint, distributed
 from src.datasets import EpochSampler
 from src.multicrop import MultiCropDataset, multicrop_loader
 from src.optim import LARC, LARS
@@ -24,15 +24,17 @@ def generator(*keys: int) -> torch.Generator:
 
 
 def multicrop_loading(
-    dataset, resolutions, process, batch_size, workers, seed, interpolation
-) -> tuple[MultiCropDataset, EpochSampler, DataLoader]:
+    dataset, resolutions, process, batch_size, workers, seed, interpolation, sampler=None
+) -> tuple[MultiCropDataset, Sampler, DataLoader]:
     """The crops of a dataset, the order of its samples, and the loader of this process's batches.
 
     resolutions: numbers, sizes, smallest and largest scales of the crops, see MultiCropDataset.
+    sampler: an EpochSampler unless given.
     """
     crops = MultiCropDataset(dataset, *resolutions, seed=seed, interpolation=interpolation)
     place = (len(dataset), batch_size, process.rank, process.world_size, seed)
-    sampler = EpochSampler(*place, groups=dataset.groups)
+    if sampler is None:
+        sampler = EpochSampler(*place, groups=dataset.groups)
     return (
         crops,
         sampler,
@@ -72,10 +74,21 @@ def place_network(module, process, sync_bn, group_size, compiled):
 def wrap_network(module, process, sync_bn, group_size, compiled):
     """place_network, and in DDP where there are several processes: (module, network)."""
     module = place_network(module, process, sync_bn, group_size, compiled)
+    return module, average_gradients(module, process)
+
+
+def average_gradients(module, process):
+    """The network in DDP where there are several processes; again whenever a parameter was resized."""
     if process.world_size == 1:
-        return module, module
+        return module
     devices = None if process.device.type == "cpu" else [process.device.index]
-    return module, DistributedDataParallel(module, device_ids=devices)
+    return DistributedDataParallel(module, device_ids=devices)
+
+
+def share_buffers(module) -> None:
+    """Give all processes the batch statistics of rank 0, which are those of the checkpoint."""
+    for buffer in module.buffers():
+        buffer.copy_(distributed.broadcast(buffer))
 
 
 def build_optimizer(name: str, parameters: list[Tensor] | list[dict], weight_decay: float):
@@ -107,12 +120,12 @@ def log_plan(run, crops, peak_lr: float) -> None:
         f"batch       {args['batch_size']} x {process.world_size} processes "
         f"({process.launcher}) = {run.global_batch}; {run.iters_per_epoch:,} iterations an "
         f"epoch, {args['epochs']} epochs, {run.iters_per_epoch * args['epochs']:,} iterations",
-        f"optimizer   {args['optimizer']}, peak learning rate {peak_lr:.4g} (scaling "
-        f"{args['lr_scaling']}), {args['warmup_epochs']} epochs of warm-up",
+        f"optimizer   {args.get('optimizer', 'sgd')}, peak learning rate {peak_lr:.4g} (scaling "
+        f"{args['lr_scaling']}), {args.get('warmup_epochs', 0)} epochs of warm-up",
         f"network     {args['arch']}, {run.precision} on {process.device}",
     ):
         logger.info(line)
-    if args["optimizer"] == "larc" and run.global_batch <= 1024 and peak_lr > 2:
+    if args.get("optimizer") == "larc" and run.global_batch <= 1024 and peak_lr > 2:
         logger.info(
             "note: the learning rate %.3g is for 4096 images; --lr_scaling linear fits it to %d",
             *(peak_lr, run.global_batch),

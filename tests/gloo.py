@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "torch._dynamo", "pytest", "tests.reference", "tests.runs"),
-        *("main_swav", "main_dino", "eval_knn", "eval_linear"),
+        *("main_swav", "main_dino", "main_deepercluster", "eval_knn", "eval_linear", "eval_voc07"),
         *("matplotlib.pyplot", "sklearn.datasets"),
     ]
 )

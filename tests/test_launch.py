@@ -69,9 +69,9 @@ def sbatch_lines(path):
     return found
 
 
-def checked_arguments(path, script, folder):
+def checked_arguments(path, script, folder, **environ):
     """The arguments that a launcher's command gives its script, once the command is right."""
-    argv, masters = run_recipe(path, folder)
+    argv, masters = run_recipe(path, folder, **environ)
     assert argv[:4] == ["--label", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python"]
     assert argv[4:6] == ["-u", script]
     args = load(script).get_parser().parse_args(argv[6:])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from src import distributed, memory_bank
+from src import distributed, memory_bank, pseudo_labels
 from src.logger import RunLog, read_log
-from src.memory_bank import IGNORED, MemoryBank, PseudoLabels
+from src.memory_bank import MemoryBank
+from src.pseudo_labels import IGNORED, PseudoLabels
 from tests.gloo import run_ranks
 
 GLOBAL, BATCHES, CROPS, DIM = 8, 5, 2, 3  # images in a batch of all processes, batches an epoch
@@ -133,12 +134,12 @@ def test_the_health_of_an_assignment_is_logged_after_the_epoch_it_follows(tmp_pa
     run = FakeRun(tmp_path)
     labels = torch.tensor([[0, 0, 1, IGNORED]])
     with caplog.at_level(logging.INFO):
-        memory_bank.report_assignment(run, labels, None, None, [3], 0, 0.5)
+        pseudo_labels.report_assignment(run, labels, None, None, [3], 0, 0.5)
         for line in ({"epoch_float": 1.0, "loss": 2.0}, {"epoch_float": 1.0, "knn": 50.0}):
             run.log.write(0, {"epoch": 0, "iteration": 9, **line})
         truth = torch.tensor([1, 1, 0, 0])
         for _ in range(2):  # the second time after a resume
-            memory_bank.report_assignment(run, labels, labels, truth, [3], 1, 0.5)
+            pseudo_labels.report_assignment(run, labels, labels, truth, [3], 1, 0.5)
     lines = read_log(tmp_path)
     assert [sorted({"loss", "knn", "nmi_labels"} & line.keys()) for line in lines] == [
         *([], ["loss"], ["knn"], ["nmi_labels"])

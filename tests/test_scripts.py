@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 FLAGS = json.loads((ROOT / "tests" / "golden" / "official_flags.json").read_text())
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if re.match("main_|eval_", path.stem))
 SOURCES = sorted((ROOT / "src").glob("*.py"))
-LAUNCHER_FLAGS = {"dist_url", "world_size", "rank", "local_rank"}
+# Flags of launchers, which are accepted and ignored.
+LAUNCHER_FLAGS = {"dist_url", "dist-url", "world_size", "world-size", "rank", "local_rank"}
+LAUNCHER_FLAGS |= {"debug_slurm"}
 # Published defaults that differ on purpose, with the reason.
 OTHER_DEFAULTS = {
     ("main_swav", "data_path"): "digits, so that the bare command runs",
@@ -22,6 +24,13 @@ OTHER_DEFAULTS = {
     ("main_dino", "data_path"): "digits, so that the bare command runs",
     ("main_dino", "use_fp16"): "--precision decides; true is what auto does on a GPU",
     ("main_deepclusterv2", "data_path"): "digits, so that the bare command runs",
+    ("main_deepcluster", "data_path"): "digits, so that the bare command runs",
+    ("main_deepercluster", "data_path"): "digits, so that the bare command runs",
+    ("main_deepercluster", "dump_path"): "., as all scripts",
+    ("main_deepercluster", "pretrained"): "another spelling of --init_from",
+    ("main_deepercluster", "use_faiss"): "ours, which does the same on any number of processes",
+    ("main_deepcluster", "exp"): "., as all scripts",
+    ("main_deepcluster", "DIR"): "as --data_path",
     ("eval_knn", "data_path"): "digits, so that the bare command runs",
     ("eval_knn", "arch"): "found in the file; without one resnet50",
     ("eval_knn", "checkpoint_key"): "teacher, where the file has one",
@@ -35,6 +44,22 @@ OTHER_DEFAULTS = {
     ("eval_linear", "lr"): "by --protocol",
     ("eval_linear", "wd"): "by --protocol",
     ("eval_linear", "num_labels"): "counted in the data",
+    ("eval_linear", "data"): "digits, see data_path",
+    ("eval_linear", "model"): "empty, see pretrained",
+    ("eval_linear", "exp"): "the current folder, see dump_path",
+    ("eval_linear", "conv"): "none: the pooled features",
+    ("eval_linear", "workers"): "10, as SwAV and DINO",
+    ("eval_linear", "epochs"): "100; by --protocol 90 for deepcluster",
+    ("eval_linear", "weight_decay"): "by --protocol, see wd",
+    ("eval_linear", "sobel"): "the file says it",
+    ("eval_voc07", "vocdir"): "must be given, see data_path",
+    ("eval_voc07", "model"): "empty, see pretrained",
+    ("eval_voc07", "sobel"): "the file says it",
+    ("eval_voc07", "nit"): "by --protocol",
+    ("eval_voc07", "stepsize"): "by --protocol",
+    ("eval_voc07", "min_scale"): "by --protocol",
+    ("eval_voc07", "max_scale"): "by --protocol",
+    ("eval_voc07", "seed"): "31 as DeepCluster's, 1993 was DeeperCluster's",
 }
 # The published scripts whose flags a script takes.
 PUBLISHED = {
@@ -43,14 +68,23 @@ PUBLISHED = {
     "main_deepclusterv2": ["swav/main_deepclusterv2.py"],
     "main_selav2": [],  # the authors released weights, no code
     "main_simclr": [],  # no multi-crop version was released
+    "main_deepcluster": ["deepcluster/main.py"],
+    "main_deepercluster": ["DeeperCluster/main.py"],
+    "main_rotnet": [],  # of the papers that this project follows none released a script
+    "main_clusterfit": [],  # a configuration of VISSL
+    "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
     "eval_knn": ["dino/eval_knn.py"],
-    "eval_linear": ["swav/eval_linear.py", "dino/eval_linear.py"],
+    "eval_linear": [
+        *(f"{repository}/eval_linear.py" for repository in ("swav", "dino")),
+        *(f"{repository}/eval_linear.py" for repository in ("deepcluster", "DeeperCluster")),
+    ],
 }
 
 
 def actions(script):
     parser = importlib.import_module(script).get_parser()
-    return {flag: action for action in parser._actions for flag in action.option_strings}
+    flags = {flag: action for action in parser._actions for flag in action.option_strings}
+    return flags | {a.metavar: a for a in parser._actions if not a.option_strings}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,6 +92,7 @@ def test_every_published_flag_is_taken_with_its_type_and_default(script):
     mine = actions(script)
     for flag in [flag for file in PUBLISHED[script] for flag in FLAGS[file]]:
         name = flag["flags"][0]
+        name = name if name.startswith("-") else ast.literal_eval(flag["metavar"])  # a folder
         assert name in mine, name
         action, name = mine[name], name.lstrip("-")
         if name in LAUNCHER_FLAGS or (script, name) in OTHER_DEFAULTS:
@@ -111,10 +146,12 @@ def test_a_source_file_is_short_and_keeps_the_direction_of_imports(path):
         assert "os.environ" not in text and '"cuda"' not in text and ".cuda(" not in text
     mathematics = {"sinkhorn", "knn", "neighbours", "metrics", "losses", "optim", "gradients"}
     mathematics |= {"heads", "resnet", "vision_transformer", "kmeans", "kmeans_start", "self_label"}
-    mathematics |= {"gather", "diagnosis", "label_plan"}
+    mathematics |= {"gather", "diagnosis", "label_plan", "sobel", "pca", "pic", "kmeans_sums"}
+    mathematics |= {"sampling", "average_precision"}
     if path.stem in mathematics:
         imported = set(re.findall(r"^from src\.?(\w*) import ([\w, ]+)$", text, re.M))
         allowed = {"distributed", "neighbours", "heads", "gradients", "kmeans_start", "label_plan"}
+        allowed |= {"kmeans_sums"}
         for module, names in imported:
             assert (module or names) in allowed | {"nearest_neighbours"}, (path, module, names)
 

@@ -1,0 +1,335 @@
+"""DeepCluster: cluster the features of all images, train the network to predict the clusters, repeat.
+
+Caron, Bojanowski, Joulin, Douze: Deep Clustering for Unsupervised Learning of Visual Features, ECCV
+2018, arXiv:1807.05520; equations of Caron's thesis, section 3.2.
+  Eq. 3.1         classification of pseudo-labels     deepcluster_loss
+  Eq. 3.2         k-means of the whitened features    cluster_features, src/pca.py, src/kmeans.py
+  section 3.1.1   power iteration clustering          cluster_features, src/pic.py
+  section 3.2.1   sampling uniform over clusters      src/sampling.py
+  section 3.2.1   networks, Sobel filters             src/alexnet.py, src/vgg.py, src/sobel.py
+
+  python main_deepcluster.py                                      digits, two minutes on two cores
+  python main_deepcluster.py /imagenet/train --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10000
+  torchrun --nproc_per_node 8 main_deepcluster.py --data_path /imagenet/train --sobel --batch 32
+  sbatch scripts/deepcluster_alexnet.sh                           the published run
+Starting the same command again continues where it stopped.
+
+Deviations from the authors' code: labels and images go together, so that sampling is uniform over
+clusters, which theirs is not (it reads a list in cluster order by indices in file order); an image
+drawn twice has two crops; other sizes than 224 px are averaged to the classifier's cells; small
+eigenvalues of the PCA are raised to 1e-5 of the largest; any number of processes; k-means is ours
+unless --kmeans_backend faiss; NMI has the thesis' normalisation; --resume takes weights and epoch.
+Kept: a new top layer after each clustering, trained without momentum; empty clusters split another;
+features before the last ReLU; a step size that stays; an epoch is --reassign times the data.
+"""
+
+import argparse
+import importlib.util
+import logging
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src import checkpoint, cli, distributed, image_args, offline_args, pseudo_labels, setup
+from src.augment import Augment
+from src.convnets import build_convnet
+from src.datasets import open_dataset, usual_std
+from src.features import extract_features, share
+from src.gradients import grad_norm
+from src.kmeans import euclidean_kmeans, initial_centroids
+from src.logger import Stopwatch, describe_run, setup_logging
+from src.pca import fit_whitening, whiten
+from src.pic import knn_graph, power_iteration_clustering
+from src.pseudo_labels import PseudoLabels
+from src.run import Run
+from src.sampling import PlannedSampler, uniform_over_clusters
+
+logger = logging.getLogger(__name__)
+
+# Changed defaults of the method on small data, beside those of src/presets.py.
+SMALL = {**offline_args.SMALL, "checkpoint_iters": 0, "wd": 5e-4, "dim_pca": 32}
+CIFAR = {"arch": "resnet18", "nmb_cluster": 100, "dump_path": "runs/deepcluster_cifar"}
+DIGITS = {"arch": "resnet10", "nmb_cluster": 60, "dump_path": "runs/deepcluster_digits"}
+PRESETS = {
+    "imagenet": {},
+    "cifar": {**SMALL, **CIFAR},
+    "tiny": {**SMALL, **DIGITS, "epochs": 6, "reassign": 10.0, "knn_freq": 2},  # of 100 iterations
+}
+KMEANS_DRAW, TOP_LAYER_DRAW = 1, 2  # set the draws apart from those of photometry
+NEIGHBOURS, SIGMA, ALPHA = 5, 0.2, 0.001  # of power iteration clustering, as published
+
+
+# ============ deepcluster loss ============
+def deepcluster_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the pseudo-labels, predicted from every crop (Eq. 3.1).
+
+    scores: (V * B, K), crop-major, W f(x), carries gradient. labels: (B,), the cluster of each image,
+    constants. Returns the mean over crops and images.
+    """
+    return F.cross_entropy(scores.float(), labels.repeat(len(scores) // len(labels)))
+
+
+@torch.no_grad()
+def cluster_features(features, method, num_clusters, dim_pca, iterations, backend, seed):
+    """Whiten the features and cluster them (Eq. 3.2).
+
+    features: (n, D), of this process's images. method: "Kmeans", with num_clusters, or "PIC", which
+    finds their number by itself. Returns the clusters (n,) and their number.
+    """
+    rows = whiten(features, fit_whitening(features, dim_pca))  # (n, d), unit rows
+    if method == "PIC":
+        labels = power_iteration_clustering(*knn_graph(rows, NEIGHBOURS), SIGMA, ALPHA)  # (N,)
+        mine = share(len(labels))
+        return labels[mine.start : mine.stop], int(labels.max()) + 1
+    centroids = initial_centroids(rows, num_clusters, seed)
+    _, labels = euclidean_kmeans(rows, centroids, iterations, "reseed", backend)
+    return labels, num_clusters
+
+
+# ============ one epoch ============
+def train_one_epoch(run, loader, labels, epoch, start, args):
+    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
+    device, num_clusters = run.process.device, run.module.top_layer.out_features
+    stopwatch = Stopwatch()
+    run.network.train()
+    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
+        iteration = epoch * run.iters_per_epoch + it
+
+        # ============ forward ============
+        draws = setup.generator(args.seed, epoch, it, run.process.rank)
+        torch.manual_seed(draws.initial_seed())  # of dropout
+        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
+        with distributed.autocast(device, run.precision):
+            features, scores = run.network(crops)  # (V * B, F), (V * B, K)
+
+        # ============ deepcluster loss ============
+        targets = labels.of(indices, device)[0]  # (B,)
+        loss = deepcluster_loss(scores, targets)
+
+        # ============ backward and optim step ============
+        run.optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
+        run.last = (loss.detach(), grad_norm(run.module.parameters()))
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+
+        # ============ log, save, stop ============
+        done = it + 1
+        run.picture_crops(crops)
+        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
+            to_go = args.epochs * run.iters_per_epoch - iteration - 1
+            rates = stopwatch.rates(run.global_batch, to_go)
+            health = (scores, targets, features, rates, math.log(num_clusters))
+            flags = {"lr": "--lr", "clusters": "--nmb_cluster"}
+            pseudo_labels.report_predictions(run, epoch, iteration, *health, **flags)
+        if done < run.iters_per_epoch and run.must_stop(done):
+            run.save(epoch, done)
+            return done
+        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
+            run.save(epoch, done)
+    return run.iters_per_epoch
+
+
+# ============ main ============
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
+    args = cli.parse_args(get_parser(), PRESETS, argv)
+    image_args.fill_in_crops(args)
+    launch = distributed.read_environment()
+    setup_logging(None, launch.rank == 0)
+    cli.check_runtime(args, launch.world_size)
+    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    global_batch = args.batch_size * launch.world_size
+    cli.check_batch(args, global_batch, len(dataset))
+    check_args(args, global_batch, len(dataset))
+    args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
+    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    torch.manual_seed(args.seed)  # every process starts from the same network
+    num_clusters = args.nmb_cluster if args.clustering == "Kmeans" else 1
+    model = build_convnet(args.arch, num_clusters, **offline_args.convnet_options(args))
+    checkpoint.check_writable(args.dump_path)
+    setup_logging(args.dump_path, launch.rank == 0)
+    if args.resume or args.init_from:
+        checkpoint.load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
+
+    process = distributed.init(args.device)
+    precision = distributed.resolve_precision(args.precision, process.device)
+
+    # ============ data ============
+    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
+    sampler = PlannedSampler(args.batch_size, process.rank, process.world_size)
+    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
+    crops, sampler, loader = setup.multicrop_loading(
+        dataset, resolutions, process, *loading, sampler
+    )
+
+    # ============ model and optimizer ============
+    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
+    model, network = setup.wrap_network(model, *placing)
+    trunk = [p for name, p in model.named_parameters() if not name.startswith("top_layer")]
+    top = {"params": list(model.top_layer.parameters()), "momentum": 0.0}
+    wd = offline_args.power_of_ten(args.wd)
+    groups = [{"params": [p for p in trunk if p.requires_grad], "momentum": args.momentum}, top]
+    optimizer = setup.build_optimizer("sgd", groups, wd)
+    labels = PseudoLabels(1, len(dataset))
+    run = Run(
+        *(args, process, precision, model, network, augment, optimizer),
+        *(len(dataset), global_batch, {"pseudo_labels": labels}),
+        method="deepcluster",
+    )
+    run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
+    lr = args.lr * cli.lr_factor(args, global_batch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    setup.log_plan(run, crops, lr)
+    log_clusters(args, len(dataset))
+    first_epoch, start = run.resume()
+    if (first_epoch, start) == (0, 0) and labels.epoch < 0:
+        first_epoch = checkpoint.epoch_of(args.resume) if args.resume else args.start_epoch
+    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
+        describe_run(vars(args), args.dump_path)
+
+    # ============ epochs ============
+    for epoch in range(first_epoch, args.epochs):
+        if start == 0 and labels.epoch < epoch:
+            cluster_dataset(run, dataset, labels, epoch, args)
+            run.save(epoch, 0)
+            if run.must_stop(run.iters_per_epoch):
+                return run.stopped()
+        run.network = setup.average_gradients(model, process)  # the top layer has another size
+        sampler.set_epoch(epoch, draw_epoch(run, labels, epoch, args), start)
+        done = train_one_epoch(run, loader, labels, epoch, start, args)
+        if run.stopping:
+            return run.stopped()
+        last, start = epoch + 1 == args.epochs, 0
+        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
+        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
+            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
+        run.plot(model.top_layer.out_features)
+        if not last and run.must_stop(done):
+            return run.stopped()
+    return run.finished()
+
+
+def cluster_dataset(run, dataset, labels, epoch, args):
+    """The assignment phase: features of all images, their clusters, and a new top layer."""
+    began = time.perf_counter()
+    setup.share_buffers(run.module)
+    run.module.eval()
+    statistics = (run.augment.mean.flatten().tolist(), run.augment.std.flatten().tolist())
+    where = (args.size_crops[0], *statistics, run.process.device)
+    loading = {
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "precision": run.precision,
+    }
+    features, indices = extract_features(run.module.forward_backbone, dataset, *where, **loading)
+    draw = setup.generator(args.seed, epoch, KMEANS_DRAW).initial_seed()
+    how = (args.clustering, args.nmb_cluster, args.dim_pca, args.niter, args.kmeans_backend)
+    clusters, num_clusters = cluster_features(features.to(run.process.device), *how, draw)
+    before = labels.replace(indices, clusters[None], epoch)
+
+    top_layer = run.module.top_layer
+    top_layer.reset(num_clusters, setup.generator(args.seed, epoch, TOP_LAYER_DRAW))
+    seconds = time.perf_counter() - began
+    how_many = [num_clusters]
+    pseudo_labels.report_assignment(
+        run, labels.labels, before, dataset.labels, how_many, epoch, seconds
+    )
+
+
+def draw_epoch(run, labels, epoch, args):
+    """The images of an epoch, uniform over clusters: (iterations, B) of this process."""
+    total = run.iters_per_epoch * run.global_batch
+    rng = np.random.default_rng([args.seed, epoch])
+    order = uniform_over_clusters(labels.labels[0].numpy(), total, rng)
+    return order.reshape(run.iters_per_epoch, run.process.world_size, -1)[:, run.process.rank]
+
+
+def log_clusters(args, num_images):
+    """Say what will be clustered."""
+    kmeans = f"{args.nmb_cluster:,} by {args.niter} iterations of k-means"
+    how = kmeans if args.clustering == "Kmeans" else "as many as PIC finds"
+    logger.info(
+        "clusters    of %s images, %s, before each epoch, which is %g times the data; "
+        "ln(K) = %.3f is the loss of predicting nothing",
+        *(f"{num_images:,}", how, args.reassign, math.log(args.nmb_cluster)),
+    )
+
+
+# ============ arguments ============
+def get_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    at_least_zero, positive = cli.at_least_zero, cli.positive
+
+    add = parser.add_argument_group("method").add_argument
+    add("--clustering", default="Kmeans", choices=["Kmeans", "PIC"],
+        help="k-means, or power iteration clustering of a graph of 5 neighbours (sigma 0.2)")
+    add("--nmb_cluster", "--k", type=positive(int), default=10000, help="K, clusters of k-means")
+    add("--dim_pca", type=positive(int), default=256,
+        help="dimensions of the whitened features, at most those of the network")
+    add("--niter", type=positive(int), default=20, help="iterations of k-means")
+    add("--kmeans_backend", default="torch", choices=["torch", "faiss"], help="what runs k-means")
+    add("--reassign", type=positive(float), default=1.0,
+        help="passes over the data between two clusterings, which is what an epoch is here")
+
+    add = image_args.add_data_args(parser, PRESETS)
+    add("data_path", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="as --data_path")
+    image_args.add_crop_args(add)
+    image_args.add_augment_args(parser)
+    offline_args.add_convnet_args(parser, "alexnet")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive(int), default=200, help="clusterings, each followed by training")
+    add("--start_epoch", type=at_least_zero(int), default=0, help="where a new run begins")
+    add("--batch", "--batch_size", type=positive(int), default=256, dest="batch_size",
+        help="B, images per process")
+    add("--lr", type=positive(float), default=0.05, help="learning rate, which stays as it is")
+    add("--momentum", type=at_least_zero(float), default=0.9, help="of the trunk")
+    add("--wd", type=float, default=-5, help="weight decay; below 0 a power of ten: -5 is 1e-5")
+    add("--resume", default="", metavar="PATH",
+        help="a checkpoint whose weights and epoch a new run begins with; a run in --dump_path goes "
+        "on without it")
+
+    cli.add_training_args(parser)
+    cli.add_runtime_args(parser)
+    add = parser.add_argument_group("published spellings").add_argument
+    add("--verbose", action="store_true", help="a log line every 10 iterations at least")
+    parser.set_defaults(**offline_args.ONE_CROP, workers=4, checkpoint_iters=25000)
+    return parser
+    # fmt: on
+
+
+def check_args(args, global_batch: int, num_images: int) -> None:
+    """Raise ValueError on arguments that do not fit together."""
+    if args.kmeans_backend == "faiss" and not importlib.util.find_spec("faiss"):
+        raise ValueError(
+            "--kmeans_backend faiss needs the package faiss: pip install faiss-cpu, or use torch"
+        )
+    if args.clustering == "Kmeans" and args.nmb_cluster > num_images:
+        raise ValueError(
+            f"--nmb_cluster {args.nmb_cluster} is more clusters than the {num_images} images of "
+            f"--data_path {args.data_path}: use fewer"
+        )
+    if args.clustering == "PIC" and num_images <= NEIGHBOURS:
+        raise ValueError(
+            f"--clustering PIC needs more than {NEIGHBOURS} images, and --data_path "
+            f"{args.data_path} has {num_images}"
+        )
+    if args.reassign * num_images < global_batch:
+        raise ValueError(
+            f"--reassign {args.reassign:g} makes epochs of {int(args.reassign * num_images)} images, "
+            f"fewer than a batch of {global_batch}: use at least {global_batch / num_images:.3g}"
+        )
+    if args.verbose:
+        args.log_freq = min(args.log_freq, 10)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,250 @@
+"""DeeperCluster's assignment phase: k-means of all images, then a k-means inside each of its clusters.
+
+Caron et al. 2019, arXiv:1905.01278; thesis, section 3.3.1, "Distributed k-means". Features lie in
+memory-mapped files below the run's folder, and each step leaves a file: what was done when a run is
+stopped or killed, to a chunk of features and an iteration of k-means, is not done again.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src import distributed
+from src.features import share
+from src.kmeans import euclidean_kmeans, initial_centroids
+from src.logger import duration
+from src.pca import Whitening, fit_whitening, whiten
+from src.row_file import RowFile, load_tensors, write_array, write_tensors
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0
+
+
+class Stopped(Exception):
+    """A signal asked this process to stop; what is written stays for the next run."""
+
+
+class TwoLevelClustering:
+    """Clusters of N images in two levels, by steps that are done once.
+
+    folder: of this assignment, shared by all processes; its files belong to `settings` (plain values
+    on which they depend), and others are removed. groups: of processes, one for each first-level
+    cluster, in which this process is member of number `member`; None: all processes work on one
+    cluster after the other. device: where blocks of features are computed. stop: whether this
+    process was asked to stop.
+    """
+
+    def __init__(self, folder, settings, num_images, groups, member, device, backend, stop):
+        self.folder, self.num_images, self.device = Path(folder), num_images, device
+        self.groups, self.member, self.backend, self.stop = groups, member, backend, stop
+        if distributed.is_main():
+            self._keep_if_same(settings)
+        distributed.barrier()
+
+    def _keep_if_same(self, settings):
+        path = self.folder / "settings.json"
+        stored = json.loads(path.read_text()) if path.exists() else None
+        if stored == json.loads(json.dumps(settings)):
+            logger.info("continues the clustering in %s", self.folder)
+            return
+        if self.folder.exists():
+            logger.info("%s is of another clustering: begins anew", self.folder)
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(settings))
+        os.replace(part, path)
+
+    # ============ features ============
+    def whitened(self, extract, num_features: int, dim: int) -> RowFile:
+        """Whitened features (N, d), in a file.
+
+        extract: called with the images that are missing (a list of numbers from 0 to N-1) and with
+        write(first, features), to which it gives theirs, in batches. num_features: their width.
+        """
+        rows = RowFile(self.folder, "rows", self.num_images, min(dim, num_features))
+        if not (self.folder / "rows.done").exists():
+            features = RowFile(self.folder, "features", self.num_images, num_features)
+            self._extract(features, extract)
+            fitted = self.folder / "whitening.pt"
+            if fitted.exists():
+                whitening = Whitening(**load_tensors(fitted))
+            else:
+                mine = features.read()[_slice(share(self.num_images))]
+                whitening = fit_whitening(mine, dim, device=self.device)
+                self._save(fitted, vars(whitening))
+            chunks = features.read()
+            for chunk in rows.mine():
+                some = rows.rows(chunk)
+                rows.write(some.start, whiten(chunks[_slice(some)], whitening, device=self.device))
+                rows.mark(chunk)
+                if self.stop.requested:
+                    break
+            self._leave_if_asked()
+            self._save(self.folder / "rows.done", {})
+            features.remove()
+        return rows
+
+    def _extract(self, features, extract):
+        chunks = features.mine()
+        numbers = [number for chunk in chunks for number in features.rows(chunk)]
+
+        def write(first, batch):
+            at = 0
+            while at < len(batch):  # rows of one chunk at a time
+                number = numbers[first + at]
+                end = features.rows(features.chunk_of(number)).stop
+                stop = min(len(batch) - at, end - number)
+                features.write(number, batch[at : at + stop])
+                at += stop
+                if number + stop == end:
+                    features.mark(features.chunk_of(number))
+            if self.stop.requested:
+                raise Stopped
+
+        with contextlib.suppress(Stopped):
+            if chunks:
+                extract(numbers, write)
+        self._leave_if_asked()
+
+    # ============ k-means ============
+    def clusters(
+        self, rows: RowFile, num_super: int, num_sub: int, iterations: int, seed: int, previous=None
+    ) -> tuple[Tensor, Tensor]:
+        """First- and second-level clusters (N,), (N,) int64 of the rows.
+
+        Every first-level cluster is split in num_sub, or in as many as it has images. previous: such
+        a pair, of the assignment before, whose means k-means then starts from.
+        """
+        first = self._first_level(rows, num_super, iterations, seed, previous)
+        order = first.argsort(stable=True)  # images of cluster 0, of cluster 1, ...
+        sizes = first.bincount(minlength=num_super).tolist()
+        sorted_rows = self._sort(rows, order) if num_super > 1 else rows
+        starts = [sum(sizes[:i]) for i in range(num_super)]
+        for cluster in range(num_super):
+            path = self.folder / f"sub-{cluster}.npy"
+            if path.exists() or (self.groups and cluster != self.member):
+                continue
+            with distributed.within(self.groups[cluster] if self.groups else None):
+                mine = share(sizes[cluster])
+                there = range(starts[cluster] + mine.start, starts[cluster] + mine.stop)
+                before = None
+                if previous is not None:
+                    sub = previous[1][order[_slice(there)]]
+                    before = sub.where(previous[0][order[_slice(there)]] == cluster, -1)
+                number = min(num_sub, sizes[cluster])
+                labels = self._kmeans(
+                    sorted_rows, there, number, iterations, (seed, 1 + cluster), before
+                )
+                if distributed.is_main():
+                    write_array(path, labels)
+        self._leave_if_asked()
+        sub = torch.empty_like(first)
+        parts = [np.load(self.folder / f"sub-{i}.npy") for i in range(num_super)]
+        sub[order] = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return first, sub
+
+    def _first_level(self, rows, num_super, iterations, seed, previous):
+        path = self.folder / "super.npy"
+        if num_super == 1:
+            return torch.zeros(self.num_images, dtype=torch.int64)
+        if not path.exists():
+            there = share(self.num_images)
+            before = None if previous is None else previous[0][_slice(there)]
+            labels = self._kmeans(rows, there, num_super, iterations, (seed, 0), before)
+            if distributed.is_main():
+                write_array(path, labels)
+            distributed.barrier()
+        return torch.from_numpy(np.load(path).astype(np.int64))
+
+    def _kmeans(self, rows, there, num_clusters, iterations, seed, before):
+        """Clusters of all rows of the group (n,) int32, of which `there` are this process's."""
+        if num_clusters == 0:
+            return torch.zeros(0, dtype=torch.int32)
+        features, name = rows.read()[_slice(there)], f"kmeans-{seed[1]}.pt"
+        began = logged = time.perf_counter()
+        state = load_tensors(self.folder / name) if (self.folder / name).exists() else None
+        if state is None:
+            draw = int(np.random.SeedSequence(seed).generate_state(1)[0])
+            centroids = initial_centroids(features, num_clusters, draw)
+            if before is not None:
+                centroids = _means(features, before, centroids)
+            state = {"step": 0, "centroids": centroids}
+        distributed.barrier()
+
+        def on_step(step, centroids):
+            nonlocal logged
+            if not distributed.is_main():
+                return
+            done, now = step + 1, time.perf_counter()
+            write_tensors(self.folder / name, {"step": done, "centroids": centroids.cpu()})
+            if now - logged > LOG_SECONDS:
+                logged = now
+                logger.info(
+                    "k-means %d: iteration %d of %d, %d clusters, eta %s",
+                    *(seed[1], done, iterations, num_clusters),
+                    duration((now - began) / (done - state["step"]) * (iterations - done)),
+                )
+
+        _, labels = euclidean_kmeans(
+            *(features, state["centroids"], iterations, "reseed", self.backend),
+            **{"device": self.device, "on_step": on_step, "first_step": state["step"]},
+        )
+        return distributed.all_gather_rows(labels.cpu().int())
+
+    def _sort(self, rows, order):
+        """The rows in the order of their clusters, so that each cluster's lie together, in a file."""
+        file = RowFile(self.folder, "sorted", *rows.shape)
+        source = rows.read()
+        for chunk in file.mine():
+            some = file.rows(chunk)
+            file.write(some.start, source[order[_slice(some)]])
+            file.mark(chunk)
+            if self.stop.requested:
+                break
+        self._leave_if_asked()
+        return file
+
+    # ============ files ============
+    def remove(self) -> None:
+        """Delete the files, when their result is saved elsewhere."""
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(self.folder)
+
+    def _save(self, path, values):
+        if distributed.is_main():
+            write_tensors(path, values)
+        distributed.barrier()
+
+    def _leave_if_asked(self):
+        """All processes are here; all leave if one was asked to stop."""
+        if self.stop.agreed():
+            raise Stopped
+
+
+def _slice(some: range) -> slice:
+    return slice(some.start, some.stop)
+
+
+def _means(features, labels, centroids):
+    """Means (K, D) of the rows of each label, negative for none; of empty ones the centroids given."""
+    known = labels >= 0
+    counts = torch.bincount(labels[known], minlength=len(centroids))[: len(centroids)]
+    known &= labels < len(centroids)
+    sums = torch.zeros(len(centroids), features.shape[1], dtype=torch.float64)
+    rows = known.nonzero().flatten()
+    for some in rows.split(4096):
+        sums.index_add_(0, labels[some], features[some].double())
+    sums, counts = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)
+    means = (sums / counts.clamp(min=1)[:, None]).float()
+    return torch.where(counts[:, None] > 0, means, centroids)
