@@ -11,7 +11,7 @@ Caron, Bojanowski, Joulin, Douze: Deep Clustering for Unsupervised Learning of V
   python main_deepcluster.py                                      digits, two minutes on two cores
   python main_deepcluster.py /imagenet/train --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10000
   torchrun --nproc_per_node 8 main_deepcluster.py --data_path /imagenet/train --sobel --batch 32
-  sbatch scripts/deepcluster_alexnet.sh                           the published run
+  sbatch scripts/deepcluster_alexnet_pretrain.sh                  the published run
 Starting the same command again continues where it stopped.
 
 Deviations from the authors' code: labels and images go together, so that sampling is uniform over
@@ -74,13 +74,15 @@ def deepcluster_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_features(features, method, num_clusters, dim_pca, iterations, backend, seed):
+def cluster_features(features, method, num_clusters, dim_pca, iterations, backend, seed, device):
     """Whiten the features and cluster them (Eq. 3.2).
 
-    features: (n, D), of this process's images. method: "Kmeans", with num_clusters, or "PIC", which
-    finds their number by itself. Returns the clusters (n,) and their number.
+    features: (n, D), of this process's images, on the CPU; blocks of them are computed on `device`.
+    method: "Kmeans", with num_clusters, or "PIC", which finds their number by itself. Returns the
+    clusters (n,) and their number.
     """
-    rows = whiten(features, fit_whitening(features, dim_pca))  # (n, d), unit rows
+    whitening = fit_whitening(features, dim_pca, device=device)
+    rows = whiten(features, whitening, device=device).to(device)  # (n, d), unit rows
     if method == "PIC":
         labels = power_iteration_clustering(*knn_graph(rows, NEIGHBOURS), SIGMA, ALPHA)  # (N,)
         mine = share(len(labels))
@@ -99,7 +101,7 @@ def train_one_epoch(run, loader, labels, epoch, start, args):
     for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
         iteration = epoch * run.iters_per_epoch + it
 
-        # ============ forward ============
+        # ============ multi-crop forward ============
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # of dropout
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
@@ -231,7 +233,7 @@ def cluster_dataset(run, dataset, labels, epoch, args):
     features, indices = extract_features(run.module.forward_backbone, dataset, *where, **loading)
     draw = setup.generator(args.seed, epoch, KMEANS_DRAW).initial_seed()
     how = (args.clustering, args.nmb_cluster, args.dim_pca, args.niter, args.kmeans_backend)
-    clusters, num_clusters = cluster_features(features.to(run.process.device), *how, draw)
+    clusters, num_clusters = cluster_features(features, *how, draw, run.process.device)
     before = labels.replace(indices, clusters[None], epoch)
 
     top_layer = run.module.top_layer

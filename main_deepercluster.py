@@ -101,7 +101,7 @@ def train_one_epoch(run, loader, places, heads, labels, epoch, start, args):
     for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
         iteration = epoch * run.iters_per_epoch + it
 
-        # ============ forward ============
+        # ============ multi-crop forward ============
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # of dropout
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)

@@ -94,3 +94,20 @@ def _bags(rows, members, num_clusters):
     before = counts.cumsum(0) - counts - BAG * (bags.cumsum(0) - bags)
     starts = before[clusters] + BAG * torch.arange(len(clusters), device=bags.device)
     return clusters, F.embedding_bag(order, rows, starts, mode="sum")
+
+
+def member_means(features: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """Means (K, D) float32 of the rows of each label, of all processes; of empty ones `centroids`.
+
+    features: (n, D). labels: (n,) on the CPU; those below 0, or not below K, belong to none.
+    """
+    known = labels >= 0
+    counts = torch.bincount(labels[known], minlength=len(centroids))[: len(centroids)]
+    known &= labels < len(centroids)
+    sums = torch.zeros(len(centroids), features.shape[1], dtype=torch.float64)
+    rows = known.nonzero().flatten()
+    for some in rows.split(4096):
+        sums.index_add_(0, labels[some], features[some].double())
+    sums, counts = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)
+    means = (sums / counts.clamp(min=1)[:, None]).float()
+    return torch.where(counts[:, None] > 0, means, centroids)

@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 # What a saved optimizer or queue cannot do without.
 SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
+SAME += ("super_classes", "rotnet")
 
 
 def check_same_run(

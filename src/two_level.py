@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src import distributed
+from src import cli, distributed
 from src.features import share
 from src.kmeans import euclidean_kmeans, initial_centroids
+from src.kmeans_sums import member_means
 from src.logger import duration
 from src.pca import Whitening, fit_whitening, whiten
 from src.row_file import RowFile, load_tensors, write_array, write_tensors
@@ -73,6 +74,7 @@ class TwoLevelClustering:
         """
         rows = RowFile(self.folder, "rows", self.num_images, min(dim, num_features))
         if not (self.folder / "rows.done").exists():
+            self._check_space(4 * self.num_images * (num_features + rows.shape[1]))
             features = RowFile(self.folder, "features", self.num_images, num_features)
             self._extract(features, extract)
             fitted = self.folder / "whitening.pt"
@@ -93,6 +95,18 @@ class TwoLevelClustering:
             self._save(self.folder / "rows.done", {})
             features.remove()
         return rows
+
+    def _check_space(self, needed):
+        """ValueError if the disk has too little space for so many bytes, less what is there."""
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.npy"))
+        free = shutil.disk_usage(self.folder).free + there
+        distributed.barrier()  # before any process writes
+        if needed > free:
+            raise ValueError(
+                f"--dump_path has {free / 1e9:.3g} GB free, and the clustering of {self.num_images:,} "
+                f"features needs {needed / 1e9:.3g} GB: name a folder on another disk, or lower "
+                "--dim_pca or --size_dataset"
+            )
 
     def _extract(self, features, extract):
         chunks = features.mine()
@@ -128,6 +142,11 @@ class TwoLevelClustering:
         first = self._first_level(rows, num_super, iterations, seed, previous)
         order = first.argsort(stable=True)  # images of cluster 0, of cluster 1, ...
         sizes = first.bincount(minlength=num_super).tolist()
+        if min(sizes) == 0:
+            raise cli.RunError(
+                f"collapse: {sizes.count(0)} of {num_super} first-level clusters have no image, since "
+                "features are all alike; lower --lr, or use fewer --super_classes"
+            )
         sorted_rows = self._sort(rows, order) if num_super > 1 else rows
         starts = [sum(sizes[:i]) for i in range(num_super)]
         for cluster in range(num_super):
@@ -177,7 +196,7 @@ class TwoLevelClustering:
             draw = int(np.random.SeedSequence(seed).generate_state(1)[0])
             centroids = initial_centroids(features, num_clusters, draw)
             if before is not None:
-                centroids = _means(features, before, centroids)
+                centroids = member_means(features, before, centroids)
             state = {"step": 0, "centroids": centroids}
         distributed.barrier()
 
@@ -234,17 +253,3 @@ class TwoLevelClustering:
 
 def _slice(some: range) -> slice:
     return slice(some.start, some.stop)
-
-
-def _means(features, labels, centroids):
-    """Means (K, D) of the rows of each label, negative for none; of empty ones the centroids given."""
-    known = labels >= 0
-    counts = torch.bincount(labels[known], minlength=len(centroids))[: len(centroids)]
-    known &= labels < len(centroids)
-    sums = torch.zeros(len(centroids), features.shape[1], dtype=torch.float64)
-    rows = known.nonzero().flatten()
-    for some in rows.split(4096):
-        sums.index_add_(0, labels[some], features[some].double())
-    sums, counts = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)
-    means = (sums / counts.clamp(min=1)[:, None]).float()
-    return torch.where(counts[:, None] > 0, means, centroids)

@@ -39,7 +39,7 @@ def _clusters(rank, world_size, method):
     features, _ = groups_of_features()
     cut = [len(features) * i // world_size for i in range(world_size + 1)]
     mine = features[cut[rank] : cut[rank + 1]]
-    labels, number = deepcluster.cluster_features(mine, method, 6, 8, 10, "torch", 3)
+    labels, number = deepcluster.cluster_features(mine, method, 6, 8, 10, "torch", 3, "cpu")
     return distributed.all_gather_rows(labels.cpu()).tolist(), number
 
 

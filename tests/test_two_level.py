@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main_deepercluster as deeper
-from src import distributed, row_file
+from src import cli, distributed, row_file
 from src.kmeans import euclidean_kmeans, initial_centroids
 from src.pca import fit_whitening, whiten
 from src.row_file import RowFile
@@ -167,6 +167,23 @@ def test_a_cluster_with_fewer_images_than_sub_classes_gives_each_its_own(tmp_pat
     monkeypatch.setattr(TwoLevelClustering, "_first_level", lambda *args: first)
     found = cluster(tmp_path)
     assert sorted(np.array(found[1])[[3, 50, 90]].tolist()) == [0, 1, 2]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    asked = []
+    with pytest.raises(ValueError, match="--dump_path has .* GB free, .* needs 1.46e-05 GB"):
+        cluster(tmp_path, asked=asked)
+    assert not asked
+
+
+def test_features_that_are_all_alike_are_a_collapse(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_two_level.features", lambda: torch.ones(N, WIDTH))
+    with pytest.raises(cli.RunError, match="collapse: 1 of 2 first-level clusters"):
+        cluster(tmp_path)
 
 
 # ============ files of rows ============
