@@ -231,13 +231,13 @@ def cluster_dataset(run, dataset, labels, epoch, args):
         "precision": run.precision,
     }
     features, indices = extract_features(run.module.forward_backbone, dataset, *where, **loading)
-    draw = setup.generator(args.seed, epoch, KMEANS_DRAW).initial_seed()
+    draw = setup.generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed()
     how = (args.clustering, args.nmb_cluster, args.dim_pca, args.niter, args.kmeans_backend)
     clusters, num_clusters = cluster_features(features, *how, draw, run.process.device)
     before = labels.replace(indices, clusters[None], epoch)
 
     top_layer = run.module.top_layer
-    top_layer.reset(num_clusters, setup.generator(args.seed, epoch, TOP_LAYER_DRAW))
+    top_layer.reset(num_clusters, setup.generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW))
     seconds = time.perf_counter() - began
     how_many = [num_clusters]
     pseudo_labels.report_assignment(

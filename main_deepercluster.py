@@ -278,7 +278,7 @@ def cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, star
     rows = clustering.whitened(extract, run.module.num_features, args.dim_pca)
     known = labels.epoch >= 0
     previous = tuple(labels.labels[:, images]) if known and args.warm_restart else None
-    draw = setup.generator(args.seed, epoch, KMEANS_DRAW).initial_seed()
+    draw = setup.generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed()
     found = clustering.clusters(rows, num_super, num_sub, args.niter, draw, previous)
     before = one_label(labels.labels, num_sub) if known else None
     labels.labels = torch.full_like(labels.labels, IGNORED)
@@ -287,7 +287,7 @@ def cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, star
     # ============ new classifiers ============
     top_layer = run.module.top_layer
     if num_super > 1:  # else the super-classes are the rotations, as before
-        top_layer.reset(args.super_classes, setup.generator(args.seed, epoch, TOP_LAYER_DRAW))
+        top_layer.reset(args.super_classes, setup.generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW))
         for p in top_layer.parameters():
             run.optimizer.state.pop(p, None)
     heads.reset(num_sub, args.seed, epoch)

@@ -94,13 +94,14 @@ def diagnose_clusters(
     num_prototypes: int,
     ceiling: float | None = None,
     lr: str = "--base_lr",
-    clusters: str = "--nmb_prototypes",
+    clusters: str | None = "--nmb_prototypes",
 ) -> str | None:
     """What is wrong with a run that predicts pseudo-labels of all images, as `diagnose`, or None.
 
     history: log lines with `loss`, `prototypes_used` (by the predictions of a batch), `batch` and
     `embedding_std`. num_prototypes: of the head that these are of. ceiling: the loss of predicting
-    nothing, ln(K) unless the heads differ. lr, clusters: the flags of the step size and of K.
+    nothing, ln(K) unless the heads differ. lr, clusters: the flags of the step size and of K,
+    None where K is given by the method.
     """
     recent = history[-10:]
     if len(recent) < 10 or num_prototypes < 2:
@@ -109,16 +110,14 @@ def diagnose_clusters(
     found = _same_embedding(recent, f"lower {lr}")
     if found:
         return found
+    fewer = f", or ask for fewer clusters ({clusters})" if clusters else ""
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return (
-            f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; change {lr}, or "
-            f"ask for fewer clusters ({clusters})"
-        )
+        return f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; change {lr}{fewer}"
     possible = min(num_prototypes, last["batch"])
     if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
         return (
             f"only {last['prototypes_used']:.1f} of {possible} possible clusters are predicted; lower "
-            f"{lr}, or ask for fewer ({clusters})"
+            f"{lr}{fewer}"
         )
     return None
 

@@ -77,7 +77,7 @@ class SubClassifiers:
     def reset(self, num_classes: int, seed: int, epoch: int) -> None:
         """New weights, the same on all processes that hold a classifier, and no momentum."""
         for s, layer in self.layers.items():
-            layer.reset(num_classes, setup.generator(seed, epoch, s, SUB_DRAW))
+            layer.reset(num_classes, setup.generator(seed, epoch, s, 0, SUB_DRAW))
         self.optimizer.state.clear()
 
     def scores(self, features: Tensor) -> list[Tensor]:

@@ -1,0 +1,223 @@
+"""RotNet: turn every image by 0, 90, 180 and 270 degrees, train the network to say by how much.
+
+Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR
+2018, arXiv:1803.07728; Caron's thesis, section 2.2.3. DeeperCluster starts from such a network.
+  Eq. 2           classification of rotations         rotation_loss
+  section 3.2     four rotations of each image        rotations
+  section 3.1     learning rate in steps              src/offline_args.py
+  thesis, 3.3.1   networks, Sobel filters             src/alexnet.py, src/vgg.py, src/sobel.py
+
+  python main_rotnet.py                                           digits, a minute on two cores
+  python main_rotnet.py --data_path cifar10
+  torchrun --nproc_per_node 8 main_rotnet.py --data_path /imagenet/train --batch_size 24
+  sbatch scripts/rotnet_vgg16_pretrain.sh                         the initialisation of DeeperCluster
+Starting the same command again continues where it stopped.
+
+Deviations: no Nesterov momentum, which the authors' code has; their released configurations train
+longer than the paper (50 epochs, steps after 15, 30 and 45); crops on CIFAR are random resized ones
+(theirs: the image, padded by 4 px) and the network is a ResNet (theirs: network in network); dropout
+in alexnet and vgg16, as in DeepCluster, unless --dropout 0.
+Kept: the four rotations of an image are in one batch, so that B images an iteration make 4 B crops;
+the learning rate is multiplied by --gamma after each of --decay_epochs.
+"""
+
+import argparse
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src import checkpoint, cli, distributed, image_args, offline_args, pseudo_labels, setup
+from src.augment import Augment
+from src.convnets import build_convnet
+from src.datasets import open_dataset, usual_std
+from src.gradients import grad_norm
+from src.logger import Stopwatch, describe_run, setup_logging
+from src.run import Run
+
+logger = logging.getLogger(__name__)
+
+# Changed defaults of the method on small data, beside those of src/presets.py.
+SMALL = {**offline_args.SMALL, "batch_size": 128, "lr": 0.1, "gamma": 0.2}
+CIFAR = {"decay_epochs": [30, 60, 80], "dump_path": "runs/rotnet_cifar"}
+DIGITS = {"decay_epochs": [], "epochs": 30, "knn_freq": 10, "dump_path": "runs/rotnet_digits"}
+PRESETS = {
+    "imagenet": {},
+    "cifar": {**SMALL, **CIFAR},
+    "tiny": {**SMALL, **DIGITS, "color_jitter": [0.4, 0.4, 0.0, 0.0], "jitter_prob": 0.8},
+}
+NUM_ROTATIONS = 4  # by 0, 90, 180 and 270 degrees
+
+
+# ============ rotation loss ============
+def rotations(crops: list[Tensor]) -> list[Tensor]:
+    """Every crop by 0, 90, 180 and 270 degrees, counter-clockwise (section 3.2).
+
+    crops: V tensors (B, C, S_v, S_v). Returns 4 V of them: the four rotations of the first crop,
+    then those of the second. Pixels move and are not interpolated.
+    """
+    return [torch.rot90(crop, k, (2, 3)) for crop in crops for k in range(NUM_ROTATIONS)]
+
+
+def rotation_labels(num_images: int, device: torch.device | str = "cpu") -> Tensor:
+    """The rotation of each row that `rotations` makes of one crop of B images: (4 B,)."""
+    return torch.arange(NUM_ROTATIONS, device=device).repeat_interleave(num_images)
+
+
+def rotation_loss(scores: Tensor, num_images: int) -> Tensor:
+    """Cross-entropy of the rotation of every crop (Eq. 2).
+
+    scores: (V * 4 * B, 4), in the order of `rotations`, carries gradient. num_images: B. Returns the
+    mean over crops, rotations and images.
+    """
+    labels = rotation_labels(num_images, scores.device)  # (4 B,)
+    return F.cross_entropy(scores.float(), labels.repeat(len(scores) // len(labels)))
+
+
+# ============ one epoch ============
+def train_one_epoch(run, loader, epoch, start, args):
+    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
+    device = run.process.device
+    stopwatch = Stopwatch()
+    run.network.train()
+    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
+        iteration = epoch * run.iters_per_epoch + it
+
+        # ============ multi-crop forward ============
+        draws = setup.generator(args.seed, epoch, it, run.process.rank)
+        torch.manual_seed(draws.initial_seed())  # of dropout
+        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
+        crops = rotations(crops)
+        with distributed.autocast(device, run.precision):
+            features, scores = run.network(crops)  # (V * 4 * B, F), (V * 4 * B, 4)
+
+        # ============ rotation loss ============
+        loss = rotation_loss(scores, len(indices))
+
+        # ============ backward and optim step ============
+        run.optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
+        run.last = (loss.detach(), grad_norm(run.module.parameters()))
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+
+        # ============ log, save, stop ============
+        done = it + 1
+        run.picture_crops(crops)
+        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
+            to_go = args.epochs * run.iters_per_epoch - iteration - 1
+            rates = stopwatch.rates(run.global_batch, to_go)
+            health = (scores, rotation_labels(len(indices), device), features, rates)
+            pseudo_labels.report_predictions(
+                run, epoch, iteration, *health, lr="--lr", clusters=None
+            )
+        if done < run.iters_per_epoch and run.must_stop(done):
+            run.save(epoch, done)
+            return done
+        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
+            run.save(epoch, done)
+    return run.iters_per_epoch
+
+
+# ============ main ============
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
+    args = cli.parse_args(get_parser(), PRESETS, argv)
+    image_args.fill_in_crops(args)
+    launch = distributed.read_environment()
+    setup_logging(None, launch.rank == 0)
+    cli.check_runtime(args, launch.world_size)
+    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    global_batch = args.batch_size * launch.world_size
+    cli.check_batch(args, global_batch, len(dataset))
+    args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
+    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    torch.manual_seed(args.seed)  # every process starts from the same network
+    model = build_convnet(args.arch, NUM_ROTATIONS, **offline_args.convnet_options(args))
+    checkpoint.check_writable(args.dump_path)
+    setup_logging(args.dump_path, launch.rank == 0)
+    if args.init_from:
+        checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
+
+    process = distributed.init(args.device)
+    precision = distributed.resolve_precision(args.precision, process.device)
+
+    # ============ data ============
+    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
+    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
+    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+
+    # ============ model and optimizer ============
+    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
+    model, network = setup.wrap_network(model, *placing)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters, "momentum": args.momentum}]
+    optimizer = setup.build_optimizer("sgd", groups, args.wd)
+    run = Run(
+        *(args, process, precision, model, network, augment, optimizer),
+        *(len(dataset), global_batch),
+        method="rotnet",
+    )
+    lr = args.lr * cli.lr_factor(args, global_batch)
+    setup.log_plan(run, crops, lr)
+    log_rotations(args)
+    first_epoch, start = run.resume()
+    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
+        describe_run(vars(args), args.dump_path)
+
+    # ============ epochs ============
+    for epoch in range(first_epoch, args.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = offline_args.step_lr(lr, epoch, args.decay_epochs, args.gamma)
+        sampler.set_epoch(epoch, start)
+        done = train_one_epoch(run, loader, epoch, start, args)
+        if run.stopping:
+            return run.stopped()
+        last, start = epoch + 1 == args.epochs, 0
+        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
+        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
+            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
+        run.plot(NUM_ROTATIONS)
+        if not last and run.must_stop(done):
+            return run.stopped()
+    return run.finished()
+
+
+def log_rotations(args):
+    """Say what will be predicted."""
+    logger.info(
+        "rotations   4 of each crop in a batch; ln(4) = %.3f is the loss of predicting nothing; %s",
+        *(math.log(NUM_ROTATIONS), offline_args.describe_steps(args)),
+    )
+
+
+# ============ arguments ============
+def get_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    at_least_zero, positive = cli.at_least_zero, cli.positive
+
+    add = image_args.add_data_args(parser, PRESETS)
+    image_args.add_crop_args(add)
+    image_args.add_augment_args(parser)
+    offline_args.add_convnet_args(parser, "alexnet")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive(int), default=30, help="passes over the data")
+    add("--batch_size", type=positive(int), default=192,
+        help="B, images per process, each in four rotations")
+    offline_args.add_sgd_args(add, lr=0.01, wd=5e-4, decay_epochs=[10, 20], gamma=0.1)
+    add("--momentum", type=at_least_zero(float), default=0.9, help="of SGD")
+
+    cli.add_training_args(parser)
+    cli.add_runtime_args(parser)
+    parser.set_defaults(**offline_args.ONE_CROP, workers=4)
+    return parser
+    # fmt: on
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,418 @@
+"""main_clusterfit.py as its users run it: both steps, resumed, killed, misused, on several processes."""
+
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval_knn
+import main_clusterfit
+from src.assignment_files import check_clusters, read_clusters, write_clusters
+from src.convnets import build_convnet
+from src.datasets import open_dataset
+from src.features import raw_pixels
+from src.logger import read_log
+from src.resnet import resnet10
+from src.teacher import forward_of_layer, open_teacher
+from src.vision_transformer import ARCHITECTURES
+from tests import runs
+from tests.gloo import start_mains
+from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.test_launch import load, run_recipe, sbatch_lines
+from tests.test_main_dino import few_label_accuracy
+
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+
+ROOT = Path(__file__).parent.parent
+SMALL = shlex.split(
+    "--nmb_cluster 12 --niter 5 --arch resnet10 --width 0.125 --size_crops 8 --batch_size 128 "
+    "--epochs 2 --lr 0.1 --decay_epochs 1 --gamma 0.5 --workers 0 --log_freq 1 --knn_freq 0 "
+    "--no-tensorboard"
+)
+
+
+def train(folder, *argv):
+    """Run main in this process: its status and the log by iteration."""
+    status = main_clusterfit.main([*SMALL, "--dump_path", str(folder), *map(str, argv)])
+    return status, losses(folder) if (Path(folder) / "log.jsonl").exists() else {}
+
+
+def start(folder, *argv, **options):
+    """Run the script as a user does, in a process group of its own."""
+    return runs.start("main_clusterfit.py", folder, *SMALL, *argv, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of both steps: folder and losses."""
+    folder = tmp_path_factory.mktemp("whole")
+    status, values = train(folder, "--knn_freq", "2")
+    assert status == 0
+    return folder, values
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Flags of two iterations of 10 images, for tests that are about something else."""
+    folder = images(tmp_path_factory.mktemp("few") / "images", 20)
+    argv = ["--data_path", folder, "--preset", "tiny", "--batch_size", 10, "--epochs", 1]
+    return [*argv, "--nmb_cluster", 4]
+
+
+# ============ the two steps ============
+def test_a_run_leaves_what_the_readme_promises(whole):
+    folder, values = whole
+    assert sorted(values) == list(range(20))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        *("checkpoint.pth", "checkpoint.prev.pth", "checkpoints/ckp-2.pth"),
+        *("log.jsonl", "train.log", "args.json", "plots/curves.png", "plots/crops.png"),
+        *(f"clusters/{name}" for name in ("assignments.npy", "centroids.npy", "clusters.json")),
+    }
+    lines = [line for line in read_log(folder) if "knn" not in line]
+    health = {"prediction_entropy", "accuracy", "prototypes_used", "embedding_std", "rankme"}
+    assert all(health | {"gradient_norm", "data_share"} <= line.keys() for line in lines)
+    assert 20 < read_log(folder)[-1]["knn"] <= 100
+    assert [lines[i]["lr"] for i in (0, 10)] == [0.05, 0.025]  # of 0.1 for 256 images
+    state = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert state["method"] == "clusterfit" and state["model"]["top_layer.weight"].shape[0] == 12
+    text = (folder / "train.log").read_text()
+    assert "ln(K) = 2.485" in text and "no --pretrained: clusters of the pixels" in text
+    assert re.search(r"clusters 12 of 1,297 images in .* NMI 0\.\d\d with the labels", text)
+
+
+def test_the_clusters_are_those_of_the_unit_rows_and_their_file_says_what_they_are(whole):
+    folder = whole[0] / "clusters"
+    summary = json.loads((folder / "clusters.json").read_text())
+    assignments, centroids = (
+        np.load(folder / f"{name}.npy") for name in ("assignments", "centroids")
+    )
+    rows = F.normalize(raw_pixels(open_dataset("digits"))[0].double(), dim=1)
+    distances = torch.cdist(rows, torch.from_numpy(centroids).double())
+    best = distances.min(1).values
+    mine = distances[torch.arange(1297), torch.from_numpy(assignments)]
+    torch.testing.assert_close(mine, best, atol=1e-6, rtol=0)
+    assert summary["sizes"] == np.bincount(assignments, minlength=12).tolist()
+    assert (summary["num_images"], summary["num_clusters"]) == (1297, 12)
+    assert summary["settings"]["niter"] == 5 and 0.2 < summary["nmi_labels"] < 1
+
+
+def test_the_clusters_are_learned(whole):
+    values = [whole[1][i] for i in range(20)]
+    assert abs(values[0] - math.log(12)) < 0.3
+    assert sum(values[-5:]) / 5 < math.log(12) - 0.4
+
+
+def test_the_loss_is_the_cross_entropy_of_every_crop():
+    scores = torch.randn(3 * 4, 5, dtype=torch.float64)
+    labels = torch.tensor([0, 4, 2, 2])
+    logs = scores.log_softmax(1).view(3, 4, 5)
+    expected = -sum(logs[v, i, labels[i]] for v in range(3) for i in range(4)) / 12
+    assert main_clusterfit.clusterfit_loss(scores, labels).item() == pytest.approx(expected.item())
+
+
+def test_the_steps_one_after_the_other_equal_both(whole, tmp_path):
+    assert train(tmp_path / "a", "cluster") == (0, {})
+    assert not (tmp_path / "a" / "checkpoint.pth").exists()
+    for name in ("assignments.npy", "centroids.npy"):
+        path = tmp_path / "a" / "clusters" / name
+        assert path.read_bytes() == (whole[0] / "clusters" / name).read_bytes()
+    argv = ("fit", "--clusters", tmp_path / "a" / "clusters", "--epochs", 1)
+    status, values = train(tmp_path / "b", *argv)
+    assert status == 0
+    assert values == {i: loss for i, loss in whole[1].items() if i < 10}
+
+
+def test_clusters_that_are_there_are_used_again_and_not_with_other_settings(few, tmp_path):
+    train(tmp_path, "cluster", *few)
+    path = tmp_path / "clusters" / "assignments.npy"
+    before = path.stat().st_mtime_ns
+    train(tmp_path, "cluster", *few)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="--niter 5, not 6"):
+        train(tmp_path, "cluster", *few, "--niter", 6)
+    assert train(tmp_path, "fit", *few, "--niter", 6)[0] == 0  # which makes no clusters
+    with pytest.raises(ValueError, match="clusters of 20 images"):
+        train(tmp_path, "fit")
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_processes_make_the_clusters_that_one_makes(tmp_path, world_size):
+    argv = [*SMALL, "cluster", "--niter", "20"]
+    assert train(tmp_path / "one", *argv)[0] == 0
+    mains = start_mains("main_clusterfit", tmp_path / "several", argv, world_size)
+    assert [main.wait() for main in mains] == [0] * world_size, mains[0].read()
+    for name in ("assignments.npy", "centroids.npy"):
+        found = [(tmp_path / x / "clusters" / name).read_bytes() for x in ("one", "several")]
+        assert found[0] == found[1]
+
+
+# ============ the teacher ============
+def test_a_layer_is_averaged_over_positions_before_the_next_works_in_place():
+    model = resnet10(width=0.125, stem="small").eval()
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        maps = model.bn1(model.conv1(x))  # the ReLU behind it works in place
+        torch.testing.assert_close(forward_of_layer(model, "bn1")(x), maps.mean((2, 3)))
+        maps = model.layer2(model.layer1(model.relu(maps)))
+        torch.testing.assert_close(forward_of_layer(model, "layer2")(x), maps.mean((2, 3)))
+        pooled = model.forward_backbone(x)
+        torch.testing.assert_close(forward_of_layer(model)(x), pooled)
+        torch.testing.assert_close(forward_of_layer(model, "layer4")(x), pooled)
+        torch.testing.assert_close(forward_of_layer(model, "avgpool")(x), pooled)
+
+
+def test_layers_of_other_networks_too():
+    with torch.no_grad():
+        model = ARCHITECTURES["vit_micro"](patch_size=4, img_size=8, depth=2).eval()
+        tokens = forward_of_layer(model, "blocks.1")(torch.randn(3, 3, 8, 8))
+        assert tokens.shape == (3, model.num_features)
+        model = build_convnet("alexnet", 5, sobel=True, width=0.05).eval()
+        features = forward_of_layer(model, "classifier.1")(torch.randn(2, 3, 64, 64))
+        assert features.shape == (2, 205) and features.min() < 0  # before its ReLU, in place
+    with pytest.raises(ValueError, match="--layer top_layer has no part"):
+        forward_of_layer(model, "top_layer")(torch.randn(2, 3, 64, 64))
+    with pytest.raises(ValueError, match="--layer layer9 is not in the network, whose modules are"):
+        forward_of_layer(model, "layer9")
+
+
+def test_the_teacher_is_the_network_of_a_run_with_its_own_images(whole):
+    dataset = open_dataset("digits")
+    features, indices = open_teacher(str(whole[0]), dataset)("cpu")
+    assert features.shape == (1297, 64) and torch.equal(indices, torch.arange(1297))
+    model = build_convnet("resnet10", 12, stem="small", width=0.125).eval()
+    model.load_state_dict(torch.load(whole[0] / "checkpoint.pth", weights_only=True)["model"])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (dataset.mean, dataset.std))
+    image = (dataset.load(5).float() / 255 - mean) / std  # 8 px, as its crops
+    with torch.no_grad():
+        torch.testing.assert_close(features[5], model.forward_backbone(image[None])[0])
+    middle, _ = open_teacher(str(whole[0]), dataset, layer="trunk.layer2")("cpu")
+    assert middle.shape == (1297, 16)
+
+
+def test_any_method_and_torchvision_can_teach(few, tmp_path):
+    from torchvision.models import get_model
+
+    torch.save(get_model("squeezenet1_1").state_dict(), tmp_path / "squeezenet.pth")
+    argv = [*few, "cluster", "--pretrained", tmp_path / "squeezenet.pth", "--nmb_cluster", 4]
+    argv += ["--teacher_arch", "squeezenet1_1", "--layer", "trunk.features.3"]
+    assert train(tmp_path / "a", *argv)[0] == 0
+    settings = json.loads((tmp_path / "a" / "clusters" / "clusters.json").read_text())["settings"]
+    assert settings["teacher_arch"] == "squeezenet1_1"
+    centroids = np.load(tmp_path / "a" / "clusters" / "centroids.npy")
+    assert centroids.shape == (4, 128)
+
+
+# ============ going on ============
+def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
+    whole, tmp_path, monkeypatch
+):
+    iterations = iter(range(100))
+    with monkeypatch.context() as patch:
+        must_stop = main_clusterfit.Run.must_stop
+
+        def send_a_signal_now_and_then(self, done):
+            if next(iterations) in (3, 9):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return must_stop(self, done)
+
+        patch.setattr(main_clusterfit.Run, "must_stop", send_a_signal_now_and_then)
+        for _ in range(2):
+            assert train(tmp_path)[0] == 128 + signal.SIGTERM
+    status, values = train(tmp_path)
+    assert status == 0 and values == whole[1]
+    text = (tmp_path / "train.log").read_text()
+    assert re.findall(r"continues from epoch (\d), iteration (\d)", text) == [
+        *(("1", "4"), ("2", "0"))
+    ]
+    assert text.count("clusters 12 of 1,297 images in") == 1
+
+
+@pytest.mark.parametrize("part", ["raw_pixels", "initial_centroids"])
+def test_a_signal_during_the_clustering_leaves_nothing_half_done(few, tmp_path, monkeypatch, part):
+    before, compute = signal.getsignal(signal.SIGUSR1), getattr(main_clusterfit, part)
+
+    def signalled(*args, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return compute(*args, **options)
+
+    later = {"raw_pixels": "cluster_features", "initial_centroids": "write_clusters"}[part]
+    with monkeypatch.context() as patch:
+        patch.setattr(main_clusterfit, part, signalled)
+        patch.setattr(main_clusterfit, later, None)  # is not called any more
+        assert train(tmp_path, *few)[0] == 128 + signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert {path.name for path in tmp_path.iterdir()} == {"train.log"}
+    assert train(tmp_path, *few)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
+    argv = ("--batch_size", 128 // processes, "--checkpoint_iters", 3, "--workers", processes - 1)
+    finish(start(tmp_path / "whole", *argv, processes=processes))
+    killed = start(tmp_path / "killed", *argv, processes=processes)
+    wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
+    for pid in [*children_of(killed), killed.pid]:
+        os.kill(pid, signal.SIGKILL)
+    killed.communicate()
+    output = finish(start(tmp_path / "killed", *argv, processes=processes))
+    assert "continues from epoch" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path):
+    """Small steps, as float32 alone moves a gradient; without photometry, which is drawn by rank."""
+    argv = ["--lr", 0.01, "--epochs", 2, "--color_jitter", 0]
+    _, expected = train(tmp_path / "one", *argv)
+    finish(start(tmp_path / "two", *argv, "--batch_size", 64, processes=2))
+    finish(start(tmp_path / "mixed", *argv, "--batch_size", 64, "--epochs", 1, processes=2))
+    assert train(tmp_path / "mixed", *argv)[0] == 0
+    for name in ("two", "mixed"):
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=2e-3)
+        read = [read_clusters(tmp_path / x / "clusters")[0] for x in ("one", name)]
+        assert torch.equal(*read)
+
+
+def test_a_run_does_not_go_on_with_other_clusters(few, tmp_path):
+    train(tmp_path, *few)
+    train(tmp_path / "b", "cluster", *few, "--seed", 5)
+    with pytest.raises(ValueError, match="a run on other clusters"):
+        train(tmp_path, "fit", *few, "--epochs", 2, "--clusters", tmp_path / "b" / "clusters")
+
+
+# ============ files of clusters ============
+SUMMARY = {"settings": {"niter": 3}, "num_images": 4, "num_clusters": 2}
+
+
+def test_clusters_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder, rows = tmp_path / "clusters", torch.tensor([0, 1, 1, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", lambda path, array: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(ValueError, match="--clusters .* cannot be written: full"):
+            write_clusters(folder, rows, torch.zeros(2, 3), SUMMARY)
+    assert not list(tmp_path.iterdir()) and not check_clusters(folder, 4)
+    write_clusters(folder, rows, torch.zeros(2, 3), SUMMARY)
+    assert check_clusters(folder, 4, {"niter": 3, "later": 1})
+    found, num_clusters = read_clusters(folder)
+    assert torch.equal(found, rows) and num_clusters == 2
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_clusters(folder, rows, torch.zeros(2, 3), SUMMARY)
+    assert [path.name for path in tmp_path.iterdir()] == ["clusters"]
+
+
+@pytest.mark.parametrize("damage", ["json", "npy", "range", "shape"])
+def test_damaged_files_are_named(tmp_path, damage):
+    rows = {"range": torch.tensor([0, 1, 2, 0]), "shape": torch.zeros(3, dtype=torch.int64)}
+    folder = tmp_path / "clusters"
+    write_clusters(folder, rows.get(damage, torch.zeros(4).long()), torch.zeros(2, 3), SUMMARY)
+    if damage == "json":
+        (folder / "clusters.json").write_text("{")
+    if damage == "npy":
+        (folder / "assignments.npy").write_bytes(b"\x93NUMPY")
+    name = "clusters.json" if damage == "json" else "assignments.npy"
+    with pytest.raises(ValueError, match=f"--clusters: .*{name}"):
+        read_clusters(folder)
+
+
+# ============ options, and what can go wrong ============
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--arch alexnet --width 0.02 --size_crops 64 --sobel true --momentum 0.5",
+        "--nmb_crops 1 2 --size_crops 12 8 --min_scale_crops 0.4 0.2 --max_scale_crops 1 0.5",
+        "--in_chans 1 --decay_epochs --lr_scaling none --precision bf16 --seed 3",
+    ],
+)
+def test_every_option_trains(few, tmp_path, argv):
+    status, values = train(tmp_path, *few, *argv.split())
+    assert status == 0 and len(values) == 2
+    assert all(0 < loss < 5 for loss in values.values())
+
+
+def test_faiss_makes_clusters_too(few, tmp_path):
+    pytest.importorskip("faiss")
+    assert train(tmp_path, "cluster", *few, "--kmeans_backend", "faiss")[0] == 0
+
+
+def test_the_evaluation_takes_the_runs_own_arguments(whole, tmp_path, capsys):
+    assert eval_knn.main(["--pretrained", str(whole[0]), "--dump_path", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "missing: none; left over: top_layer.bias, top_layer.weight; wrong shape: none" in text
+
+
+def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, capsys):
+    weights = build_convnet("resnet10", 4, stem="small", width=0.125).state_dict()
+    weights["top_layer.weight"].zero_()
+    torch.save(weights, tmp_path / "flat.pth")
+    argv = (*few, "--batch_size", 2, "--lr", 1e-12, "--init_from", tmp_path / "flat.pth")
+    train(tmp_path / "said", *argv)
+    text = capsys.readouterr().out
+    assert "WARNING: the loss stays at ln(K) = 1.386" in text and "(--nmb_cluster)" in text
+    with pytest.raises(main_clusterfit.cli.RunError, match="--lr"):
+        train(tmp_path / "stopped", *argv, "--abort_on_collapse")
+
+
+@pytest.mark.slow
+def test_digits_are_learned_without_labels(tmp_path):
+    """The bare command, a minute or two on two cores."""
+    finish(runs.start("main_clusterfit.py", tmp_path))
+    trained, untrained = few_label_accuracy(tmp_path)
+    assert trained > untrained + 10, (trained, untrained)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("train", "'train'"),
+        ("fit", "holds no clusters"),
+        ("--nmb_cluster 3000", "--nmb_cluster 3000 is more"),
+        ("--nmb_cluster 0", "--nmb_cluster"),
+        ("--layer layer4", "--layer layer4 needs --pretrained"),
+        ("--preset imagenet --nmb_cluster 12", "--data_path digits needs --pretrained"),
+        ("--pretrained /nowhere", "/nowhere"),
+        ("--clusters {file}/clusters", "cannot be written"),
+        ("--batch_size 5000", "--batch_size 5000"),
+        ("--data_path /nowhere", "--data_path /nowhere"),
+        ("--dump_path {file}", "--dump_path"),
+        ("--lr 0", "--lr"),
+        ("--arch nothing", "--arch nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
+    (tmp_path / "file").write_text("")
+    argv = argv.format(file=tmp_path / "file").split()
+    with pytest.raises(SystemExit) as stop:
+        main_clusterfit.cli.run(
+            lambda: main_clusterfit.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])
+        )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+# ============ the launcher ============
+def test_the_launcher_runs_the_published_recipe(tmp_path):
+    path = ROOT / "scripts" / "clusterfit_resnet50.sh"
+    argv, _ = run_recipe(path, tmp_path, TEACHER="runs/a teacher")
+    assert argv[3:6] == ["python", "-u", "main_clusterfit.py"]
+    args = load("main_clusterfit.py").get_parser().parse_args(argv[6:])
+    assert {"gpus=8", "nodes=1", f"job-name={path.stem}"} <= set(sbatch_lines(path))
+    assert args.pretrained == "runs/a teacher" and args.step == "both"
+    assert (args.nmb_cluster, args.niter, args.arch) == (16000, 50, "resnet50")
+    assert (args.batch_size * 8, args.lr, args.wd, args.momentum) == (256, 0.1, 1e-4, 0.9)
+    assert (args.lr_scaling, args.lr_reference_batch) == ("linear", 256)
+    assert (args.epochs, args.decay_epochs, args.gamma) == (105, [30, 60, 90, 100], 0.1)
+    assert (args.color_jitter, args.jitter_prob) == ([0.4, 0.4, 0.4, 0.2], 1.0)
+    run = run_recipe(path, tmp_path)
+    assert run.returncode != 0 and "TEACHER: set it to" in run.stderr
