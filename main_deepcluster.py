@@ -24,6 +24,7 @@ features before the last ReLU; a step size that stays; an epoch is --reassign ti
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import math
@@ -47,6 +48,7 @@ from src.pic import knn_graph, power_iteration_clustering
 from src.pseudo_labels import PseudoLabels
 from src.run import Run
 from src.sampling import PlannedSampler, uniform_over_clusters
+from src.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +76,14 @@ def deepcluster_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_features(features, method, num_clusters, dim_pca, iterations, backend, seed, device):
+def cluster_features(
+    features, method, num_clusters, dim_pca, iterations, backend, seed, device, on_step=None
+):
     """Whiten the features and cluster them (Eq. 3.2).
 
     features: (n, D), of this process's images, on the CPU; blocks of them are computed on `device`.
-    method: "Kmeans", with num_clusters, or "PIC", which finds their number by itself. Returns the
-    clusters (n,) and their number.
+    method: "Kmeans", with num_clusters, or "PIC", which finds their number by itself. on_step: see
+    euclidean_kmeans. Returns the clusters (n,) and their number.
     """
     whitening = fit_whitening(features, dim_pca, device=device)
     rows = whiten(features, whitening, device=device).to(device)  # (n, d), unit rows
@@ -88,7 +92,7 @@ def cluster_features(features, method, num_clusters, dim_pca, iterations, backen
         mine = share(len(labels))
         return labels[mine.start : mine.stop], int(labels.max()) + 1
     centroids = initial_centroids(rows, num_clusters, seed)
-    _, labels = euclidean_kmeans(rows, centroids, iterations, "reseed", backend)
+    _, labels = euclidean_kmeans(rows, centroids, iterations, "reseed", backend, on_step=on_step)
     return labels, num_clusters
 
 
@@ -184,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         *(len(dataset), global_batch, {"pseudo_labels": labels}),
         method="deepcluster",
     )
+    del network  # run.network is wrapped anew before each epoch
     run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
     lr = args.lr * cli.lr_factor(args, global_batch)
     for group in optimizer.param_groups:
@@ -193,16 +198,22 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
         first_epoch = checkpoint.epoch_of(args.resume) if args.resume else args.start_epoch
+        if first_epoch >= args.epochs:
+            flag = f"--resume {args.resume}" if args.resume else f"--start_epoch {args.start_epoch}"
+            raise ValueError(
+                f"{flag} begins after epoch {first_epoch} of --epochs {args.epochs}: raise --epochs"
+            )
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         if start == 0 and labels.epoch < epoch:
-            cluster_dataset(run, dataset, labels, epoch, args)
-            run.save(epoch, 0)
-            if run.must_stop(run.iters_per_epoch):
+            try:
+                cluster_dataset(run, dataset, labels, epoch, args)
+            except Stopped:
                 return run.stopped()
+            run.save(epoch, 0)
         run.network = setup.average_gradients(model, process)  # the top layer has another size
         sampler.set_epoch(epoch, draw_epoch(run, labels, epoch, args), start)
         done = train_one_epoch(run, loader, labels, epoch, start, args)
@@ -225,15 +236,28 @@ def cluster_dataset(run, dataset, labels, epoch, args):
     run.module.eval()
     statistics = (run.augment.mean.flatten().tolist(), run.augment.std.flatten().tolist())
     where = (args.size_crops[0], *statistics, run.process.device)
-    loading = {
-        "batch_size": args.batch_size,
-        "num_workers": args.workers,
-        "precision": run.precision,
-    }
-    features, indices = extract_features(run.module.forward_backbone, dataset, *where, **loading)
+    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+    loading |= {"precision": run.precision, "interpolation": args.interpolation}
+    indices = torch.tensor(share(len(dataset)))
+    features = torch.empty(len(indices), run.module.num_features)
+
+    def write(first, batch):
+        features[first : first + len(batch)] = batch
+        if run.stop.requested:
+            raise Stopped
+
+    def leave_if_asked(*_):
+        if run.stop.agreed():
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        forward = run.module.forward_backbone
+        extract_features(forward, dataset, *where, **loading, write=write)
+    leave_if_asked()
     draw = setup.generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed()
     how = (args.clustering, args.nmb_cluster, args.dim_pca, args.niter, args.kmeans_backend)
-    clusters, num_clusters = cluster_features(features, *how, draw, run.process.device)
+    how = (*how, draw, run.process.device, leave_if_asked)
+    clusters, num_clusters = cluster_features(features, *how)
     before = labels.replace(indices, clusters[None], epoch)
 
     top_layer = run.module.top_layer
@@ -257,10 +281,11 @@ def log_clusters(args, num_images):
     """Say what will be clustered."""
     kmeans = f"{args.nmb_cluster:,} by {args.niter} iterations of k-means"
     how = kmeans if args.clustering == "Kmeans" else "as many as PIC finds"
+    ceiling = f" = {math.log(args.nmb_cluster):.3f}" if args.clustering == "Kmeans" else ""
     logger.info(
         "clusters    of %s images, %s, before each epoch, which is %g times the data; "
-        "ln(K) = %.3f is the loss of predicting nothing",
-        *(f"{num_images:,}", how, args.reassign, math.log(args.nmb_cluster)),
+        "ln(K)%s is the loss of predicting nothing",
+        *(f"{num_images:,}", how, args.reassign, ceiling),
     )
 
 

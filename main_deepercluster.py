@@ -28,6 +28,7 @@ import argparse
 import importlib.util
 import logging
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -47,8 +48,9 @@ from src.logger import Stopwatch, describe_run, setup_logging
 from src.pseudo_labels import IGNORED, PseudoLabels
 from src.run import Run
 from src.sampling import PlannedSampler, uniform_over_clusters
-from src.super_classes import Places, SubClassifiers, loss_of_nothing
-from src.two_level import Stopped, TwoLevelClustering
+from src.signals import Stopped
+from src.super_classes import Places, SubClassifiers, cluster_groups, loss_of_nothing, one_label
+from src.two_level import TwoLevelClustering
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,9 @@ PRESETS = {
     "cifar": {**SMALL, **CIFAR, "checkpoint_freq": 25},
     "tiny": {**SMALL, **DIGITS, "checkpoint_freq": 25, "reassignment": 10},  # of 10 iterations
 }
+# What a clustering depends on, besides weights and data.
+SETTINGS = ("dim_pca", "niter", "seed", "k", "super_classes", "rotnet", "warm_restart", "use_faiss")
+SETTINGS += ("data_path", "size_crops", "interpolation", "mean", "std", "sobel_padding", "in_chans")
 KMEANS_DRAW, TOP_LAYER_DRAW = 1, 2  # set the draws apart from those of photometry
 
 
@@ -119,13 +124,13 @@ def train_one_epoch(run, loader, places, heads, labels, epoch, start, args):
         run.optimizer.zero_grad()
         heads.optimizer.zero_grad()
         run.scaler.scale(loss).backward()
-        scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
-        if not heads.average_gradients(scale) and run.scaler.is_enabled():
+        heads.average_gradients(run.scaler.get_scale() if run.scaler.is_enabled() else 1.0)
+        if run.scaler.is_enabled() and heads.overflowed():
             run.module.top_layer.bias.grad.fill_(math.inf)  # all processes skip the step together
         run.scaler.unscale_(run.optimizer)
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        if not run.scaler.is_enabled() or run.last[1].isfinite():
+        if not run.scaler.is_enabled() or grad_norm(run.module.parameters()).isfinite():
             heads.optimizer.step()
+        run.last = (loss.detach(), grad_norm([*run.module.parameters(), *heads.parameters()]))
         run.scaler.step(run.optimizer)
         run.scaler.update()
 
@@ -215,11 +220,14 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
         first_epoch, start = args.epoch, args.start_iter
+    del network  # run.network is wrapped anew before each epoch
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
 
     # ============ epochs ============
-    groups = cluster_groups(args.super_classes // rotations, process)
+    groups = cluster_groups(args.super_classes // rotations)
+    if process.rank == 0 and labels.epoch >= first_epoch - first_epoch % args.reassignment:
+        shutil.rmtree(Path(args.dump_path) / "clustering", ignore_errors=True)  # is in the labels
     for epoch in range(first_epoch, args.epochs):
         if labels.epoch < epoch - epoch % args.reassignment:
             try:
@@ -241,14 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     return run.finished()
 
 
-def cluster_groups(num_clusters, process):
-    """Processes of each first-level cluster where they can be shared out evenly, else None."""
-    size, rest = divmod(process.world_size, num_clusters)
-    if num_clusters == 1 or size == 0 or rest:
-        return None
-    return distributed.new_groups([range(i * size, (i + 1) * size) for i in range(num_clusters)])
-
-
 def cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, start, args):
     """The assignment phase: features of all images, clusters in two levels, new classifiers."""
     began, rotations = time.perf_counter(), 4 if args.rotnet else 1
@@ -261,14 +261,14 @@ def cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, star
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
 
     def extract(numbers, write):
-        forward, some = run.module.forward_backbone, images[numbers].tolist()
-        how = {**loading, "precision": run.precision, "indices": some, "write": write}
-        extract_features(forward, dataset, *where, **how)
+        how = {**loading, "precision": run.precision, "interpolation": args.interpolation}
+        forward, some = run.module.forward_backbone, images[numbers]
+        extract_features(forward, dataset, *where, **how, indices=some, write=write)
 
     num_super, num_sub = args.super_classes // rotations, args.k * rotations // args.super_classes
-    names = ("dim_pca", "niter", "seed", "k", "super_classes", "warm_restart", "data_path")
-    settings = {name: getattr(args, name) for name in names} | {"epoch": epoch}
-    settings |= {"weights": fingerprint(run.module), "num_images": num_images}
+    settings = {name: x for name, x in vars(args).items() if name in SETTINGS}
+    settings |= {"weights": fingerprint(run.module), "epoch": epoch, "precision": run.precision}
+    settings |= {"images": [num_images, len(dataset)]}
     member = run.process.rank * num_super // run.process.world_size
     backend = "faiss" if args.use_faiss and run.process.world_size == 1 else "torch"
     clustering = TwoLevelClustering(
@@ -298,11 +298,6 @@ def cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, star
     pseudo_labels.report_assignment(run, after, before, dataset.labels, number, epoch, seconds)
 
 
-def one_label(labels, num_sub):
-    """(2, N) of both levels -> (1, N), a number for each second-level cluster of the data."""
-    return torch.where(labels[:1] >= 0, labels[:1] * num_sub + labels[1:], IGNORED)
-
-
 def draw_epoch(run, places, labels, epoch, args):
     """The images of an epoch, uniform over the sub-classes of each super-class: (iterations, B)."""
     order = np.empty((run.iters_per_epoch, args.batch_size), dtype=np.int64)
@@ -325,6 +320,8 @@ def log_clusters(args, num_images, num_sub):
         *(rotations, clusters, args.super_classes, f"{num_images:,}", f"{num_sub:,}"),
         *(args.reassignment, loss_of_nothing(args.super_classes, num_sub)),
     )
+    if args.use_faiss and distributed.world_size() > 1:
+        logger.info("note: faiss is for one process; ours does the same on several")
 
 
 # ============ arguments ============
@@ -383,12 +380,14 @@ def check_args(args, global_batch: int, num_images: int) -> None:
             f"--k {args.k} must be from {num_super}, the first-level clusters, to {num_images}, the "
             f"images of --data_path {args.data_path} in use"
         )
+    if args.epoch >= args.epochs:
+        raise ValueError(f"--epoch {args.epoch} must be below --epochs {args.epochs}")
     if args.super_classes > global_batch:
         raise ValueError(
             f"--super_classes {args.super_classes} is more than the {global_batch} images of a batch "
             "of all processes, in which each has its share: raise --batch_size"
         )
-    if args.use_faiss and not importlib.util.find_spec("faiss"):
+    if args.use_faiss and global_batch == args.batch_size and not importlib.util.find_spec("faiss"):
         raise ValueError(
             "--use_faiss true needs the package faiss: pip install faiss-cpu, or use false"
         )

@@ -49,6 +49,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.prev.pth"
+MAPPED = 2**31  # bytes beyond which a checkpoint is mapped, not read as a whole
 # Which flag decides about a tensor, by the start of its name.
 FLAGS = {
     "prototypes": "--nmb_prototypes and --feat_dim",
@@ -118,7 +119,9 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     unreadable = []
     for path in (folder / NEWEST, folder / PREVIOUS):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Of a large file each process reads what it needs: DeeperCluster's holds 42 GB.
+            mapped = os.path.getsize(path) > MAPPED
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except FileNotFoundError:
             continue
         except Exception as error:  # a torn file raises whatever its last bytes make of it

@@ -9,11 +9,13 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+TIMEOUT = 1800.0  # seconds that a collective waits for the other processes
 _within = contextvars.ContextVar("within", default=None)  # the group of `within`; None: all
 
 
@@ -28,7 +30,8 @@ def new_groups(members: Sequence[Sequence[int]]) -> list:
     Every process must call it, with the same lists, those that it is not in included.
     """
     every = world_size()
-    return [dist.new_group(list(ranks)) if len(ranks) < every else None for ranks in members]
+    limit = timedelta(seconds=TIMEOUT)
+    return [dist.new_group(list(ranks), limit) if len(ranks) < every else None for ranks in members]
 
 
 @contextlib.contextmanager

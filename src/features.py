@@ -59,7 +59,7 @@ class _CentreCrops(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position):
-        return centre_crop(self.dataset.load(self.indices[position]), *self.geometry)
+        return centre_crop(self.dataset.load(int(self.indices[position])), *self.geometry)
 
 
 def _start_worker(_):

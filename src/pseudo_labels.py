@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src import distributed, metrics
 from src.diagnosis import diagnose_clusters
+from src.weights import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,12 @@ class PseudoLabels:
         return {"labels": self.labels.int(), "epoch": self.epoch}
 
     def load_state_dict(self, state: dict) -> None:
+        there, here = state["labels"].shape[1], self.labels.shape[1]
+        if there != here:
+            raise CheckpointError(
+                f"the run's pseudo-labels are of {there:,} images, and --data_path has {here:,}: give "
+                "the data that it was trained on, or use another --dump_path"
+            )
         self.labels, self.epoch = state["labels"].long(), state["epoch"]
 
 

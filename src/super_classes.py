@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src import distributed, setup
+from src.pseudo_labels import IGNORED
 from src.top_layer import TopLayer
 
 SUB_DRAW = 3  # sets the draws of the classifiers apart from others
@@ -92,12 +93,8 @@ class SubClassifiers:
         return [sub_classes[self.places.local(s)] for s in self.layers]
 
     @torch.no_grad()
-    def average_gradients(self, scale: float) -> bool:
-        """Make them those of the mean over a super-class' images; scale: of the loss.
-
-        Returns whether those of all processes are finite.
-        """
-        finite = torch.ones((), device=self.process.device)
+    def average_gradients(self, scale: float) -> None:
+        """Make them those of the mean over a super-class' images; scale: of the loss."""
         for s, layer in self.layers.items():
             share = len(self.places.supers) / self.places.quota[s] / scale
             with distributed.within(self.groups[s]):
@@ -105,8 +102,11 @@ class SubClassifiers:
                     p.grad = distributed.all_reduce_sum(p.grad)
             for p in layer.parameters():
                 p.grad.mul_(share)
-                finite *= torch.isfinite(p.grad).all()
-        return not distributed.all_reduce_max(1 - finite).item()
+
+    def overflowed(self) -> bool:
+        """Whether a gradient of any process is not finite."""
+        bad = sum((~torch.isfinite(p.grad)).sum() for p in self.parameters())
+        return bool(distributed.all_reduce_max(bad).item())
 
     # ============ saving ============
     def state_dict(self) -> dict:
@@ -139,3 +139,17 @@ class SubClassifiers:
 def loss_of_nothing(num_super: int, num_sub: int) -> float:
     """Eq. 3.4 of uniform predictions."""
     return math.log(num_super) + math.log(num_sub)
+
+
+def cluster_groups(num_clusters: int) -> list | None:
+    """Processes of each first-level cluster where they can be shared out evenly, else None."""
+    size, rest = divmod(distributed.world_size(), num_clusters)
+    if num_clusters == 1 or size == 0 or rest:
+        return None
+    return distributed.new_groups([range(i * size, (i + 1) * size) for i in range(num_clusters)])
+
+
+def one_label(labels: Tensor, num_sub: int) -> Tensor:
+    """(2, N) of both levels -> (1, N), a number for each second-level cluster of the data."""
+    num_sub = max(num_sub, int(labels[1].max()) + 1)  # of before --k was changed
+    return torch.where(labels[:1] >= 0, labels[:1] * num_sub + labels[1:], IGNORED)

@@ -6,9 +6,7 @@ stopped or killed, to a chunk of features and an iteration of k-means, is not do
 """
 
 import contextlib
-import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -23,15 +21,19 @@ from src.kmeans import euclidean_kmeans, initial_centroids
 from src.kmeans_sums import member_means
 from src.logger import duration
 from src.pca import Whitening, fit_whitening, whiten
-from src.row_file import RowFile, load_tensors, write_array, write_tensors
+from src.row_file import (
+    RowFile,
+    check_space,
+    load_tensors,
+    wait_for,
+    write_array,
+    write_tensors,
+)
+from src.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 10.0
-
-
-class Stopped(Exception):
-    """A signal asked this process to stop; what is written stays for the next run."""
 
 
 class TwoLevelClustering:
@@ -52,33 +54,32 @@ class TwoLevelClustering:
         distributed.barrier()
 
     def _keep_if_same(self, settings):
-        path = self.folder / "settings.json"
-        stored = json.loads(path.read_text()) if path.exists() else None
-        if stored == json.loads(json.dumps(settings)):
+        path = self.folder / "settings.pt"
+        if path.exists() and load_tensors(path) == settings:
             logger.info("continues the clustering in %s", self.folder)
+            (self.folder / "stop").unlink(missing_ok=True)
             return
         if self.folder.exists():
             logger.info("%s is of another clustering: begins anew", self.folder)
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(settings))
-        os.replace(part, path)
+        write_tensors(path, settings)
 
     # ============ features ============
     def whitened(self, extract, num_features: int, dim: int) -> RowFile:
         """Whitened features (N, d), in a file.
 
-        extract: called with the images that are missing (a list of numbers from 0 to N-1) and with
+        extract: called with the images that are missing, numbers (n,) from 0 to N-1, and with
         write(first, features), to which it gives theirs, in batches. num_features: their width.
         """
         rows = RowFile(self.folder, "rows", self.num_images, min(dim, num_features))
-        if not (self.folder / "rows.done").exists():
-            self._check_space(4 * self.num_images * (num_features + rows.shape[1]))
+        if not self._there("rows.pt"):
+            needed = 4 * self.num_images * (num_features + rows.shape[1])
+            check_space(self.folder, needed, f"the clustering of {self.num_images:,} features")
             features = RowFile(self.folder, "features", self.num_images, num_features)
             self._extract(features, extract)
             fitted = self.folder / "whitening.pt"
-            if fitted.exists():
+            if self._there(fitted.name):
                 whitening = Whitening(**load_tensors(fitted))
             else:
                 mine = features.read()[_slice(share(self.num_images))]
@@ -91,31 +92,20 @@ class TwoLevelClustering:
                 rows.mark(chunk)
                 if self.stop.requested:
                     break
-            self._leave_if_asked()
-            self._save(self.folder / "rows.done", {})
-            features.remove()
+            self._leave_if_asked(lambda: not rows.missing())
+            self._save(self.folder / "rows.pt", {})
+        RowFile(self.folder, "features", 0, num_features).remove()
         return rows
-
-    def _check_space(self, needed):
-        """ValueError if the disk has too little space for so many bytes, less what is there."""
-        there = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.npy"))
-        free = shutil.disk_usage(self.folder).free + there
-        distributed.barrier()  # before any process writes
-        if needed > free:
-            raise ValueError(
-                f"--dump_path has {free / 1e9:.3g} GB free, and the clustering of {self.num_images:,} "
-                f"features needs {needed / 1e9:.3g} GB: name a folder on another disk, or lower "
-                "--dim_pca or --size_dataset"
-            )
 
     def _extract(self, features, extract):
         chunks = features.mine()
-        numbers = [number for chunk in chunks for number in features.rows(chunk)]
+        some = [features.rows(chunk) for chunk in chunks]
+        numbers = np.concatenate([np.arange(rows.start, rows.stop) for rows in some or [range(0)]])
 
         def write(first, batch):
             at = 0
             while at < len(batch):  # rows of one chunk at a time
-                number = numbers[first + at]
+                number = int(numbers[first + at])
                 end = features.rows(features.chunk_of(number)).stop
                 stop = min(len(batch) - at, end - number)
                 features.write(number, batch[at : at + stop])
@@ -128,7 +118,7 @@ class TwoLevelClustering:
         with contextlib.suppress(Stopped):
             if chunks:
                 extract(numbers, write)
-        self._leave_if_asked()
+        self._leave_if_asked(lambda: not features.missing())
 
     # ============ k-means ============
     def clusters(
@@ -149,41 +139,41 @@ class TwoLevelClustering:
             )
         sorted_rows = self._sort(rows, order) if num_super > 1 else rows
         starts = [sum(sizes[:i]) for i in range(num_super)]
-        for cluster in range(num_super):
-            path = self.folder / f"sub-{cluster}.npy"
-            if path.exists() or (self.groups and cluster != self.member):
-                continue
-            with distributed.within(self.groups[cluster] if self.groups else None):
-                mine = share(sizes[cluster])
-                there = range(starts[cluster] + mine.start, starts[cluster] + mine.stop)
-                before = None
-                if previous is not None:
-                    sub = previous[1][order[_slice(there)]]
-                    before = sub.where(previous[0][order[_slice(there)]] == cluster, -1)
-                number = min(num_sub, sizes[cluster])
-                labels = self._kmeans(
-                    sorted_rows, there, number, iterations, (seed, 1 + cluster), before
-                )
-                if distributed.is_main():
-                    write_array(path, labels)
-        self._leave_if_asked()
+        with contextlib.suppress(Stopped):
+            for cluster in range(num_super):
+                if self.groups and cluster != self.member:
+                    continue
+                with distributed.within(self.groups[cluster] if self.groups else None):
+                    if self._there(f"sub-{cluster}.npy"):
+                        continue
+                    mine = share(sizes[cluster])
+                    there = range(starts[cluster] + mine.start, starts[cluster] + mine.stop)
+                    before = None
+                    if previous is not None:
+                        sub = previous[1][order[_slice(there)]]
+                        before = sub.where(previous[0][order[_slice(there)]] == cluster, -1)
+                    number = (min(num_sub, sizes[cluster]), iterations, (seed, 1 + cluster), before)
+                    labels = self._kmeans(sorted_rows, there, *number)
+                    if distributed.is_main():
+                        write_array(self.folder / f"sub-{cluster}.npy", labels)
+        paths = [self.folder / f"sub-{i}.npy" for i in range(num_super)]
+        self._leave_if_asked(lambda: all(path.exists() for path in paths))
         sub = torch.empty_like(first)
-        parts = [np.load(self.folder / f"sub-{i}.npy") for i in range(num_super)]
-        sub[order] = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        sub[order] = torch.from_numpy(np.concatenate([np.load(x) for x in paths]).astype(np.int64))
         return first, sub
 
     def _first_level(self, rows, num_super, iterations, seed, previous):
         path = self.folder / "super.npy"
         if num_super == 1:
             return torch.zeros(self.num_images, dtype=torch.int64)
-        if not path.exists():
-            there = share(self.num_images)
-            before = None if previous is None else previous[0][_slice(there)]
-            labels = self._kmeans(rows, there, num_super, iterations, (seed, 0), before)
-            if distributed.is_main():
-                write_array(path, labels)
-            distributed.barrier()
-        return torch.from_numpy(np.load(path).astype(np.int64))
+        if self._there(path.name):
+            return torch.from_numpy(np.load(path).astype(np.int64))
+        there = share(self.num_images)
+        before = None if previous is None else previous[0][_slice(there)]
+        labels = self._kmeans(rows, there, num_super, iterations, (seed, 0), before)
+        if distributed.is_main():
+            write_array(path, labels)
+        return labels.long()
 
     def _kmeans(self, rows, there, num_clusters, iterations, seed, before):
         """Clusters of all rows of the group (n,) int32, of which `there` are this process's."""
@@ -191,22 +181,23 @@ class TwoLevelClustering:
             return torch.zeros(0, dtype=torch.int32)
         features, name = rows.read()[_slice(there)], f"kmeans-{seed[1]}.pt"
         began = logged = time.perf_counter()
-        state = load_tensors(self.folder / name) if (self.folder / name).exists() else None
-        if state is None:
+        if self._there(name):
+            state = load_tensors(self.folder / name)
+        else:
             draw = int(np.random.SeedSequence(seed).generate_state(1)[0])
             centroids = initial_centroids(features, num_clusters, draw)
             if before is not None:
                 centroids = member_means(features, before, centroids)
             state = {"step": 0, "centroids": centroids}
-        distributed.barrier()
 
         def on_step(step, centroids):
             nonlocal logged
-            if not distributed.is_main():
-                return
             done, now = step + 1, time.perf_counter()
-            write_tensors(self.folder / name, {"step": done, "centroids": centroids.cpu()})
-            if now - logged > LOG_SECONDS:
+            if distributed.is_main():
+                write_tensors(self.folder / name, {"step": done, "centroids": centroids.cpu()})
+            if self.stop.agreed():
+                raise Stopped
+            if distributed.is_main() and now - logged > LOG_SECONDS:
                 logged = now
                 logger.info(
                     "k-means %d: iteration %d of %d, %d clusters, eta %s",
@@ -230,7 +221,7 @@ class TwoLevelClustering:
             file.mark(chunk)
             if self.stop.requested:
                 break
-        self._leave_if_asked()
+        self._leave_if_asked(lambda: not file.missing())
         return file
 
     # ============ files ============
@@ -240,13 +231,18 @@ class TwoLevelClustering:
         if distributed.is_main():
             shutil.rmtree(self.folder)
 
+    def _there(self, name):
+        """Whether a file is there: what the first process of the group sees holds for all."""
+        return distributed.broadcast_object((self.folder / name).exists())
+
     def _save(self, path, values):
         if distributed.is_main():
-            write_tensors(path, values)
+            write_tensors(path, {name: x.cpu() for name, x in values.items()})
         distributed.barrier()
 
-    def _leave_if_asked(self):
-        """All processes are here; all leave if one was asked to stop."""
+    def _leave_if_asked(self, done):
+        """Wait until all processes have `done` their part; all leave if one was asked to stop."""
+        wait_for(done, self.stop, self.folder)
         if self.stop.agreed():
             raise Stopped
 

@@ -31,7 +31,7 @@ OF_METHOD = {
     "deepcluster": ["--reassign", "1", "--niter", "5"],
     "deepercluster": ["--reassignment", "1", "--niter", "5", "--super_classes", "8"],
 }
-both = pytest.mark.parametrize("method", METHODS)
+both, slow = pytest.mark.parametrize("method", METHODS), pytest.mark.slow
 
 
 def script(method):
@@ -109,9 +109,9 @@ def test_the_classifier_is_new_after_each_clustering(whole, method, tmp_path, mo
         sizes.append((number, layer.weight.std().item()))
 
     monkeypatch.setattr(TopLayer, "reset", spying)
-    train(method, tmp_path, "--log_freq", 100)
+    train(method, tmp_path, "--log_freq", 100, "--epochs", 1)
     made = 1 if method == "deepcluster" else 9  # V and 8 classifiers of sub-classes
-    assert len(sizes) >= 3 * made  # when built, and twice anew
+    assert len(sizes) == 2 * made  # when built, and anew
     assert all(0.007 < std < 0.013 for _, std in sizes)
 
 
@@ -167,6 +167,36 @@ def test_a_run_killed_inside_the_clustering_goes_on_there(whole, tmp_path, monke
     assert torch.equal(labels_of(tmp_path), labels_of(whole["deepercluster"][0]))
 
 
+@pytest.mark.parametrize("moment", ["features", "k-means"])
+def test_deepcluster_leaves_its_clustering_at_once(whole, tmp_path, monkeypatch, moment):
+    deepcluster = script("deepcluster")
+    name = "extract_features" if moment == "features" else "euclidean_kmeans"
+    work, asked = getattr(deepcluster, name), []
+
+    def signalled(*args, **options):
+        if len(asked) == 0:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return work(*args, **options)
+
+    monkeypatch.setattr(deepcluster, name, signalled)
+    assert train("deepcluster", tmp_path)[0] == 128 + signal.SIGTERM
+    assert not (tmp_path / "checkpoint.pth").exists()
+    status, values = train("deepcluster", tmp_path)
+    assert status == 0 and values == whole["deepcluster"][1]
+
+
+def test_another_number_of_images_is_refused_on_resume(tmp_path, capsys):
+    folder = images(tmp_path / "images", 130)
+    argv = ("--data_path", folder, "--preset", "tiny", "--batch_size", 48, "--size_dataset", 100)
+    assert train("deepercluster", tmp_path / "run", *argv, "--epochs", 1)[0] == 0
+    (folder / "00003.jpg").unlink()
+    with pytest.raises(SystemExit) as stop:
+        argv = arguments("deepercluster", "--dump_path", tmp_path / "run", *argv)
+        cli.run(lambda: script("deepercluster").main(argv))
+    assert stop.value.code == 2
+    assert "pseudo-labels are of 130 images, and --data_path has 129" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("processes", [1, 2])
@@ -194,8 +224,14 @@ def on_several(method, folder, processes, *argv):
     return losses(folder)
 
 
-@both
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method, processes",
+    [
+        ("deepercluster", 2),
+        *(pytest.param(*x, marks=slow) for x in (("deepercluster", 4), ("deepcluster", 2))),
+        pytest.param("deepcluster", 4, marks=slow),
+    ],
+)
 def test_several_processes_make_the_assignments_and_losses_of_one(tmp_path, method, processes):
     """8 super-classes: 4 on each of 2 processes, 2 on each of 4; groups of 1 and 2 for 2 clusters."""
     _, expected = train(method, tmp_path / "one", *NO_DRAWS)
@@ -225,21 +261,25 @@ def test_another_number_of_processes_takes_over_classifiers_and_momentum(tmp_pat
 VGG = "--arch vgg16 --width 0.0625 --size_crops 32 --sobel --dropout 0.2"
 
 
+SLOW_OPTIONS = [
+    ("deepcluster", "--arch alexnet --width 0.0625 --size_crops 64 --batch_size 256"),
+    ("deepcluster", "--kmeans_backend faiss --sobel --nmb_crops 1 1 --size_crops 12 8 "
+        "--min_scale_crops 0.4 0.2 --max_scale_crops 1 0.5"),
+    ("deepercluster", VGG + " --k 9"),
+    ("deepercluster", "--super_classes 4 --use_faiss true --precision bf16"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "method, argv",
     [
-        ("deepcluster", "--clustering PIC"),
         ("deepcluster", VGG + " --sobel_padding 2 --niter 1"),
-        ("deepcluster", "--arch alexnet --width 0.0625 --size_crops 64 --batch_size 256"),
-        ("deepcluster", "--kmeans_backend faiss --sobel --nmb_crops 1 1 --size_crops 12 8 "
-            "--min_scale_crops 0.4 0.2 --max_scale_crops 1 0.5"),
         ("deepcluster", "--reassign 0.5 --precision bf16 --wd 1e-4 --momentum 0"),
-        ("deepercluster", VGG + " --k 9"),
         ("deepercluster", "--rotnet false --super_classes 3 --warm_restart true --dim_pca 999"),
-        ("deepercluster", "--super_classes 4 --use_faiss true --precision bf16"),
         ("deepercluster", "--size_dataset 700 --nmb_crops 2 --wd 0 --workers 2"),
+        *(pytest.param(*x, marks=slow) for x in SLOW_OPTIONS),
     ],
-)  # fmt: skip
+)
 def test_every_option_trains(tmp_path, method, argv):
     if "faiss" in argv:
         pytest.importorskip("faiss")
@@ -359,8 +399,14 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, 
         ("deepcluster", "--reassign 0", "--reassign"),
         ("deepcluster", "--clustering DBSCAN", "--clustering"),
         ("deepcluster", "--resume /nowhere", "/nowhere"),
+        ("deepcluster", "--start_epoch 2", "--start_epoch 2 begins after epoch 2 of --epochs 2"),
+        ("deepercluster", "--epoch 2", "--epoch 2 must be below --epochs 2"),
         ("deepercluster", "--super_classes 6", "use 8, or --rotnet false"),
-        ("deepercluster", "--super_classes 256 --k 99", "--super_classes 256 is more than the 128 images"),
+        (
+            "deepercluster",
+            "--super_classes 256 --k 99",
+            "--super_classes 256 is more than the 128 images",
+        ),
         ("deepercluster", "--k 1", "--k 1 must be from 2"),
         ("deepercluster", "--size_dataset 100", "--batch_size 128"),
     ],

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import main_deepercluster as deeper
 from src import cli, distributed, row_file
 from src.kmeans import euclidean_kmeans, initial_centroids
 from src.pca import fit_whitening, whiten
 from src.row_file import RowFile
-from src.two_level import Stopped, TwoLevelClustering
+from src.signals import Stopped
+from src.super_classes import cluster_groups
+from src.two_level import TwoLevelClustering
 from tests.gloo import run_ranks
 
 N, WIDTH, DIM, SUPER, SUB, ITERATIONS, SEED = 203, 12, 6, 2, 9, 4, 5
@@ -45,8 +46,7 @@ class Stop:
 def cluster(folder, rank=0, world_size=1, stop=None, num_super=SUPER, previous=None, asked=None):
     """The clusters by TwoLevelClustering, as lists."""
     row_file.CHUNK = 16
-    process = distributed.Process(rank, world_size, rank, "single", CPU)
-    groups = deeper.cluster_groups(num_super, process)
+    groups = cluster_groups(num_super)
     member = rank * num_super // world_size
     where = (Path(folder) / "clustering", {"seed": SEED, "m": num_super}, N, groups, member)
     clustering = TwoLevelClustering(*where, CPU, "torch", stop or Stop())
@@ -192,8 +192,10 @@ def test_a_torn_line_of_the_list_of_chunks_counts_for_nothing(tmp_path):
     file.write(16, torch.ones(16, 3))
     file.mark(1)
     with open(tmp_path / "x.0.done", "a") as marks:
-        marks.write("3")
-    assert file.missing() == [0, 2, 3] and list(file.rows(3)) == [48, 49]
+        marks.write("\n3")
+    assert file.missing() == [0, 2, 3]
+    file.mark(2)  # what is torn spoils no line after it
+    assert file.missing() == [0, 3] and list(file.rows(3)) == [48, 49]
     assert file.read().sum() == 48
 
 
@@ -202,6 +204,13 @@ def test_the_matrix_on_disk_is_read_by_numpy_and_takes_no_memory_before(tmp_path
     assert (tmp_path / "x.npy").stat().st_blocks * 512 < 10**6
     file.write(10**6 - 1, torch.arange(256.0)[None])
     assert np.load(tmp_path / "x.npy", mmap_mode="r")[-1].tolist() == list(range(256))
+
+
+def test_a_matrix_larger_than_the_memory_can_be_mapped(tmp_path):
+    rows = 10**7  # of 16 kB: 160 GB, of which nothing is on the disk
+    file = RowFile(tmp_path, "x", rows, 4096)
+    file.write(rows - 1, torch.ones(1, 4096))
+    assert file.read()[-1].sum() == 4096
 
 
 def test_an_empty_matrix_can_be_read(tmp_path):
