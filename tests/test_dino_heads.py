@@ -413,6 +413,7 @@ def test_a_wrapper_cast_to_another_type_runs(dtype):
     assert scores.dtype == dtype and torch.isfinite(scores).all()
 
 
+@pytest.mark.slow
 def test_forward_compiles_to_one_graph():
     wrapper = tiny_wrapper()
     crops = [torch.randn(2, 3, 16, 16)] * 2 + [torch.randn(2, 3, 8, 8)] * 3

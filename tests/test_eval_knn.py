@@ -15,7 +15,7 @@ import eval_knn
 from src import checkpoint, cli, eval_args, image_args
 from src.backbones import build_backbone
 from src.convnets import build_convnet
-from src.datasets import open_dataset
+from src.datasets import open_dataset, usual_std
 from src.features import extract_features
 from src.heads import DINOHead, MultiCropWrapper
 from src.resnet import build_model
@@ -363,7 +363,7 @@ def test_features_of_a_released_classifier_are_its_own(tmp_path, images, body):
     assert settings["sobel"] is True and settings["sobel_padding"] == (2 if body else 1)
     dataset = open_dataset(str(images))
     expected, _ = extract_features(
-        *(model.forward_backbone, dataset, 67, dataset.mean, dataset.std, "cpu")
+        *(model.forward_backbone, dataset, 67, dataset.mean, usual_std(dataset.std), "cpu")
     )
     found = np.load(folder / "val_features.npy")
     np.testing.assert_allclose(found, expected[::10], rtol=1e-3, atol=1e-5)

@@ -187,6 +187,7 @@ def launch(*words, path="", **environ):
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=110)
 
 
+@pytest.mark.slow
 @submitit
 def test_a_local_job_of_two_processes_really_runs(task, tmp_path):
     run = launch(

@@ -211,6 +211,7 @@ def test_every_option_trains(tmp_path, method, argv):
     assert all(0 < loss < 20 for loss in values.values())
 
 
+@pytest.mark.slow
 def test_selav2_keeps_its_labels_between_the_times_of_the_schedule(tmp_path):
     train("selav2", tmp_path, "--epochs", 5, "--nmb_reassignments", 2, "--log_freq", 100)
     epochs = [line["epoch"] for line in assignments(tmp_path)]
@@ -327,6 +328,7 @@ def test_the_bank_gets_the_embeddings_of_its_crops_and_leaves_out_what_is_not_fi
     assert (labels[:, spy.poisoned] == -100).all() and ((labels == -100).sum(1) == 18).all()
 
 
+@pytest.mark.slow
 def test_selav2_trains_its_prototypes_only_after_they_were_frozen(tmp_path):
     def prototypes(name, *argv):
         train("selav2", tmp_path / name, "--epochs", 1, "--log_freq", 100, *argv)
@@ -340,6 +342,7 @@ def test_selav2_trains_its_prototypes_only_after_they_were_frozen(tmp_path):
     assert (frozen - prototypes("free", "--freeze_prototypes_niters", 9)).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_another_schedule_does_not_assign_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     calls = iter(range(100))
     with monkeypatch.context() as patch:

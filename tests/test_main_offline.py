@@ -266,6 +266,8 @@ SLOW_OPTIONS = [
     ("deepcluster", "--kmeans_backend faiss --sobel --nmb_crops 1 1 --size_crops 12 8 "
         "--min_scale_crops 0.4 0.2 --max_scale_crops 1 0.5"),
     ("deepercluster", VGG + " --k 9"),
+    ("deepercluster", "--size_dataset 700 --nmb_crops 2 --wd 0 --workers 2"),
+    ("deepcluster", VGG + " --sobel_padding 2 --niter 1"),
     ("deepercluster", "--super_classes 4 --use_faiss true --precision bf16"),
 ]  # fmt: skip
 
@@ -273,10 +275,8 @@ SLOW_OPTIONS = [
 @pytest.mark.parametrize(
     "method, argv",
     [
-        ("deepcluster", VGG + " --sobel_padding 2 --niter 1"),
         ("deepcluster", "--reassign 0.5 --precision bf16 --wd 1e-4 --momentum 0"),
         ("deepercluster", "--rotnet false --super_classes 3 --warm_restart true --dim_pca 999"),
-        ("deepercluster", "--size_dataset 700 --nmb_crops 2 --wd 0 --workers 2"),
         *(pytest.param(*x, marks=slow) for x in SLOW_OPTIONS),
     ],
 )
@@ -288,6 +288,7 @@ def test_every_option_trains(tmp_path, method, argv):
     assert all(0 < loss < 20 for loss in values.values())
 
 
+@pytest.mark.slow
 def test_pic_finds_a_number_of_clusters_and_the_top_layer_follows_and_resumes(tmp_path):
     argv = ("--clustering", "PIC", "--log_freq", 100)
     train("deepcluster", tmp_path / "whole", *argv, "--epochs", 3)
@@ -309,16 +310,14 @@ def test_a_part_of_the_data_is_all_that_a_run_sees(tmp_path):
 def test_the_published_lines_run(tmp_path):
     folder = images(tmp_path / "images", 80, size=40)
     line = f"{folder} --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10 --verbose --workers 0 "
-    line += (
-        f"--exp {tmp_path / 'dc'} --epochs 1 --batch 16 --clustering Kmeans --seed 31 --width 0.03"
-    )
+    line += f"--exp {tmp_path / 'dc'} --epochs 1 --batch 16 --clustering Kmeans --seed 31 --width 0.03 --size_crops 32"
     assert script("deepcluster").main(shlex.split(line)) == 0
     group = state_of(tmp_path / "dc")["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["lr"], group["momentum"]) == (1e-5, 0.05, 0.9)
     resumed = (
         f"{folder} --arch vgg16 --sobel --k 10 --resume {tmp_path / 'dc'} --epochs 2 --batch 16 "
     )
-    resumed += f"--exp {tmp_path / 'more'} --width 0.03 --workers 0 --log_freq 1"
+    resumed += f"--exp {tmp_path / 'more'} --width 0.03 --workers 0 --log_freq 1 --size_crops 32"
     assert script("deepcluster").main(shlex.split(resumed)) == 0
     assert min(losses(tmp_path / "more")) == 5  # the second epoch
 
@@ -329,7 +328,7 @@ def test_the_published_lines_run(tmp_path):
     line += (
         "--dim_pca 4096 --super_classes 16 --rotnet true --k 40 --warm_restart false --niter 10 "
     )
-    line += f"--use_faiss false --width 0.03 --pretrained {tmp_path / 'dc'} --log_freq 1"
+    line += f"--use_faiss false --size_crops 32 --width 0.03 --pretrained {tmp_path / 'dc'} --log_freq 1"
     assert script("deepercluster").main(shlex.split(line)) == 0
     text = (tmp_path / "ddc" / "train.log").read_text()
     assert "4 rotations x 4 clusters = 16 super-classes of 80 images, 10 sub-classes" in text

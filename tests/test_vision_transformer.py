@@ -473,6 +473,7 @@ def test_channels_last_gives_the_same_numbers():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_forward_compiles_to_one_graph_for_every_size():
     model = spread(small(drop_path_rate=0.0, num_registers=1))
     torch._dynamo.reset()
