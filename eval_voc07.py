@@ -13,7 +13,8 @@ Both: batches of 16, learning rate 0.003, momentum 0.9, weight decay 1e-6, gradi
   python eval_voc07.py --pretrained runs/deepcluster --data_path VOCdevkit/VOC2007 --split trainval
   python eval_voc07.py --pretrained vgg16.pth.tar --vocdir VOCdevkit/VOC2007 --fc6_8 0
 --split train is tested on val, trainval on test. Starting the same command again continues where it
-stopped. What training writes lies in --dump_path/voc07/, the results in --dump_path/eval_voc07.json.
+stopped. What training writes lies in --dump_path/voc07/<fc6_8 or all>, the results in
+--dump_path/eval_voc07_<fc6_8 or all>.json.
 
 Deviations from the authors' code: an epoch has an order of its own and leaves out its last, smaller
 batch; equal scores are one threshold of the average precision, which is not computed on the training
@@ -189,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     model = VOCClassifier(backbone, len(CLASSES), args.fc6_8, args.train_batchnorm, begin)
     with torch.no_grad():  # what does not fit is found before anything is started
         model.eval()(torch.zeros(1, args.in_chans, args.size, args.size))
-    out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07"
+    name = "fc6_8" if args.fc6_8 else "all"
+    out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07" / name
     checkpoint.check_writable(folder)
 
     process = distributed.init(args.device)
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # ============ evaluation ============
     result = evaluate(state, tested, args)
-    report(result, settings | named, out / "eval_voc07.json", not args.pretrained)
+    report(result, settings | named, out / f"eval_voc07_{name}.json", not args.pretrained)
     stop.restore()
     distributed.shutdown()
     return 0

@@ -197,12 +197,17 @@ def main(argv: list[str] | None = None) -> int:
     log_clusters(args, len(dataset))
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
-        first_epoch = checkpoint.epoch_of(args.resume) if args.resume else args.start_epoch
+        first_epoch = (
+            checkpoint.epoch_of(args.resume, run.method) if args.resume else args.start_epoch
+        )
         if first_epoch >= args.epochs:
             flag = f"--resume {args.resume}" if args.resume else f"--start_epoch {args.start_epoch}"
             raise ValueError(
                 f"{flag} begins after epoch {first_epoch} of --epochs {args.epochs}: raise --epochs"
             )
+    if start and args.clustering == "Kmeans" and model.top_layer.out_features != args.nmb_cluster:
+        number = model.top_layer.out_features
+        logger.info("note: this epoch still has %d clusters, the next %d", number, args.nmb_cluster)
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
 

@@ -128,9 +128,10 @@ def train_one_epoch(run, loader, places, heads, labels, epoch, start, args):
         if run.scaler.is_enabled() and heads.overflowed():
             run.module.top_layer.bias.grad.fill_(math.inf)  # all processes skip the step together
         run.scaler.unscale_(run.optimizer)
-        if not run.scaler.is_enabled() or grad_norm(run.module.parameters()).isfinite():
+        norm = grad_norm(run.module.parameters())  # heads are not the same on all processes:
+        run.last = (loss.detach(), norm + 0 * grad_norm(heads.parameters()))  # NaN if theirs is
+        if not run.scaler.is_enabled() or norm.isfinite():
             heads.optimizer.step()
-        run.last = (loss.detach(), grad_norm([*run.module.parameters(), *heads.parameters()]))
         run.scaler.step(run.optimizer)
         run.scaler.update()
 

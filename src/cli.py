@@ -36,7 +36,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action):
         switch = action.default is False and action.nargs == 0
-        no_default = action.default is None or switch
+        no_default = action.default in (None, "") or switch or "(default" in (action.help or "")
         return action.help if no_default else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):

@@ -28,7 +28,7 @@ PANELS = [
     ("student_kl", "KL of teacher and student (nats)"),
     ("kl_to_uniform", "KL of the mean output to uniform (nats)"),
     ("center_norm", "norm of the center"),
-    ("prototypes_used", "prototypes in use"),
+    ("prototypes_used", "prototypes or classes in use"),
     ("embedding_std", "std of the embeddings (1: spread)"),
     ("rankme", "RankMe"),
     ("knn", "k-NN top-1 (%)"),
@@ -51,7 +51,8 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
         axis.set_axis_off()
     for axis, (key, title) in zip(axes.flat, shown, strict=False):
         points = [(line["epoch_float"], line[key]) for line in lines if line.get(key) is not None]
-        axis.plot(*zip(*points, strict=True), marker="o" if key == "knn" else None, markersize=3)
+        marker = "o" if key == "knn" or len(points) == 1 else None
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=3)
         if key == "loss" and num_prototypes:
             axis.axhline(math.log(num_prototypes), linestyle="--", color="grey", linewidth=1)
         axis.set_title(title, fontsize=10)

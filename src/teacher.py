@@ -1,6 +1,7 @@
 """Features of images by a network that was trained elsewhere, whatever its method; of any layer."""
 
 import argparse
+import difflib
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from src import cli, eval_args
 from src.datasets import ImageDataset, open_dataset
 from src.evaluation import build_network, is_dino, is_transformer, statistics
 from src.features import extract_features
+from src.weights import CheckpointError
 
 
 def open_teacher(
@@ -30,7 +32,12 @@ def open_teacher(
         command += [f"--{flag}={value}"] if value else []
     args, run = eval_args.parse_args(_parser, command)
     options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
-    model = build_network(args.arch, options, pretrained, run, checkpoint_key=checkpoint_key)
+    try:
+        model = build_network(args.arch, options, pretrained, run, checkpoint_key=checkpoint_key)
+    except CheckpointError as error:
+        if run or arch:
+            raise
+        raise CheckpointError(f"{error}; for a teacher give --teacher_arch, not --arch") from error
     forward = forward_of_layer(model, layer)
     if len(dataset.mean) != args.in_chans:
         dataset = open_dataset(dataset.name, in_chans=args.in_chans)
@@ -52,9 +59,14 @@ def forward_of_layer(model: nn.Module, layer: str = "") -> Callable[[Tensor], Te
     if not layer:
         return model.forward_backbone
     modules, found = dict(model.named_modules()), []
+    layer = (
+        layer if layer in modules else f"trunk.{layer}"
+    )  # as runs of main_deepcluster.py name it
     if layer not in modules:
-        names = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"--layer {layer} is not in the network, whose modules are {names}, ...")
+        layer = layer.removeprefix("trunk.")
+        near = difflib.get_close_matches(layer, [name for name in modules if name], 5, 0.3)
+        near = ", ".join(near or [name for name, _ in model.named_children()])
+        raise ValueError(f"--layer {layer} is not in the network; near to it are {near}")
 
     def keep(module, inputs, output):  # at once, as the next layer may work in place
         output = output[0] if isinstance(output, tuple) else output

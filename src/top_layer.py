@@ -72,7 +72,10 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         if sobel and in_chans != 3:
-            raise ValueError(f"--sobel true needs --in_chans 3, not {in_chans}")
+            raise ValueError(
+                f"--sobel true needs --in_chans 3, not {in_chans}: leave it out, grey images are then "
+                "read as three equal channels"
+            )
         self.num_features = num_features
         self.sobel = Sobel(sobel_padding) if sobel else None
         for name, module in trunk.items():

@@ -69,9 +69,19 @@ def sections(path: str | Path) -> list[str]:
     return _sections(_read_file(path))
 
 
-def epoch_of(path: str | Path) -> int:
-    """The epochs that a file says it was trained for, 0 if it does not. Raises as read_weights."""
-    epoch = _read_file(path).get("epoch", 0)
+def epoch_of(path: str | Path, method: str) -> int:
+    """The epochs that a file says it was trained for, 0 if it does not.
+
+    Raises as read_weights, and CheckpointError for a run of this repository of another method.
+    """
+    found = _read_file(path)
+    epoch = found.get("epoch", 0)
+    if found.get("method", method) != method:
+        raise CheckpointError(
+            f"--resume {path} is of another method ({found['method']}, not {method}): start from its "
+            "weights with --init_from"
+        )
+    logger.info("%s was trained for %s epochs", path, epoch)
     return epoch if isinstance(epoch, int) else 0
 
 

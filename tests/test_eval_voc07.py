@@ -43,7 +43,7 @@ def run(folder, voc, *argv):
     """Results of main() in this process."""
     words = [*QUICK, *NETWORK, "--data_path", str(voc), "--dump_path", str(folder)]
     assert eval_voc07.main([*words, *map(str, argv)]) == 0
-    return json.loads((folder / "eval_voc07.json").read_text())
+    return json.loads(next(Path(folder).glob("eval_voc07_*.json")).read_text())
 
 
 # ============ labels ============
@@ -236,8 +236,10 @@ def test_red_and_blue_are_told_apart_and_everything_is_written(voc, tmp_path, ca
     assert not settings["fc6_8"] and settings["protocol"] == "deepcluster"
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     logs = {"checkpoint.pth", "log.jsonl", "train.log", "args.json"}
-    assert names == {"eval_voc07.json", *(f"voc07/{name}" for name in logs)}
-    lines = [json.loads(x) for x in (tmp_path / "voc07" / "log.jsonl").read_text().splitlines()]
+    assert names == {"eval_voc07_all.json", *(f"voc07/all/{name}" for name in logs)}
+    lines = [
+        json.loads(x) for x in (tmp_path / "voc07" / "all" / "log.jsonl").read_text().splitlines()
+    ]
     assert [line["iteration"] for line in lines] == list(range(2, 60, 3))
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"] and lines[0]["gradient_norm"] > 0
     said = capsys.readouterr().out
@@ -249,7 +251,9 @@ def test_trainval_is_tested_on_test_and_fixed_crops_do(voc, tmp_path):
     argv += ["--lr", "1e-7"]  # so that the scores stay the random ones
     found = run(tmp_path, voc, *argv)
     assert found["settings"]["images"] == 40 and found["settings"]["fc6_8"]
-    lines = [json.loads(x) for x in (tmp_path / "voc07" / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(x) for x in (tmp_path / "voc07" / "fc6_8" / "log.jsonl").read_text().splitlines()
+    ]
     assert [line["lr"] for line in lines] == [5e-8, 2.5e-8]  # iterations 2 and 5
     again = run(tmp_path, voc, *argv)  # all iterations are done: nothing changes
     assert again == found
@@ -266,7 +270,7 @@ def test_the_network_of_a_file_is_fine_tuned(voc, tmp_path):
         *("--model", tmp_path / "alexnet.pth", "--nit", "2", "--stem", "imagenet"),
     )
     assert found["settings"]["sobel"] and found["settings"]["pretrained"].endswith("alexnet.pth")
-    state = torch.load(tmp_path / "out/voc07/checkpoint.pth", weights_only=True)["module"]
+    state = torch.load(tmp_path / "out/voc07/fc6_8/checkpoint.pth", weights_only=True)["module"]
     for name, value in weights.items():
         if name.startswith("features."):
             assert torch.equal(state[f"backbone.{name}"], value), name
@@ -287,11 +291,11 @@ def test_a_stopped_run_goes_on_to_the_last_bit(voc, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(eval_voc07, "multilabel_loss", loss_and_signal)
         assert eval_voc07.main(list(map(str, words))) == 128 + signal.SIGTERM
-    state = torch.load(tmp_path / "parts/voc07/checkpoint.pth", weights_only=True)
-    assert state["iteration"] == 7 and not (tmp_path / "parts/eval_voc07.json").exists()
+    state = torch.load(tmp_path / "parts/voc07/all/checkpoint.pth", weights_only=True)
+    assert state["iteration"] == 7 and not (tmp_path / "parts/eval_voc07_all.json").exists()
     assert run(tmp_path / "parts", voc, *argv) == expected
     parts, whole = (
-        torch.load(tmp_path / name / "voc07/checkpoint.pth", weights_only=True)["module"]
+        torch.load(tmp_path / name / "voc07/all/checkpoint.pth", weights_only=True)["module"]
         for name in ("parts", "whole")
     )
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
@@ -310,8 +314,10 @@ def _whole_run(rank, world_size, folder, argv):
     assert eval_voc07.main([*QUICK, *NETWORK, "--dump_path", str(folder), *argv]) == 0
     if rank > 0:
         return None
-    found = json.loads((Path(folder) / "eval_voc07.json").read_text())
-    state = torch.load(Path(folder) / "voc07/checkpoint.pth", weights_only=True)["module"]
+    found = json.loads(next(Path(folder).glob("eval_voc07_*.json")).read_text())
+    state = torch.load(next(Path(folder).glob("voc07/*/checkpoint.pth")), weights_only=True)[
+        "module"
+    ]
     return found, {name: x.numpy() for name, x in state.items()}
 
 

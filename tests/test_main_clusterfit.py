@@ -181,7 +181,7 @@ def test_layers_of_other_networks_too():
         assert features.shape == (2, 205) and features.min() < 0  # before its ReLU, in place
     with pytest.raises(ValueError, match="--layer top_layer has no part"):
         forward_of_layer(model, "top_layer")(torch.randn(2, 3, 64, 64))
-    with pytest.raises(ValueError, match="--layer layer9 is not in the network, whose modules are"):
+    with pytest.raises(ValueError, match="--layer layer9 is not in the network; near to it are"):
         forward_of_layer(model, "layer9")
 
 

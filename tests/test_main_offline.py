@@ -239,6 +239,11 @@ def test_several_processes_make_the_assignments_and_losses_of_one(tmp_path, meth
     first = {i: x for i, x in expected.items() if i < 10}
     assert {i: x for i, x in found.items() if i < 10} == pytest.approx(first, rel=1e-4)
     assert found == pytest.approx(expected, rel=2e-2)
+    norms = [
+        {x["iteration"]: x["gradient_norm"] for x in read_log(tmp_path / name) if "loss" in x}
+        for name in ("one", "more")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=5e-2)
     before, after = (labels_of(tmp_path / name) for name in ("one", "more"))
     assert (before == after).float().mean() > 0.97  # features of the second differ by rounding
     first = [assignments(tmp_path / name)[0] for name in ("one", "more")]
@@ -398,6 +403,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, 
         ("deepcluster", "--reassign 0", "--reassign"),
         ("deepcluster", "--clustering DBSCAN", "--clustering"),
         ("deepcluster", "--resume /nowhere", "/nowhere"),
+        ("deepcluster", "--resume {deeper}", "another method (deepercluster, not deepcluster)"),
         ("deepcluster", "--start_epoch 2", "--start_epoch 2 begins after epoch 2 of --epochs 2"),
         ("deepercluster", "--epoch 2", "--epoch 2 must be below --epochs 2"),
         ("deepercluster", "--super_classes 6", "use 8, or --rotnet false"),
@@ -410,7 +416,8 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, 
         ("deepercluster", "--size_dataset 100", "--batch_size 128"),
     ],
 )
-def test_bad_options_of_a_method_are_named(tmp_path, capsys, method, argv, words):
+def test_bad_options_of_a_method_are_named(whole, tmp_path, capsys, method, argv, words):
+    argv = argv.format(deeper=whole["deepercluster"][0])
     with pytest.raises(SystemExit) as stop:
         argv = arguments(method, "--dump_path", tmp_path, *argv.split())
         cli.run(lambda: script(method).main(argv))
