@@ -102,6 +102,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_caller_with_its_own_src_and_utils_keeps_them(
     tmp_path, vit, swav, released_vit, released_swav
 ):
@@ -186,6 +187,7 @@ def test_a_released_vit_is_loaded_and_takes_the_options_of_the_network(vit, rele
     assert fresh.pos_embed.shape == (1, 1 + 4, 384) and fresh.register_tokens.shape == (1, 3, 384)
 
 
+@pytest.mark.slow
 def test_the_teacher_of_a_run_is_loaded_whatever_its_crops_and_registers(tmp_path):
     networks = {}
     for seed, name in enumerate(("student", "teacher")):

@@ -126,6 +126,7 @@ def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     assert expected == [{k: v for k, v in x.items() if "seconds" not in k} for x in found]
 
 
+@pytest.mark.slow
 @both
 def test_a_signal_in_the_first_pass_leaves_at_once(tmp_path, monkeypatch, method):
     run = script(method).Run
@@ -194,13 +195,29 @@ def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path,
     "method, argv",
     [
         ("deepclusterv2", "--nmb_prototypes 10 --kmeans_start k-means++ --empty_clusters reseed"),
-        ("deepclusterv2", "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --kmeans_iters 1"),
-        ("deepclusterv2", "--freeze_prototypes_niters 3 --crops_for_assign 0 1 2 --in_chans 1"),
+        pytest.param(
+            "deepclusterv2",
+            "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --kmeans_iters 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "deepclusterv2",
+            "--freeze_prototypes_niters 3 --crops_for_assign 0 1 2 --in_chans 1",
+            marks=pytest.mark.slow,
+        ),
         ("deepclusterv2", "--kmeans_backend faiss --optimizer adamw --base_lr 0.001"),
         ("deepclusterv2", "--precision bf16 --optimizer larc --head_dims 24 16"),
-        ("selav2", "--nmb_prototypes 10 --epsilon 0.01 --sinkhorn_tolerance 1"),
+        pytest.param(
+            "selav2",
+            "--nmb_prototypes 10 --epsilon 0.01 --sinkhorn_tolerance 1",
+            marks=pytest.mark.slow,
+        ),
         ("selav2", "--nmb_reassignments 2 --precision bf16 --freeze_prototypes_niters 0"),
-        ("selav2", "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --workers 2"),
+        pytest.param(
+            "selav2",
+            "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --workers 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_option_trains(tmp_path, method, argv):
@@ -306,6 +323,7 @@ class Spy:
         monkeypatch.setattr(memory_bank.MemoryBank, "push", spying_push)
 
 
+@pytest.mark.slow
 @both
 def test_the_bank_gets_the_embeddings_of_its_crops_and_leaves_out_what_is_not_finite(
     tmp_path, monkeypatch, method
@@ -364,6 +382,7 @@ def test_another_schedule_does_not_assign_in_the_middle_of_an_epoch(tmp_path, mo
     ]
 
 
+@pytest.mark.slow
 def test_heads_of_unequal_sizes_have_the_mean_of_their_ceilings(tmp_path, capsys):
     train("deepclusterv2", tmp_path, "--epochs", 1, "--nmb_prototypes", 2, 50)
     assert f"ln(K) = {(math.log(2) + math.log(50)) / 2:.3f}" in capsys.readouterr().out

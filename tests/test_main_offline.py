@@ -167,7 +167,7 @@ def test_a_run_killed_inside_the_clustering_goes_on_there(whole, tmp_path, monke
     assert torch.equal(labels_of(tmp_path), labels_of(whole["deepercluster"][0]))
 
 
-@pytest.mark.parametrize("moment", ["features", "k-means"])
+@pytest.mark.parametrize("moment", ["features", pytest.param("k-means", marks=slow)])
 def test_deepcluster_leaves_its_clustering_at_once(whole, tmp_path, monkeypatch, moment):
     deepcluster = script("deepcluster")
     name = "extract_features" if moment == "features" else "euclidean_kmeans"
@@ -224,14 +224,9 @@ def on_several(method, folder, processes, *argv):
     return losses(folder)
 
 
-@pytest.mark.parametrize(
-    "method, processes",
-    [
-        ("deepercluster", 2),
-        *(pytest.param(*x, marks=slow) for x in (("deepercluster", 4), ("deepcluster", 2))),
-        pytest.param("deepcluster", 4, marks=slow),
-    ],
-)
+@slow
+@both
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_make_the_assignments_and_losses_of_one(tmp_path, method, processes):
     """8 super-classes: 4 on each of 2 processes, 2 on each of 4; groups of 1 and 2 for 2 clusters."""
     _, expected = train(method, tmp_path / "one", *NO_DRAWS)
@@ -271,6 +266,7 @@ SLOW_OPTIONS = [
     ("deepcluster", "--kmeans_backend faiss --sobel --nmb_crops 1 1 --size_crops 12 8 "
         "--min_scale_crops 0.4 0.2 --max_scale_crops 1 0.5"),
     ("deepercluster", VGG + " --k 9"),
+    ("deepcluster", "--reassign 0.5 --precision bf16 --wd 1e-4 --momentum 0"),
     ("deepercluster", "--size_dataset 700 --nmb_crops 2 --wd 0 --workers 2"),
     ("deepcluster", VGG + " --sobel_padding 2 --niter 1"),
     ("deepercluster", "--super_classes 4 --use_faiss true --precision bf16"),
@@ -280,7 +276,6 @@ SLOW_OPTIONS = [
 @pytest.mark.parametrize(
     "method, argv",
     [
-        ("deepcluster", "--reassign 0.5 --precision bf16 --wd 1e-4 --momentum 0"),
         ("deepercluster", "--rotnet false --super_classes 3 --warm_restart true --dim_pca 999"),
         *(pytest.param(*x, marks=slow) for x in SLOW_OPTIONS),
     ],
@@ -355,7 +350,6 @@ def test_uncurated_images_come_from_flat_folders_and_from_tar_shards(tmp_path):
 
 @pytest.mark.parametrize("method, flags", [
     ("deepcluster", ["--start_epoch", "1"]),
-    ("deepercluster", ["--epoch", "1"]),
     ("deepercluster", ["--epoch", "1", "--start_iter", "4"]),
 ])  # fmt: skip
 def test_a_new_run_begins_where_it_is_told(tmp_path, method, flags):
@@ -383,12 +377,10 @@ def test_a_new_run_begins_where_it_is_told(tmp_path, method, flags):
         ("--unknown 3", "--unknown"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, words):
+def test_bad_input_is_one_sentence_and_status_2(whole, tmp_path, capsys, method, argv, words):
     (tmp_path / "file").write_text("")
-    if "other" in argv:
-        train(METHODS[METHODS[0] == method], tmp_path / "other", "--epochs", 1, "--log_freq", 100)
-        capsys.readouterr()
-    argv = argv.format(file=tmp_path / "file", other=tmp_path / "other").split()
+    other = whole[METHODS[METHODS[0] == method]][0]
+    argv = argv.format(file=tmp_path / "file", other=other).split()
     argv = arguments(method, "--dump_path", tmp_path / "run", *argv)
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: script(method).main(argv))

@@ -218,6 +218,7 @@ def test_digits_are_learned_without_labels(tmp_path):
     assert read_log(tmp_path)[-2]["accuracy"] > 75  # by chance 25
 
 
+@pytest.mark.slow
 def test_data_without_labels_and_broken_files_train_through(few, tmp_path):
     folder = images(tmp_path / "images", 30, broken_every=10)
     argv = (*few, "--data_path", folder, "--epochs", 2, "--knn_freq", 1)
