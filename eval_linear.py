@@ -26,7 +26,6 @@ Kept: SwAV's red standard deviation 0.228 in its protocol; the best epoch by val
 
 import argparse
 import logging
-import signal
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ from src.linear_probe import (
 )
 from src.linear_results import log_epoch, log_progress, report, report_folds
 from src.logger import RunLog, Stopwatch, describe_run, setup_logging
-from src.signals import StopSignal, requeue_slurm_job
+from src.signals import StopSignal, leave
 from src.ten_crops import VIEWS
 from src.voc import TESTED_ON
 
@@ -167,12 +166,12 @@ def main(argv: list[str] | None = None) -> int:
     stop, paths = StopSignal(), []
     for fold in folds:
         if paths and stop.agreed():
-            return stopped(stop)
+            return leave(stop)
         here = folder if fold is None else folder / f"fold{fold}"
         settings["fold"] = None if fold is None else [fold, num_folds]
         probe = train_classifiers(frozen, splits(fold), shape, here, settings, stop, args)
         if probe is None:
-            return stopped(stop)
+            return leave(stop)
         paths.append(out / ("eval_linear.json" if fold is None else f"eval_linear_fold{fold}.json"))
         result = (probe.settings["lrs"], probe.history, probe.settings | named, paths[-1])
         report(*result, not args.pretrained)
@@ -240,16 +239,6 @@ def train_classifiers(frozen, split, shape, folder, settings, stop, args):
             return None
     log.close()
     return probe
-
-
-def stopped(stop):
-    """Leave after a signal: all is saved; under Slurm, have the job run again. Returns the status."""
-    if distributed.is_main():
-        logger.warning("stopped by %s; the same command continues", stop.name)
-    requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
-    stop.restore()
-    distributed.shutdown()
-    return 128 + getattr(signal, stop.name)
 
 
 def open_parts(args, num_folds):

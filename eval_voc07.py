@@ -27,7 +27,6 @@ import argparse
 import json
 import logging
 import math
-import signal
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ from src.evaluation import MODEL_FLAGS, build_network, statistics
 from src.features import extract_features
 from src.linear_probe import fingerprint
 from src.logger import RunLog, Stopwatch, describe_run, duration, setup_logging
-from src.signals import StopSignal, requeue_slurm_job
+from src.signals import StopSignal, leave
 from src.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
 from src.voc import CLASSES, TESTED_ON, multilabel_loss, open_voc
 from src.voc_classifier import VOCClassifier
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         loader = training_images(dataset, *crops, *loading)
         log = RunLog(folder if process.rank == 0 else None, tensorboard=False)
         if train(state, loader, dataset.labels, start, args, stop, log) < args.nit:
-            return stopped(stop)
+            return leave(stop)
         log.close()
     else:
         logger.info("%s is trained for its %d iterations already", folder, start)
@@ -238,16 +237,6 @@ def log_plan(args, dataset, tested, total, state):
         f"{args.nit:,} iterations, learning rate {args.lr:g}, halved every {args.stepsize:,}",
     ):
         logger.info(line)
-
-
-def stopped(stop):
-    """Leave after a signal: all is saved; under Slurm, have the job run again. Returns the status."""
-    if distributed.is_main():
-        logger.warning("stopped by %s; the same command continues", stop.name)
-    requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
-    stop.restore()
-    distributed.shutdown()
-    return 128 + getattr(signal, stop.name)
 
 
 # ============ arguments ============

@@ -24,7 +24,6 @@ import argparse
 import importlib.util
 import logging
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from src.metrics import cluster_health
 from src.optim import parameter_groups
 from src.pseudo_labels import PseudoLabels
 from src.run import Run
+from src.signals import Stopped, leave
 from src.teacher import open_teacher
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             how = (process.device, precision, stop)
             assignments = cluster_dataset(teacher, dataset, folder, *how, args)
         except Stopped:
-            return leave(stop)
+            return leave(stop, "the same command begins the clustering again")
         stop.restore()
     if args.step == "cluster":
         logger.info("%d clusters are in %s; the step fit trains on them", num_clusters, folder)
@@ -263,20 +263,6 @@ def cluster_dataset(teacher, dataset, folder, device, precision, stop, args):
         *(args.nmb_cluster, f"{len(dataset):,}", summary["seconds"], text.format(**health)),
     )
     return assignments
-
-
-class Stopped(Exception):
-    """A signal came during the clustering."""
-
-
-def leave(stop):
-    """Leave after such a signal; nothing is kept of the clustering. Returns the exit status."""
-    if distributed.is_main():
-        logger.warning("stopped by %s; the same command begins the clustering again", stop.name)
-    checkpoint.requeue_slurm_job(stop)
-    stop.restore()
-    distributed.shutdown()
-    return 128 + getattr(signal, stop.name)
 
 
 def log_clusters(args, folder, num_clusters):

@@ -43,6 +43,7 @@ __all__ = [
     "read_weights",
     "requeue_slurm_job",
     "save_checkpoint",
+    "save_together",
     "sections",
 ]
 
@@ -104,6 +105,18 @@ def save_checkpoint(folder: str | Path, state: dict, keep_as: str | None = None)
             f"{target} cannot be written ({cause(reason)}): it needs {size / 1e6:.1f} MB and "
             f"{free:.1f} MB are free; what was saved before is untouched"
         ) from error
+
+
+def save_together(folder: str | Path, state: dict, keep_as: str | None = None) -> None:
+    """save_checkpoint by the main process; all call it, and all raise CheckpointError if it fails."""
+    failed = None
+    if distributed.is_main():
+        try:
+            save_checkpoint(folder, state, keep_as=keep_as)
+        except CheckpointError as error:
+            failed = error
+    if distributed.all_reduce_max(torch.tensor(int(failed is not None))).item():
+        raise failed or CheckpointError("rank 0 could not save, see its message")
 
 
 def load_checkpoint(folder: str | Path) -> dict | None:

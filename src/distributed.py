@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from src.collectives import (
+    TIMEOUT,
     all_gather_rows,
     all_reduce_max,
     all_reduce_sum,
@@ -70,7 +71,7 @@ def slurm_job_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return None if "SUBMITIT_EXECUTOR" in environ else environ.get("SLURM_JOB_ID")
 
 
-def init(device: str = "auto", timeout: float = 1800.0) -> Process:
+def init(device: str = "auto", timeout: float = TIMEOUT) -> Process:
     """Find rank and device; start a process group (nccl on GPUs, else gloo) if there are others.
 
     `timeout` in seconds is how long any collective, the first meeting included, waits for the rest.

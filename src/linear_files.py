@@ -2,25 +2,11 @@
 
 from pathlib import Path
 
-import torch
-
-from src import checkpoint, distributed, resume
+from src import checkpoint, resume
 from src.linear_probe import LinearClassifiers, ManySGD
 
 # What settings of the first versions, which did not name them, were.
 EARLIER = {"momentum": 0.9, "conv_pooling": "max", "tencrops": False, "split": "train"}
-
-
-def save_together(folder: Path, state: dict) -> None:
-    """Save to the folder's checkpoint.pth; all processes call it, one writes. Raises CheckpointError."""
-    failed = None
-    if distributed.is_main():
-        try:
-            checkpoint.save_checkpoint(folder, state)
-        except checkpoint.CheckpointError as error:
-            failed = error
-    if distributed.all_reduce_max(torch.tensor(int(failed is not None))).item():
-        raise failed or checkpoint.CheckpointError("rank 0 could not save, see its message")
 
 
 class Probe:
@@ -44,7 +30,7 @@ class Probe:
             "history": self.history,
             "settings": self.settings,
         }
-        save_together(self.folder, state)
+        checkpoint.save_together(self.folder, state)
 
     def resume(self, start: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Take over what the folder holds: (epoch, samples of it done) to go on from.

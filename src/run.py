@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from src import checkpoint, cli, distributed, plots, resume
 from src.logger import RunLog, duration
 from src.probe import knn_probe, open_validation
 from src.setup import share_buffers
-from src.signals import StopSignal, requeue_slurm_job
+from src.signals import StopSignal, leave
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +68,7 @@ class Run:
             "args": self.arguments,
             "num_images": self.num_images,
         }
-        failed = None
-        if self.process.rank == 0:
-            try:
-                keep_as = f"ckp-{epoch}" if keep else None
-                checkpoint.save_checkpoint(self.folder, state, keep_as=keep_as)
-            except checkpoint.CheckpointError as error:
-                failed = error
-        if distributed.all_reduce_max(torch.tensor(int(failed is not None))).item():
-            raise failed or checkpoint.CheckpointError("rank 0 could not save, see its message")
+        checkpoint.save_together(self.folder, state, keep_as=f"ckp-{epoch}" if keep else None)
 
     def resume(self) -> tuple[int, int]:
         """Take over the newest checkpoint of the folder, if any: (epoch, iteration) to go on from."""
@@ -157,13 +148,8 @@ class Run:
 
     def stopped(self) -> int:
         """Leave after a signal: the run is saved; under Slurm, have it run again. Returns the status."""
-        if self.process.rank == 0:
-            logger.warning("stopped by %s; the same command continues the run", self.stop.name)
         self.log.close()
-        requeue_slurm_job(self.stop)  # before any process leaves: srun then ends the step
-        self.stop.restore()
-        distributed.shutdown()
-        return 128 + getattr(signal, self.stop.name)
+        return leave(self.stop, "the same command continues the run")
 
     # ============ looking at it ============
     def report(self, epoch: int, iteration: int, rates: dict, health: dict, text: str) -> dict:

@@ -100,6 +100,19 @@ def requeue_slurm_job(stop: StopSignal | None = None) -> bool:
     return asked
 
 
+def leave(stop: StopSignal, hint: str = "the same command continues") -> int:
+    """End a process that was asked to stop and has saved; under Slurm, have the job run again.
+
+    hint: what comes next, for people. All processes call it. Returns the exit status.
+    """
+    if distributed.is_main():
+        logger.warning("stopped by %s; %s", stop.name, hint)
+    requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
+    stop.restore()
+    distributed.shutdown()
+    return 128 + getattr(signal, stop.name)
+
+
 def _requeue(job):
     command = ["scontrol", "requeue", job]
     try:

@@ -1,7 +1,7 @@
 """The top layer that is set anew at every clustering, and the classifiers that end in one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,8 @@ class PlainNetwork(Classifier):
     pool: tuple[int, int]  # window and stride
     cells: int  # side of the last map; that of images of another size is averaged to it
     smallest: int  # side in pixels of what the first layer sees, for there to be a last map
+    # (inputs, num_features, dropout) -> layers of (B, inputs) -> (B, num_features), no ReLU at the end
+    linear_layers: Callable[[int, int, float], list[nn.Module]]
 
     def __init__(
         self,
@@ -151,11 +153,6 @@ class PlainNetwork(Classifier):
         trunk = {"features": nn.Sequential(*layers), "classifier": nn.Sequential(*classifier)}
         super().__init__(trunk, num_features, num_classes, sobel, sobel_padding, in_chans)
         self.num_convs = len(planes)
-
-    @staticmethod
-    def linear_layers(inputs: int, num_features: int, dropout: float) -> list[nn.Module]:
-        """Layers of (B, inputs) -> (B, num_features), without a ReLU at the end."""
-        raise NotImplementedError
 
     def forward_backbone(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, S, S) -> (B, num_features), the last linear layer before its ReLU.

@@ -1,8 +1,7 @@
 """DeeperCluster's assignment phase: k-means of all images, then a k-means inside each of its clusters.
 
 Caron et al. 2019, arXiv:1905.01278; thesis, section 3.3.1, "Distributed k-means". Features lie in
-memory-mapped files below the run's folder, and each step leaves a file: what was done when a run is
-stopped or killed, to a chunk of features and an iteration of k-means, is not done again.
+mapped files, and each step leaves one: a run that was killed repeats a chunk and an iteration at most.
 """
 
 import contextlib

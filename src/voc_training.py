@@ -9,7 +9,7 @@ from src import checkpoint, distributed, resume, setup
 from src.augment import apply_draws, draw_parameters
 from src.datasets import EpochSampler, ImageDataset
 from src.linear_features import ONLY_FLIP
-from src.linear_files import check_settings, save_together
+from src.linear_files import check_settings
 from src.multicrop import MultiCropDataset, multicrop_loader
 
 FLIP = {**ONLY_FLIP, "flip_prob": 0.5}
@@ -40,7 +40,9 @@ class Training:
         """Save the state after so many iterations; all processes call it, one writes."""
         parts = {name: getattr(self, name) for name in ("module", "optimizer", "scaler")}
         state = {name: part.state_dict() for name, part in parts.items()}
-        save_together(self.folder, {**state, "iteration": iteration, "settings": self.settings})
+        checkpoint.save_together(
+            self.folder, {**state, "iteration": iteration, "settings": self.settings}
+        )
 
     def resume(self) -> int:
         """Take over what the folder holds; the iterations done, 0 if it holds nothing."""
