@@ -129,12 +129,19 @@ def find_layer(
     return Layer(f"conv{number}", last.module, shape[1], tuple(shape[2:]), uses, rectified)
 
 
-def _named(model, calls, name, usual):
+def module_name(model: nn.Module, name: str) -> tuple[str | None, list[str]]:
+    """The name of a module with what wraps a trunk before it, None if there is none; near names then."""
     names = [known for known, _ in model.named_modules() if known]
     full = next((start + name for start in WRAPPERS if start + name in names), None)
+    if full is not None:
+        return full, []
+    short = [x.removeprefix(start) for start in WRAPPERS for x in names if x.startswith(start)]
+    return None, difflib.get_close_matches(name, list(dict.fromkeys(short)), 4, 0.3)
+
+
+def _named(model, calls, name, usual):
+    full, near = module_name(model, name)
     if full is None:
-        short = [x.removeprefix(start) for start in WRAPPERS for x in names if x.startswith(start)]
-        near = difflib.get_close_matches(name, list(dict.fromkeys(short)), 4, 0.3)
         near = f"near to it are {', '.join(near)}" if near else f"there is {usual}, say"
         raise ValueError(f"--layer {name} is not a module of this network: {near}")
     uses = [call for call in calls if call.name == full]

@@ -1,7 +1,6 @@
 """Features of images by a network that was trained elsewhere, whatever its method; of any layer."""
 
 import argparse
-import difflib
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from src import cli, eval_args
 from src.datasets import ImageDataset, open_dataset
 from src.evaluation import build_network, is_dino, is_transformer, statistics
 from src.features import extract_features
+from src.responses import module_name
 from src.weights import CheckpointError
 
 
@@ -58,15 +58,11 @@ def forward_of_layer(model: nn.Module, layer: str = "") -> Callable[[Tensor], Te
     """
     if not layer:
         return model.forward_backbone
-    modules, found = dict(model.named_modules()), []
-    layer = (
-        layer if layer in modules else f"trunk.{layer}"
-    )  # as runs of main_deepcluster.py name it
-    if layer not in modules:
-        layer = layer.removeprefix("trunk.")
-        near = difflib.get_close_matches(layer, [name for name in modules if name], 5, 0.3)
+    full, near = module_name(model, layer)
+    if full is None:
         near = ", ".join(near or [name for name, _ in model.named_children()])
         raise ValueError(f"--layer {layer} is not in the network; near to it are {near}")
+    found = []
 
     def keep(module, inputs, output):  # at once, as the next layer may work in place
         output = output[0] if isinstance(output, tuple) else output
@@ -80,7 +76,7 @@ def forward_of_layer(model: nn.Module, layer: str = "") -> Callable[[Tensor], Te
             raise ValueError(f"--layer {layer} has no part in the features of the network")
         return found[-1]
 
-    modules[layer].register_forward_hook(keep)
+    model.get_submodule(full).register_forward_hook(keep)
     return forward
 
 
