@@ -16,13 +16,12 @@ bytes and a block, where the plain form holds another copy of the features (two 
 (b) 2 times faster.
 """
 
-import argparse
 import tracemalloc
 
 import numpy as np
 import torch
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from src.pca import fit_whitening, whiten
 from src.sampling import uniform_over_clusters
 
@@ -66,28 +65,29 @@ def held(form, device):
     return tensors + arrays
 
 
-def report(title, forms, repeats, difference, device="cpu"):
+def report(title, forms, repeats, difference, json_file, device="cpu"):
     seconds = median_seconds(list(forms.values()), repeats, 1, device)
     rows = []
     for (name, form), time in zip(forms.items(), seconds, strict=True):
         rows.append([name, time * 1e3, seconds[0] / time, held(form, device), difference(form())])
-    print_table(title, ["form", "ms", "times faster", "MB held", "difference from ours"], rows)
+    header = ["form", "ms", "times faster", "MB held", "difference from ours"]
+    print_table(title, header, rows, json_file)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=3)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--images", type=int, default=1_300_000)
     parser.add_argument("--clusters", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    smoke = {"rows": 500, "size": 32, "dim": 8, "images": 2000, "clusters": 20}
+    args = parse_args(parser, smoke, argv)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(args.rows, args.size, generator=generator).relu()
     features = (features * torch.logspace(0, -1.5, args.size)).to(args.device)
 
-    ours, single = fit_whitening(features, 256), plain_fit(features, 256, np.float32)
+    ours, single = fit_whitening(features, args.dim), plain_fit(features, args.dim, np.float32)
     few = whiten(features[:500], ours).cpu().numpy()
 
     def off(rows):  # by a Gram matrix, as signs are free
@@ -98,18 +98,18 @@ def main():
         plain = isinstance(fit, tuple)
         return off(plain_whiten(features, *fit) if plain else whiten(features, fit))
 
-    shape = f"{args.rows} x {args.size}, d = 256, on {args.device}"
+    shape = f"{args.rows} x {args.size}, d = {args.dim}, on {args.device}"
     forms = {
-        "plain, float32": lambda: plain_fit(features, 256, np.float32),
-        "plain, float64": lambda: plain_fit(features, 256, np.float64),
-        "ours": lambda: fit_whitening(features, 256),
+        "plain, float32": lambda: plain_fit(features, args.dim, np.float32),
+        "plain, float64": lambda: plain_fit(features, args.dim, np.float64),
+        "ours": lambda: fit_whitening(features, args.dim),
     }
-    report(f"fit: {shape}", forms, args.repeats, off_fit, args.device)
+    report(f"PCA, fit: {shape}", forms, args.repeats, off_fit, args.json, args.device)
     forms = {
         "plain, float32": lambda: plain_whiten(features, *single),
         "ours": lambda: whiten(features, ours),
     }
-    report(f"whiten: {shape}", forms, 3 * args.repeats, off, args.device)
+    report(f"PCA, whiten: {shape}", forms, 3 * args.repeats, off, args.json, args.device)
 
     labels = np.random.RandomState(0).randint(0, args.clusters, args.images)
     given = labels, len(labels)
@@ -119,7 +119,7 @@ def main():
         "ours": lambda: uniform_over_clusters(*given, np.random.RandomState(31)),
     }
     title = f"uniform sampler: {args.images} images, {args.clusters} clusters"
-    report(title, forms, args.repeats, lambda x: int((x != expected).sum()))
+    report(title, forms, args.repeats, lambda x: int((x != expected).sum()), args.json)
 
 
 if __name__ == "__main__":

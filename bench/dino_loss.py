@@ -8,12 +8,10 @@ computes a log-softmax for each of the 18 pairs, and keeps it and a negated copy
     python -m bench.dino_loss [--device cuda --batch 64]
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from main_dino import NUM_GLOBAL, DINOLoss
 
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM = 0.1, 0.04, 0.9
@@ -40,15 +38,13 @@ def build_criterion(out_dim, num_crops, device="cpu"):
     return DINOLoss(out_dim, num_crops, *temps).to(device)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=15)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--dtype", default="float32", help="of the scores: float32, bfloat16")
-    parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args()
+    args = parse_args(parser, smoke={"batch": 2, "out_dim": 64, "local_crops": 2}, argv=argv)
     torch.manual_seed(0)
     num_crops = NUM_GLOBAL + args.local_crops
 
@@ -91,7 +87,7 @@ def main():
     header = ["form", "ms", "times faster", "MB", "share of memory"]
     header += ["error of loss", "of gradient", "of center"]
     title = f"DINO loss forward + backward, {num_crops} x {args.batch} x {args.out_dim}"
-    print_table(f"{title}, {args.dtype}, {args.device}", header, rows)
+    print_table(f"{title}, {args.dtype}, {args.device}", header, rows, args.json)
 
 
 if __name__ == "__main__":

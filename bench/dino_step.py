@@ -8,10 +8,9 @@ Floor: the matrix products of both networks, forward and for the student twice t
 of the last layer, (V B) x 256 x K, are alike on both sides.
 
     python -m bench.dino_step
-    python -m bench.dino_step --device cuda --arch vit_small --batch 64 --local_crops 10 --compile
+    python -m bench.dino_step --device cuda --arch vit_small --batch 64 --local_crops 8 --compile
 """
 
-import argparse
 import copy
 from functools import partial
 
@@ -19,8 +18,9 @@ import torch
 
 from bench.dino_loss import build_criterion
 from bench.dino_loss import published as published_loss
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from bench.teacher_update import published as published_update
+from bench.train_step import published_precision, unmarked
 from main_dino import NUM_GLOBAL, update_teacher
 from src import distributed, setup
 from src.backbones import build_backbone
@@ -30,6 +30,7 @@ from src.optim import parameter_groups
 from src.vision_transformer import Attention
 
 CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 1e-5, 0.04
+SMOKE = {"arch": "vit_micro", "patch_size": 4, "batch": 2, "sizes": [16, 8], "out_dim": 64}
 
 
 def attention(module, x, class_only):
@@ -54,14 +55,19 @@ def write_out(network):
     return network
 
 
-def published_step(student, teacher, crops, center, optimizer, scaler, precision):
-    with distributed.autocast(center.device, precision):
+def published_step(student, teacher, crops, center, optimizer, scaler, mark=unmarked):
+    with distributed.autocast(center.device, published_precision(center.device)):
         with torch.no_grad():
             teacher_output = teacher(crops[:NUM_GLOBAL])
-        loss = published_loss(student(crops), teacher_output, center)
+        mark("teacher")
+        student_output = student(crops)
+        mark("forward")
+        loss = published_loss(student_output, teacher_output, center)
     value = loss.item()  # the published loop stops when this is not finite
+    mark("loss")
     optimizer.zero_grad()
     scaler.scale(loss).backward()
+    mark("backward")
     scaler.unscale_(optimizer)
     for p in student.parameters():
         if p.grad is not None:
@@ -70,30 +76,60 @@ def published_step(student, teacher, crops, center, optimizer, scaler, precision
                 p.grad.mul_(factor)
     scaler.step(optimizer)
     scaler.update()
+    mark("optimizer")
     published_update(teacher.parameters(), student.parameters(), MOMENTUM)
+    mark("teacher update")
     return value
 
 
-def our_step(student, teacher, crops, criterion, optimizer, scaler, precision):
+def our_step(student, teacher, crops, criterion, optimizer, scaler, precision, mark=unmarked):
     with distributed.autocast(criterion.center.device, precision):
         with torch.no_grad():
             features = teacher.forward_backbone(torch.cat(crops[:NUM_GLOBAL]))
             teacher_output = teacher.head(features)
+        mark("teacher")
         student_output = student(crops)
+    mark("forward")
     loss = criterion(student_output, teacher_output, 0)
+    mark("loss")
     optimizer.zero_grad()
     scaler.scale(loss).backward()
+    mark("backward")
     scaler.unscale_(optimizer)
     clip_gradients(student.parameters(), CLIP)
     scaler.step(optimizer)
     scaler.update()
+    mark("optimizer")
     update_teacher(list(teacher.parameters()), list(student.parameters()), MOMENTUM)
+    mark("teacher update")
     return loss.detach()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def build_networks(arch, patch_size, img_size, out_dim, drop_path_rate):
+    """Student and teacher that starts as the student, on the CPU."""
+
+    def network(rate):
+        backbone = build_backbone(arch, patch_size, img_size, drop_path_rate=rate)
+        return MultiCropWrapper(backbone, DINOHead(backbone.num_features, out_dim))
+
+    student, teacher = network(drop_path_rate), network(0.0)
+    setup.start_teacher(student, teacher, None)
+    return student, teacher
+
+
+def published_adamw(student):
+    return torch.optim.AdamW(parameter_groups(student), lr=LR, weight_decay=WEIGHT_DECAY)
+
+
+def our_adamw(student):
+    optimizer = setup.build_optimizer("adamw", parameter_groups(student), WEIGHT_DECAY)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    return optimizer
+
+
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=8)
     parser.add_argument("--arch", default="vit_tiny")
     parser.add_argument("--patch_size", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
@@ -105,19 +141,14 @@ def main():
         "--precision", default="auto", help="of ours; on a GPU the published is fp16"
     )
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--repeats", type=int, default=8)
-    args = parser.parse_args()
+    args = parse_args(parser, SMOKE, argv)
     process = distributed.init(args.device)
     device = process.device
     precision = distributed.resolve_precision(args.precision, device)
     torch.manual_seed(0)
-
-    def network(rate):
-        backbone = build_backbone(args.arch, args.patch_size, args.sizes[0], drop_path_rate=rate)
-        return MultiCropWrapper(backbone, DINOHead(backbone.num_features, args.out_dim))
-
-    student, teacher = network(args.drop_path_rate), network(0.0)
-    setup.start_teacher(student, teacher, None)
+    student, teacher = build_networks(
+        args.arch, args.patch_size, args.sizes[0], args.out_dim, args.drop_path_rate
+    )
     their_student, their_teacher = (
         write_out(copy.deepcopy(x)).to(device) for x in (student, teacher)
     )
@@ -132,17 +163,12 @@ def main():
     ]
     center = torch.zeros(1, args.out_dim, device=device)
     criterion = build_criterion(args.out_dim, sum(numbers), device)
-    their_optimizer = torch.optim.AdamW(
-        parameter_groups(their_student), lr=LR, weight_decay=WEIGHT_DECAY
-    )
-    our_optimizer = setup.build_optimizer("adamw", parameter_groups(student), WEIGHT_DECAY)
-    for group in our_optimizer.param_groups:
-        group["lr"] = LR
-    half = "fp16" if device.type == "cuda" else "fp32"
+    their_optimizer, our_optimizer = published_adamw(their_student), our_adamw(student)
+    half = published_precision(device)
     scalers = [distributed.grad_scaler(device, name) for name in (half, precision)]
     forms = {
         "published": lambda: published_step(
-            their_student, their_teacher, crops, center, their_optimizer, scalers[0], half
+            their_student, their_teacher, crops, center, their_optimizer, scalers[0]
         ),
         "ours": lambda: our_step(
             student, teacher, crops, criterion, our_optimizer, scalers[1], precision
@@ -171,6 +197,7 @@ def main():
         f"DINO training step, {title} px, {device}, {half} against {precision}{compiled}",
         [*header, "first loss", "second loss"],
         rows,
+        args.json,
     )
 
 

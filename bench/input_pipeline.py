@@ -13,7 +13,6 @@ crops have to be read and 467 kB written. Everything runs in one process on one 
 With a GPU it also times the colours there: 64 images, copied as uint8 and changed in one batch.
 """
 
-import argparse
 import io
 import random
 import tempfile
@@ -24,7 +23,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
 
-from bench.measure import median_seconds, print_table
+from bench.measure import get_parser, median_seconds, parse_args, print_table
 from src.augment import Augment
 from src.datasets import EpochSampler, open_dataset
 from src.multicrop import MultiCropDataset, multicrop_loader
@@ -74,30 +73,30 @@ def published_transforms():
     return transforms
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=7)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    num, repeats = args.images, args.repeats
+    args = parse_args(parser, smoke={"images": 4}, argv=argv)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        size = write_images(folder, num)
-        measure(folder, num, repeats, size)
+        size = write_images(folder, args.images)
+        measure(folder, args.images, args.repeats, size, args.json)
+    torch.set_num_threads(threads)
     if args.device != "cpu":
-        measure_on_device(args.device, repeats)
+        measure_on_device(args.device, args.repeats, args.json)
 
 
-def measure(folder, num, repeats, file_size):
+def measure(folder, num, repeats, file_size, json_file):
     paths = sorted(folder.iterdir())
     transforms = published_transforms()
     cropping = [transform.transforms[0] for transform in transforms]
     dataset = open_dataset(str(folder))
     crops = MultiCropDataset(dataset, NUM_CROPS, SIZES, LOW, HIGH)
-    sampler = EpochSampler(num, BATCH, 0, 1, seed=0)
-    loader = multicrop_loader(crops, sampler, BATCH, 0, "cpu")
+    batch_size = min(BATCH, num)
+    sampler = EpochSampler(num, batch_size, 0, 1, seed=0)
+    loader = multicrop_loader(crops, sampler, batch_size, 0, "cpu")
     augment, generator = Augment(MEAN, STD), torch.Generator().manual_seed(0)
     batches = list(loader)
 
@@ -139,7 +138,7 @@ def measure(folder, num, repeats, file_size):
     whole, loading, everything, pil_decode, pil_crops, decoding, colours = times
     print_table(
         f"input pipeline, 2x224 + 6x96 from {num} JPEGs of 500x375 ({file_size / 1e3:.0f} kB)",
-        ["one core", "ms/image", "images/s", "times published"],
+        ["one core", "ms/image", "images/s", "times faster"],
         [
             ["published, per sample (PIL)", whole * 1e3, 1 / whole, 1.0],
             [
@@ -150,6 +149,7 @@ def measure(folder, num, repeats, file_size):
             ],
             ["ours, colours on the CPU", everything * 1e3, 1 / everything, whole / everything],
         ],
+        json_file,
     )
     rows = [
         ["decode", pil_decode, decoding],
@@ -157,13 +157,14 @@ def measure(folder, num, repeats, file_size):
         ["photometry, to float, normalise", whole - pil_crops, colours],
     ]
     print_table(
-        "where it goes, ms an image",
-        ["part", "published", "ours", "ratio"],
+        "input pipeline, where it goes, ms an image",
+        ["part", "published", "ours", "times faster"],
         [[name, a * 1e3, b * 1e3, a / b] for name, a, b in rows],
+        json_file,
     )
 
 
-def measure_on_device(device, repeats, batch_size=64):
+def measure_on_device(device, repeats, json_file, batch_size=64):
     """Copying a pinned uint8 batch to the device, and its photometry there."""
     batch = [
         torch.randint(0, 256, (batch_size, number, size, size, 3), dtype=torch.uint8)
@@ -186,6 +187,7 @@ def measure_on_device(device, repeats, batch_size=64):
             [name, t * 1e3, t / batch_size * 1e6]
             for name, t in zip(["copy of uint8", "photometry", "both"], times, strict=True)
         ],
+        json_file,
     )
 
 

@@ -13,14 +13,12 @@ copy of the features (51 MB), and either a block of scores (8 MB on a CPU) or su
 Targets on two threads: (a) 20 times faster, (b) 1.8 times, within 100 MB.
 """
 
-import argparse
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from src.kmeans import assign, initial_centroids, spherical_kmeans
 from src.kmeans_start import extent
 from src.kmeans_sums import exact_rows, member_sums
@@ -68,14 +66,12 @@ def m_step(features, assignments, centroids, exact):
     return F.normalize(means, dim=1).float()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=3)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--clusters", type=int, default=3000)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--part", choices=["m_step", "all"], default="all")
-    args = parser.parse_args()
+    args = parse_args(parser, smoke={"rows": 1000, "clusters": 20}, argv=argv)
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(args.rows, 128, generator=generator)).to(args.device)
     start = initial_centroids(features, args.clusters, seed=0)
@@ -117,7 +113,8 @@ def report(title, forms, args, repeats, difference):
         extra = peak_megabytes(form, args.device)
         rows.append([name, time * 1e3, seconds[0] / time, extra, f"{difference(form()):.1e}"])
     header = ["form", "ms", "times faster", "MB beyond features", "difference from ours"]
-    print_table(f"{title}: {args.rows} x 128, K = {args.clusters}", header, rows)
+    title = f"k-means, {title}: {args.rows} x 128, K = {args.clusters}, {args.device}"
+    print_table(title, header, rows, args.json)
 
 
 if __name__ == "__main__":

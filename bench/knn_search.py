@@ -1,6 +1,6 @@
 """k-NN of 10,000 queries among 50,000 features of 384 dimensions, for k = 10, 20, 100 and 200.
 
-    python -m bench.knn_search [--device cpu|cuda] [--small]
+    python -m bench.knn_search [--device cpu|cuda]
 
 Both sides return the votes of every query for every k. Published: for each k a search of its own,
 in 100 chunks of queries: product, topk over all training rows, one-hot labels weighted and summed.
@@ -11,12 +11,10 @@ in float32 2.0 s at 190 GFLOP/s (2 CPU cores) and 6 ms at 60 TFLOP/s (H200). Hel
 one block of 512 x 50,000 similarities, 102 MB. Targets: 2 times faster, within 500 MB.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from src.knn import knn_votes
 
 KS = [10, 20, 100, 200]
@@ -39,15 +37,12 @@ def published_votes(train, labels, queries, k):
     return torch.cat(votes)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--small", action="store_true", help="a tenth of either side, to try it out"
-    )
-    args = parser.parse_args()
-    num_train, num_queries = (5000, 1000) if args.small else (50000, 10000)
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=3)
+    parser.add_argument("--train", type=int, default=50_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    args = parse_args(parser, smoke={"train": 500, "queries": 100}, argv=argv)
+    num_train, num_queries = args.train, args.queries
     generator = torch.Generator().manual_seed(0)
     train, queries = (
         F.normalize(torch.randn(n, 384, generator=generator)).to(args.device)
@@ -84,7 +79,7 @@ def main():
         ["one product without search", times[3], times[0] / times[3], "-"],
     ]
     title = f"k-NN votes, {num_queries} queries among {num_train}, k = {KS}, {args.device}"
-    print_table(title, ["", "seconds", "times faster", "peak MB"], rows)
+    print_table(title, ["form", "seconds", "times faster", "peak MB"], rows, args.json)
     print(f"votes differ by at most {max(differences):.1e} of the largest vote")
 
 

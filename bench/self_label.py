@@ -9,13 +9,12 @@ and prototypes. The second table shows that what this holds does not grow with N
     python -m bench.self_label [--device cuda --rows 1281167]
 """
 
-import argparse
 import logging
 
 import torch
 import torch.nn.functional as F
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from src.self_label import self_labels
 
 TEMPERATURE, EPSILON = 0.1, 0.05
@@ -46,15 +45,14 @@ def clustered(num_rows, num_prototypes, dim, device):
     return rows, F.normalize(near + torch.randn_like(near) / dim**0.5, dim=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=1)
     parser.add_argument("--rows", type=int, default=20000)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--prototypes", type=int, default=3000)
     parser.add_argument("--iterations", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=1)
-    args = parser.parse_args()
+    smoke = {"rows": 400, "dim": 16, "prototypes": 30, "iterations": 4}
+    args = parse_args(parser, smoke, argv)
     logging.getLogger("src.self_label").setLevel(logging.ERROR)  # these do not converge: no warning
     torch.manual_seed(0)
     data = clustered(args.rows, args.prototypes, args.dim, args.device)
@@ -83,7 +81,7 @@ def main():
         rows.append([name, times[i] * 1e3, *ratios, f"{same:.3f}"])
     header = ["form", "ms an iteration", "times faster", "s once", "MB", "share", "% same labels"]
     title = f"Assignment of {args.rows} x {args.dim} to {args.prototypes}, {args.device}"
-    print_table(title, header, rows)
+    print_table(title, header, rows, args.json)
 
     rows = []
     for num_rows in (args.rows // 4, args.rows // 2, args.rows):
@@ -92,7 +90,7 @@ def main():
         matrix = num_rows * args.prototypes * 8 / 1e6
         rows.append([num_rows, megabytes, matrix, megabytes / matrix])
     header = ["N", "MB, scores computed anew", "MB of N x K in float64", "ratio"]
-    print_table("Memory beyond the input", header, rows)
+    print_table("Memory beyond the input", header, rows, args.json)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ about 8 passes over 49 MB a crop, or 0.1 ms of an H200's 4.3 TB/s; the published
     python -m bench.sinkhorn [--device cuda]
 """
 
-import argparse
-
 import torch
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from src.sinkhorn import sinkhorn
 
 
@@ -28,13 +26,11 @@ def published(scores, epsilon=0.05, iterations=3):
     return q.t()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=15)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--prototypes", type=int, default=3000)
-    parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args()
+    args = parse_args(parser, smoke={"batch": 64, "prototypes": 30}, argv=argv)
     torch.manual_seed(0)
     shape = (args.batch, args.prototypes)
     crops = [torch.rand(shape, device=args.device) * 2 - 1 for _ in range(2)]
@@ -57,7 +53,7 @@ def main():
         extra = peak_megabytes(form, args.device)
         rows.append([name, time * 1e3, seconds[0] / time, extra, error])
     header = ["form", "ms", "times faster", "MB beyond input", "max difference"]
-    print_table(f"Sinkhorn, two crops of {args.batch} x {args.prototypes}", header, rows)
+    print_table(f"Sinkhorn, two crops of {args.batch} x {args.prototypes}", header, rows, args.json)
 
 
 if __name__ == "__main__":

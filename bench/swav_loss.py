@@ -6,13 +6,13 @@ of one exponential per score. The published form computes a log-softmax for each
     python -m bench.swav_loss [--device cuda]
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
-from bench.measure import median_seconds, peak_megabytes, print_table
+from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from src.losses import swapped_cross_entropy
+
+NUM_CROPS = 8
 
 
 def published(scores, assignments, temperature=0.1):
@@ -36,14 +36,16 @@ def ours(scores, assignments, temperature=0.1):
     return swapped_cross_entropy(views, assignments, [0, 1], temperature, weight)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=30)
-    args = parser.parse_args()
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=30)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--prototypes", type=int, default=3000)
+    args = parse_args(parser, smoke={"batch": 4, "prototypes": 30}, argv=argv)
     torch.manual_seed(0)
-    scores = (torch.rand(8 * 64, 3000, device=args.device) * 2 - 1).requires_grad_()
-    assignments = [torch.softmax(torch.rand(64, 3000, device=args.device) * 20, 1) for _ in "01"]
+    shape = (args.batch, args.prototypes)
+    scores = torch.rand(NUM_CROPS * args.batch, args.prototypes, device=args.device) * 2 - 1
+    scores.requires_grad_()
+    assignments = [torch.softmax(torch.rand(shape, device=args.device) * 20, 1) for _ in range(2)]
 
     def step(loss):
         def run():
@@ -62,7 +64,8 @@ def main():
         ratio, share = seconds[0] / seconds[i], megabytes[i] / megabytes[0]
         rows.append([name, seconds[i] * 1e3, ratio, megabytes[i], share, f"{error:.0e}"])
     header = ["form", "ms", "times faster", "MB", "share of memory", "relative error of gradient"]
-    print_table("SwAV loss forward + backward, 8 x 64 x 3000", header, rows)
+    title = f"SwAV loss forward + backward, {NUM_CROPS} x {args.batch} x {args.prototypes}"
+    print_table(title, header, rows, args.json)
 
 
 if __name__ == "__main__":

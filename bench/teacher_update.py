@@ -8,11 +8,9 @@ and student and writing the teacher. The published form makes 7n: mul 2, product
     python -m bench.teacher_update [--device cuda]
 """
 
-import argparse
-
 import torch
 
-from bench.measure import median_seconds, print_table
+from bench.measure import get_parser, median_seconds, parse_args, print_table
 from main_dino import update_teacher
 from src.backbones import build_backbone
 from src.heads import DINOHead, MultiCropWrapper
@@ -32,14 +30,12 @@ def make_parameters(args):
     return [p.detach().to(args.device) for p in network.parameters()]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+def main(argv=None):
+    parser = get_parser(__doc__, repeats=20)
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--patch_size", type=int, default=16)
     parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--repeats", type=int, default=20)
-    args = parser.parse_args()
+    args = parse_args(parser, smoke={"arch": "vit_micro", "out_dim": 64}, argv=argv)
     torch.manual_seed(0)
     student, theirs = make_parameters(args), make_parameters(args)
     ours = [p.clone() for p in theirs]
@@ -60,7 +56,7 @@ def main():
         f"Teacher update, {args.arch}, {len(student)} tensors, {size / 1e6:.0f} MB, {args.device}"
     )
     header = ["form", "ms", "times faster", "passes", "GB/s"]
-    print_table(title, header, rows)
+    print_table(title, header, rows, args.json)
     print(f"largest difference of a parameter after the first update: {worst:.0e}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src.gradients import norms, same_kind
 
@@ -26,7 +26,7 @@ class LARC(torch.optim.Optimizer):
     scaled nor decayed. Norms are taken in float32; a norm that overflows gives a = 0.
 
     It can stand wherever the optimizer can (schedulers, GradScaler, closures, checkpoints).
-    Unlike with apex, what the gradients hold after a step, scaled or not, is not defined.
+    As with apex, the gradients hold a (g + weight_decay p) after a step.
     Raises ValueError on a trust coefficient that is not positive.
     """
 
@@ -70,15 +70,18 @@ class LARC(torch.optim.Optimizer):
         """One step; returns the loss of `closure` (called once, before the norms) or None."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        constants = self.trust_coefficient, self.clip, self.eps
-        if _is_plain_sgd_on_cpu(self.optim):
-            _larc_sgd_on_cpu(self.optim, *constants)
-            return loss
         decays = [group.get("weight_decay", 0) for group in self.param_groups]
         try:
             for group, decay in zip(self.param_groups, decays, strict=True):
                 for params in same_kind(p for p in group["params"] if p.grad is not None):
-                    _scale_gradients(params, group["lr"], decay, *constants)
+                    _scale_gradients(
+                        params,
+                        lr=group["lr"],
+                        weight_decay=decay,
+                        trust_coefficient=self.trust_coefficient,
+                        clip=self.clip,
+                        eps=self.eps,
+                    )
                 if decay:
                     group["weight_decay"] = 0
             self.optim.step()
@@ -89,7 +92,7 @@ class LARC(torch.optim.Optimizer):
         return loss
 
 
-def _scale_gradients(params, lr, weight_decay, trust_coefficient, clip, eps):
+def _scale_gradients(params, *, lr, weight_decay, trust_coefficient, clip, eps):
     """In place g <- a (g + weight_decay p) for parameters of one kind, nothing read by the host."""
     grads = [p.grad for p in params]
     param_norms, grad_norms = norms(params), norms(grads)  # (n,)
@@ -102,56 +105,6 @@ def _scale_gradients(params, lr, weight_decay, trust_coefficient, clip, eps):
     if weight_decay:
         torch._foreach_add_(grads, params, alpha=weight_decay)
     torch._foreach_mul_(grads, ratios.unbind())
-
-
-def _is_plain_sgd_on_cpu(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether _larc_sgd_on_cpu does all that `optimizer.step` would do."""
-    if type(optimizer) is not torch.optim.SGD or "step" in vars(optimizer):  # a scheduler counts
-        return False
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return not hooks and all(
-        group["momentum"] > 0
-        and not (group["dampening"] or group["nesterov"] or group["maximize"])
-        and all(p.device.type == "cpu" for p in group["params"] if p.grad is not None)
-        for group in optimizer.param_groups
-    )
-
-
-def _larc_sgd_on_cpu(optimizer, trust_coefficient, clip, eps):
-    """LARC and SGD with momentum, tensor by tensor, so that a tensor is read while still in cache.
-
-    m <- momentum m + a (g + weight_decay p),  p <- p - lr m: SGD's fused kernel, dampening 1 - a.
-    7 passes over memory, 2 of them for norms; scaling all gradients and then stepping makes 17.
-    """
-    for group in optimizer.param_groups:
-        lr, momentum = float(group["lr"]), group["momentum"]
-        options = {"lr": lr, "momentum": momentum, "nesterov": False, "maximize": False}
-        for p in (p for p in group["params"] if p.grad is not None):
-            g, state, decay = p.grad, optimizer.state[p], group["weight_decay"]
-            m = state.get("momentum_buffer")
-            if m is None:
-                m = state["momentum_buffer"] = torch.zeros_like(p)
-            param_norm, grad_norm = norms([p]).item(), norms([g]).item()
-            if param_norm == 0 or grad_norm == 0:
-                ratio, decay = 1.0, 0.0
-            else:
-                ratio = trust_coefficient * param_norm / (grad_norm + decay * param_norm + eps)
-                if clip:
-                    ratio = min(ratio / (lr + TINY), 1.0)
-            if ratio > 1e-6 and _same_memory(p, g, m):  # below, 1 - a would lose the digits of a
-                options |= {"weight_decay": decay, "dampening": 1 - ratio}
-                torch._fused_sgd_([p], [g], [m], is_first_step=False, **options)
-            else:
-                m.mul_(momentum).add_(g, alpha=ratio).add_(p, alpha=ratio * decay)
-                p.add_(m, alpha=-lr)
-
-
-def _same_memory(*tensors: Tensor) -> bool:
-    """Whether the elements of all lie in one order without gaps, as the fused kernel takes them."""
-    return len({t.dtype for t in tensors}) == 1 and any(
-        all(t.is_contiguous(memory_format=order) for t in tensors)
-        for order in (torch.contiguous_format, torch.channels_last)
-    )
 
 
 class LARS(torch.optim.Optimizer):
