@@ -88,10 +88,14 @@ def hierarchical_loss(
 
 
 def rotate(crops: Tensor, rotations: Tensor) -> Tensor:
-    """Crops (B, C, S, S), each turned counter-clockwise by its number (B,) of quarter turns."""
+    """Crops (B, C, S, S), each turned counter-clockwise by its number (B,) of quarter turns.
+
+    rotations: on the CPU, where finding the rows of a number costs a GPU no wait.
+    """
     turned = crops.clone()
     for quarter_turns in (1, 2, 3):
-        rows = (rotations == quarter_turns).nonzero().flatten().to(crops.device)
+        rows = (rotations == quarter_turns).nonzero().flatten()
+        rows = rows.to(crops.device, non_blocking=True)  # else the host waits for the GPU
         turned[rows] = torch.rot90(crops[rows], quarter_turns, (2, 3))
     return turned
 

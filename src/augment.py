@@ -85,16 +85,21 @@ class Augment:
             raise ValueError(f"mean {mean} and std {std} need one value a channel, std above 0")
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)  # (C, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.normalisation = {}  # mean and 1 / std by device, copied there once
         self.options = {**probabilities, "color_jitter": color_jitter, "blur_sigma": blur_sigma}
 
     def __call__(self, batch, generator):
         counts = [images.shape[1] for images in batch]
         draws = draw_parameters(generator, sum(counts), len(batch[0]), **self.options)
+        device = batch[0].device
+        if device not in self.normalisation:
+            self.normalisation[device] = _normalisation(self.mean, self.std, device)
+        mean, scale = self.normalisation[device]
         crops, start = [], 0
         for images, count in zip(batch, counts, strict=True):
             flat = images.transpose(0, 1).flatten(0, 1)  # (n_r * B, C, S, S), crop-major
             rows = slice(start, start + len(flat))
-            out = apply_draws(flat, draws[rows], self.mean, self.std)
+            out = _apply_draws(flat, draws[rows], mean, scale)
             crops += out.view(count, -1, *out.shape[1:]).unbind(0)
             start = rows.stop
         return crops
@@ -148,8 +153,17 @@ def apply_draws(images, draws: Draws, mean, std) -> torch.Tensor:
 
     mean, std: `(C, 1, 1)`. On a CPU a few samples at a time, on other devices all at once.
     """
+    mean, scale = _normalisation(mean, std, images.device)
+    return _apply_draws(images, draws, mean, scale)
+
+
+def _normalisation(mean, std, device):
+    """What to subtract and what to multiply by, on the device; the quotient is the CPU's."""
+    return mean.to(device, non_blocking=True), (1 / std).to(device, non_blocking=True)
+
+
+def _apply_draws(images, draws, mean, scale):
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    mean, scale = (x.to(out.device, non_blocking=True) for x in (mean, 1 / std))
     peaks = photometry.hue_peaks(draws.factors[:, 3])  # (N, 3)
     kernels = photometry.blur_kernels(draws.sigma)  # (N, r + 1)
     radii = (kernels > 0).sum(axis=1) - 1  # 0 without blur
@@ -192,8 +206,8 @@ def _apply_steps(x, values, steps):
     # One transfer of all indices and one of all values, whatever the number of steps.
     rows = np.concatenate([rows for *_, rows in steps])
     sizes = [len(rows) for *_, rows in steps]
-    values = torch.from_numpy(values[rows])[:, :, None, None].to(x.device, non_blocking=True)
-    indices = torch.from_numpy(rows).to(x.device, non_blocking=True).split(sizes)
+    values = _on_device(values[rows], x.device)[:, :, None, None]
+    indices = _on_device(rows, x.device).split(sizes)
     for (name, columns, rows), index, own in zip(steps, indices, values.split(sizes), strict=True):
         if rows[-1] - rows[0] < len(rows):  # neighbours: no copy is needed
             _operate(name, x[rows[0] : rows[-1] + 1], own, columns)
@@ -201,6 +215,16 @@ def _apply_steps(x, values, steps):
             part = x.index_select(0, index)
             _operate(name, part, own, columns)
             x.index_copy_(0, index, part)
+
+
+def _on_device(array, device):
+    """A numpy array on the device, for which the host does not wait.
+
+    Without pinned memory, CUDA may wait with more than 64 KB until its stream has come that far.
+    """
+    tensor = torch.from_numpy(array)
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def _operate(name, x, values, columns):

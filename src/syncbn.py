@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from src.distributed import Process
+from src.distributed import Process, new_groups
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,9 @@ def sync_batchnorm(model: nn.Module, kind: str, group_size: int, process: Proces
         else:
             group = create_syncbn_process_group(size)
             return convert_syncbn_model(model, process_group=group)
-    # A process can only use groups that all processes have created, in the same order.
-    group = None
-    for start in range(0, world_size if size < world_size else 0, size):
-        candidate = dist.new_group(list(range(start, start + size)))
-        if start <= process.rank < start + size:
-            group = candidate
+    starts = range(0, world_size, size)
+    groups = new_groups([range(start, start + size) for start in starts])
+    group = groups[process.rank // size]
     if process.device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     for module in model.modules():
