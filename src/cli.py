@@ -154,6 +154,7 @@ def run(main: Callable[[], int | None]) -> None:
     Exit status 2 for input that is wrong, a file or folder included, 1 for a run that cannot go on.
     The traceback goes to train.log, if the run has got as far as opening it.
     """
+    distributed.settle_vector_functions()
     try:
         status = main()
     except (ValueError, OSError, RunError) as error:

@@ -49,6 +49,11 @@ __all__ = [  # scripts and modules have the collectives from here
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What torch hands to MKL's vector mathematics on a CPU, in float32 and float64.
+VECTOR_FUNCTIONS = (
+    torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp,
+    torch.log, torch.log10, torch.log2, torch.sin, torch.sqrt, torch.tan, torch.tanh, torch.trunc,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,22 @@ class Process(Launch):
 
 
 # ============ start and end ============
+
+
+def settle_vector_functions() -> None:
+    """Let MKL choose its kernels for this processor, before anything is computed on several threads.
+
+    MKL chooses the kernel of each vector function at its first call. Where that call comes from two
+    threads at once, one of them may take another, coarser kernel for its part: relative errors of
+    1.5e-4 in the first torch.exp of one process in some hundreds (torch 2.14 with MKL 2024.2 on an
+    Intel Xeon), and so runs that are not repeated to the last bit. A tensor this small is computed
+    on one thread. The choice holds for the process and for those that are forked from it. Called
+    first by all that starts a process: src.cli.run, init below, the tests and their ranks.
+    """
+    for dtype in (torch.float32, torch.float64):
+        numbers = torch.full((16,), 0.5, dtype=dtype, device="cpu")
+        for function in VECTOR_FUNCTIONS:
+            function(numbers)
 
 
 def read_environment(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -77,6 +98,7 @@ def init(device: str = "auto", timeout: float = TIMEOUT) -> Process:
     `timeout` in seconds is how long any collective, the first meeting included, waits for the rest.
     A group that is up already is used. Raises ValueError or ConnectionError with what to change.
     """
+    settle_vector_functions()
     launch = read_launch(os.environ)
     if has_group():
         launch = Launch(dist.get_rank(), dist.get_world_size(), launch.local_rank, launch.launcher)

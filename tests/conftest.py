@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (two cores), no GPU noise, the golden arrays."""
+"""Shared by all tests: one thread unless OMP_NUM_THREADS says otherwise, the golden arrays."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from src import distributed
+
 GOLDEN = Path(__file__).parent / "golden"
-# Of the processes that tests start; a value that OpenMP cannot read would be a line on stderr.
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Also of the processes that tests start. A value that OpenMP cannot read would be a line on stderr.
+if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+distributed.settle_vector_functions()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="of the tests in tests/gpu: cuda or cpu")
 
 
 @pytest.fixture(scope="session")

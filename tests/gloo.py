@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from src import distributed
+
 # The fork server imports once what test modules import; each rank is then a cheap fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -61,8 +63,14 @@ def run_ranks(function, world_size, *args):
         return [collected[rank] for rank in range(world_size)]
 
 
+def settle():
+    """What a fresh process does first: as many threads as the tests have, and src.distributed's."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which tests.conftest has set
+    distributed.settle_vector_functions()
+
+
 def _rank_main(function, rank, world_size, folder, results, args):
-    torch.set_num_threads(1)
+    settle()
     result, error = None, None
     try:
         dist.init_process_group(
@@ -124,7 +132,7 @@ def start_mains(script, folder, argv, world_size):
 
 
 def _call_main(script, argv, log, environ):
-    torch.set_num_threads(1)
+    settle()
     os.environ.update(environ)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):

@@ -3,6 +3,43 @@
 import numpy as np
 
 
+# ============ labels ============
+def margins(scores):
+    """(N,): how far the largest entry of each row of scores (N, K) is above the next, in float64."""
+    scores = np.asarray(scores, np.float64)
+    if scores.shape[1] == 1:
+        return np.full(len(scores), np.inf)
+    second, first = np.partition(scores, -2, axis=1)[:, -2:].T
+    return first - second
+
+
+def assert_best(labels, scores, tolerance):
+    """Each label (N,) names an entry of its row of scores (N, K) that is within `tolerance` of the largest.
+
+    scores: from a computation in float64. tolerance: a number or (N,), what rounding may move an
+    entry by. Entries that lie no further apart tie: processors that sum in different orders choose
+    differently among them, and all of them are right.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
+    assert labels.shape == scores.shape[:1] and labels.min() >= 0
+    short = scores.max(1) - np.take_along_axis(scores, labels[:, None], 1)[:, 0]
+    wrong = np.flatnonzero(~(short <= tolerance))
+    assert not len(wrong), f"row {wrong[0]}: {labels[wrong[0]]} is {short[wrong[0]]} below the best"
+
+
+def assert_nearest(ids, scores, tolerance):
+    """ids (N, k) are the k largest of each row of scores (N, M), the largest first, none of them twice.
+
+    scores: from a computation in float64. Entries that lie no further apart than `tolerance`, what
+    rounding may move one by, tie, and may stand in any order.
+    """
+    ids, scores = np.asarray(ids), np.asarray(scores, np.float64)
+    assert len(ids) == len(scores) and all(len(set(row)) == len(row) for row in ids.tolist())
+    best = -np.sort(-scores, axis=1)[:, : ids.shape[1]]
+    np.testing.assert_allclose(np.take_along_axis(scores, ids, 1), best, rtol=0, atol=tolerance)
+
+
+# ============ losses and assignments ============
 def log_softmax(x):
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -1,6 +1,5 @@
 """Starting, killing and reading training runs, and making images for them: what their tests share."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -27,10 +26,7 @@ def start(script, folder, *argv, processes=1, **options):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launcher, script, "--dump_path", str(folder), *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, **{**pipes, **options}
-    )
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **{**pipes, **options})
 
 
 def wait_for_lines(folder, process, lines):

@@ -156,7 +156,7 @@ def test_kill_9_at_random_moments(tmp_path):
     random.seed(0)
     for trial in range(6):
         folder = tmp_path / str(trial)
-        reached = CONTEXT.Value("i", 0)
+        reached = CONTEXT.Value("i", 0, lock=False)  # a killed process would keep the lock
         process = CONTEXT.Process(target=_save_for_ever, args=(folder, reached))
         process.start()
         while reached.value < 2:

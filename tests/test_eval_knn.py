@@ -40,6 +40,11 @@ def top1(rows, features="backbone", labels="all", k=20):
     return row["top1"]
 
 
+def nearly(rows):
+    """Rows whose accuracies may be off by two of 500 images: some votes tie but for rounding."""
+    return [pytest.approx(row, abs=0.41) for row in rows]
+
+
 @pytest.fixture
 def images(tmp_path):
     """A folder of two classes, red and blue noise, that nothing splits: 20 images each."""
@@ -471,9 +476,8 @@ def test_the_neighbour_sheet_shows_images_and_frames_them_by_label(tmp_path, ima
 
 def test_faiss_gives_the_same_table(tmp_path):
     pytest.importorskip("faiss")
-    assert (
-        evaluate(tmp_path, *NETWORK)[0] == evaluate(tmp_path, *NETWORK, "--knn_backend", "faiss")[0]
-    )
+    expected, _ = evaluate(tmp_path, *NETWORK)
+    assert evaluate(tmp_path, *NETWORK, "--knn_backend", "faiss")[0] == nearly(expected)
 
 
 # ============ features on disk ============
@@ -553,14 +557,14 @@ def test_two_processes_under_torchrun_give_the_table_of_one(tmp_path):
     one, _ = script(tmp_path, "one", [], *argv, "--dump_features", tmp_path / "dump")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     two, said = script(tmp_path, "two", torchrun, *argv)
-    assert two == one
+    assert two == nearly(one)
     assert said.count("top-1") == 1 and said.count("written to") == 1  # one process speaks
     # what one process dumped, two load
     loaded, _ = script(
         *(tmp_path, "three", torchrun, "--load_features", tmp_path / "dump"),
         *("--labels_per_class", 5, "--draws", 3, "--seed", 3),
     )
-    assert loaded == [row for row in one if row["features"] == "backbone"]
+    assert loaded == nearly([row for row in one if row["features"] == "backbone"])
 
 
 @pytest.mark.slow

@@ -118,7 +118,8 @@ def test_every_classifier_is_what_pytorch_trains_with_its_learning_rate_alone(ne
         torch.testing.assert_close(together.linear.bias[i], linear.bias, atol=1e-5, rtol=1e-4)
         together.eval()
         scores = together(features)[i]
-        torch.testing.assert_close(scores, alone.eval()(features), atol=1e-4, rtol=1e-4)
+        # of about 100 at the largest rate, which makes much of what float32 rounds
+        torch.testing.assert_close(scores, alone.eval()(features), atol=1e-4, rtol=1e-3)
         together.train()
 
 

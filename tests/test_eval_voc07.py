@@ -323,13 +323,15 @@ def _whole_run(rank, world_size, folder, argv):
 
 @pytest.mark.parametrize("fc6_8", ["true", "false"])
 def test_two_processes_equal_one(voc, tmp_path, fc6_8):
+    """At a rate that does not diverge, which would make much of what float32 rounds."""
     argv = ["--data_path", str(voc), "--fc6_8", fc6_8, "--train_batchnorm", "1", "--nit", "5"]
+    argv += ["--lr", "0.001"]
     one, weights = _whole_run(0, 1, tmp_path / "one", [*argv, "--batch_size", "10"])
     (two, state), _ = run_ranks(_whole_run, 2, tmp_path / "two", [*argv, "--batch_size", "5"])
     assert two["settings"] == one["settings"]
     assert two["map"] == pytest.approx(one["map"], abs=1e-6)
     for name, value in weights.items():
-        np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_batches_go_on_in_the_middle_of_an_epoch_and_depend_on_no_process(voc):

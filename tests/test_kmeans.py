@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from src import kmeans, kmeans_start, kmeans_sums
 from src.kmeans import assign, euclidean_kmeans, initial_centroids, spherical_kmeans
 from tests.gloo import run_ranks
+from tests.reference import assert_best
 
 BOTH = pytest.mark.parametrize("cluster", [spherical_kmeans, euclidean_kmeans])
 
@@ -29,16 +30,22 @@ def blobs(num_blobs, per_blob, size, noise=0.02, seed=0):
     return F.normalize(rows, dim=1), labels
 
 
+def closeness(features, centroids, spherical):
+    """(n, K) in float64: x.c if spherical, else -|x - c|^2 / 2; the largest of a row is its label."""
+    features, centroids = np.asarray(features, np.float64), np.asarray(centroids, np.float64)
+    if spherical:
+        return features @ centroids.T
+    return -((features[:, None] - centroids[None]) ** 2).sum(2) / 2
+
+
 def reference(features, centroids, iterations, spherical):
-    """float64 k-means from the equations, with a loop over clusters."""
+    """float64 k-means from the equations, with a loop over clusters: centroids, closeness."""
     features, centroids = features.astype(np.float64), centroids.astype(np.float64)
     for step in range(iterations + 1):
-        if spherical:
-            labels = (features @ centroids.T).argmax(1)
-        else:
-            labels = ((features[:, None] - centroids[None]) ** 2).sum(2).argmin(1)
+        scores = closeness(features, centroids, spherical)
         if step == iterations:
-            return centroids, labels
+            return centroids, scores
+        labels = scores.argmax(1)
         for k in set(labels):
             centroids[k] = features[labels == k].mean(0)
         if spherical:
@@ -53,8 +60,10 @@ def test_spherical_equals_the_golden_clusters(golden, case, head):
     bank = torch.from_numpy(arrays[f"{case}_bank"][int(arrays[f"{case}_bank_used{head}"])])
     start = torch.from_numpy(arrays[f"{case}_init_centroids{head}"])
     centroids, assignments = spherical_kmeans(bank, start, int(arrays["n_iters"]))
-    expected = arrays[f"{case}_assignments"][head][arrays[f"{case}_index"]]
-    assert np.array_equal(assignments.numpy(), expected)
+    # where two centroids differ in the last bit only, either label is right
+    scores = closeness(bank, arrays[f"{case}_centroids{head}"], spherical=True)
+    assert_best(assignments, scores, 1e-5)
+    assert_best(arrays[f"{case}_assignments"][head][arrays[f"{case}_index"]], scores, 1e-5)
     np.testing.assert_allclose(centroids.numpy(), arrays[f"{case}_centroids{head}"], atol=1e-5)
     assert torch.equal(assign(bank, centroids, spherical=True), assignments)
 
@@ -64,7 +73,9 @@ def test_euclidean_equals_the_golden_clusters(golden, case, iterations):
     arrays = golden("deepercluster")
     rows, start = (torch.from_numpy(arrays[f"km_plain_{name}"]) for name in ("x", "init"))
     centroids, assignments = euclidean_kmeans(rows, start, iterations)
-    assert np.array_equal(assignments.numpy(), arrays[f"km_{case}_labels"])
+    scores = closeness(rows, arrays[f"km_{case}_centroids"], spherical=False)
+    assert_best(assignments, scores, 1e-4)
+    assert_best(arrays[f"km_{case}_labels"], scores, 1e-4)
     np.testing.assert_allclose(centroids.numpy(), arrays[f"km_{case}_centroids"], atol=1e-5)
     assert torch.equal(assign(rows, centroids, spherical=False), assignments)
 
@@ -73,7 +84,9 @@ def test_assignments_with_an_empty_cluster_equal_the_golden_ones(golden):
     arrays = golden("deepercluster")
     rows, start = (torch.from_numpy(arrays[f"km_empty_{name}"]) for name in ("x", "init"))
     labels = assign(rows, start, spherical=False)
-    assert np.array_equal(labels, arrays["km_empty_niter0_labels_before_split"])
+    scores = closeness(rows, start, spherical=False)
+    assert_best(labels, scores, 1e-4)
+    assert_best(arrays["km_empty_niter0_labels_before_split"], scores, 1e-4)
     assert (labels.bincount(minlength=len(start)) == 0).sum() == 1
     _, assignments = euclidean_kmeans(rows, start, 5, empty="reseed")
     assert (assignments.bincount(minlength=len(start)) > 0).all()
@@ -84,10 +97,8 @@ def test_assignments_with_an_empty_cluster_equal_the_golden_ones(golden):
 def test_assignments_are_the_best_centroids_with_few_and_with_many(num_clusters, spherical):
     rows, centroids = unit_rows(900, 16), 1.5 * unit_rows(num_clusters, 16, seed=1)
     centroids[2] *= 0.9  # so that norms matter
-    scores = rows.double() @ centroids.double().T
-    if not spherical:
-        scores -= centroids.double().square().sum(1) / 2
-    assert torch.equal(assign(rows, centroids, spherical), scores.argmax(1))
+    scores = closeness(rows, centroids, spherical)
+    assert_best(assign(rows, centroids, spherical), scores, 1e-5)
 
 
 @pytest.mark.parametrize("num_clusters", [5, 1200])
@@ -110,7 +121,7 @@ def test_every_iteration_is_an_e_step_and_an_m_step_and_an_e_step_ends(cluster, 
     centroids, assignments = cluster(rows, start, iterations)
     assert centroids.dtype == torch.float32 and assignments.dtype == torch.int64
     np.testing.assert_allclose(centroids.numpy(), expected[0], atol=1e-6)
-    assert np.array_equal(assignments.numpy(), expected[1])
+    assert_best(assignments, expected[1], 1e-5)
 
 
 def test_inputs_are_left_as_they_were_and_autocast_changes_nothing():
@@ -429,7 +440,9 @@ def test_finite_at_the_extremes_of_every_input_type(cluster, dtype, empty):
 def test_equal_rows_zero_rows_one_cluster_and_as_many_clusters_as_rows(cluster, empty):
     equal = torch.full((9, 4), 0.5)
     centroids, assignments = cluster(equal, equal[:1].expand(3, -1), 3, empty)
-    assert centroids.isfinite().all() and len(set(assignments.tolist())) == 1
+    assert centroids.isfinite().all()
+    # reseeding puts two centroids as far from them on either side: a tie
+    assert empty == "reseed" or len(set(assignments.tolist())) == 1
     centroids, assignments = cluster(torch.zeros(5, 3), torch.zeros(2, 3), 3, empty)
     assert centroids.isfinite().all() and len(set(assignments.tolist())) == 1
     assert empty == "reseed" or not centroids.any()
@@ -604,11 +617,13 @@ def test_faiss_agrees(ranks, world_size):
     if world_size > 1:
         shares = [facts["faiss"] for facts in ranks[world_size]]
     for i, cluster in enumerate((spherical_kmeans, euclidean_kmeans)):
-        expected = cluster(rows, rows[:5], 3)
+        centroids, expected = cluster(rows, rows[:5], 3)
         for share in shares:
-            np.testing.assert_allclose(share[2 * i], expected[0], atol=1e-6)
+            np.testing.assert_allclose(share[2 * i], centroids, atol=1e-6)
         assignments = np.concatenate([share[2 * i + 1] for share in shares])
-        assert np.array_equal(assignments, expected[1])
+        scores = closeness(rows, centroids, cluster is spherical_kmeans)
+        assert_best(assignments, scores, 1e-5)
+        assert_best(expected, scores, 1e-5)
 
 
 def test_faiss_that_is_not_installed_is_named(monkeypatch):

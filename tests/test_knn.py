@@ -9,6 +9,7 @@ from src import neighbours
 from src.knn import few_label_accuracy, knn_accuracy, knn_votes, top_k_accuracy
 from src.neighbours import nearest_neighbours
 from tests.gloo import run_ranks
+from tests.reference import assert_nearest, margins
 
 
 def features_of(num, dim=16, seed=0):
@@ -76,11 +77,11 @@ def test_a_list_of_k_gives_the_votes_of_each_k_alone(knn_golden):
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_neighbours_equal_a_float64_sort_for_every_block(num_train, k):
     train, queries = features_of(num_train), features_of(33, seed=1)
-    similarities, indices = reference_neighbours(train, queries, k)
+    product = queries.double() @ train.double().T
     for block in [(512, 2**16), (1, 2**16), (5, 1000), (100, 33)]:
-        found = nearest_neighbours(train, queries, k, block=block)
-        np.testing.assert_allclose(found[0].numpy(), similarities, atol=1e-6)
-        np.testing.assert_array_equal(found[1].numpy(), indices)
+        similarities, indices = nearest_neighbours(train, queries, k, block=block)
+        assert_nearest(indices, product, 1e-6)
+        np.testing.assert_allclose(similarities, product.gather(1, indices), atol=1e-6)
 
 
 # Sums of quarters are exact in float32, so that equal similarities are equal however computed.
@@ -326,11 +327,11 @@ def test_few_labels_need_a_label_and_a_draw(per_class, draws):
 def _of_my_share(rank, world_size, shares, data, backend):
     """Everything of this file from this rank's rows of training features and queries."""
     train_rows, query_rows = (range(sum(s[:rank]), sum(s[: rank + 1])) for s in shares)
-    train, labels = (torch.from_numpy(x)[list(train_rows)] for x in data[:2])
-    queries, targets = (torch.from_numpy(x)[list(query_rows)] for x in data[2:])
+    tied_train, train, labels = (torch.from_numpy(x)[list(train_rows)] for x in data[:3])
+    tied_queries, queries, targets = (torch.from_numpy(x)[list(query_rows)] for x in data[3:])
     block = (8, 11)  # several blocks on every rank
-    found = nearest_neighbours(train, queries, 12, backend, block)
-    votes = knn_votes(train, labels, queries, [3, 12], backend=backend)
+    found = nearest_neighbours(tied_train, tied_queries, 12, backend, block)
+    votes = knn_votes(tied_train, labels, tied_queries, [3, 12], backend=backend)
     accuracy = knn_accuracy(train, labels, queries, targets, [3, 12, 500], backend=backend)
     few = few_label_accuracy(train, labels, queries, targets, 2, draws=3, backend=backend)
     return [x.numpy() for x in (*found, *votes)], accuracy, few
@@ -349,13 +350,17 @@ def _of_my_share(rank, world_size, shares, data, backend):
 )
 def test_processes_with_their_rows_equal_one_process_with_all(train_shares, query_shares, backend):
     # Similarities that are exact in float32, and so do not depend on the shape of the product;
-    # faiss may choose otherwise among ties, and gets features without any.
-    if backend == "torch":
-        train, queries = tied_features(100), tied_features(40, seed=1)
-    else:
-        train, queries = features_of(100), features_of(40, seed=1)
+    # faiss may choose otherwise among ties, and gets features without any. Nor may the votes of
+    # classes tie where an accuracy is compared.
+    train, queries = features_of(100), features_of(40, seed=1)
+    tied_train, tied_queries = tied_features(100), tied_features(40, seed=1)
+    if backend == "faiss":
+        tied_train, tied_queries = train, queries
     labels, targets = torch.arange(100) % 5, torch.arange(40) % 5
-    data = [x.numpy() for x in (train, labels, queries, targets)]
+    for k in (3, 12, 100):
+        votes = reference_votes(train, labels, queries, k, temperature=0.07, num_classes=5)
+        assert (margins(votes) > 1e-4 * votes.max(1)).all()
+    data = [x.numpy() for x in (tied_train, train, labels, tied_queries, queries, targets)]
     shares = (train_shares, query_shares)
     results = run_ranks(_of_my_share, len(train_shares), shares, data, backend)
     expected, accuracy, few = _of_my_share(0, 1, ((100,), (40,)), data, backend)

@@ -65,7 +65,8 @@ def test_components_are_the_eigenvectors_over_deviations_with_a_fixed_sign(dim):
     signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1))
     np.testing.assert_allclose(found.components, components * signs, atol=1e-3)
     assert (found.components.amax(1) == found.components.abs().amax(1)).all()
-    np.testing.assert_allclose(whiten(rows, found), whitened(rows, dim) * signs.T, atol=1e-5)
+    # the direction of the least deviation, 0.01, is known to 2^-20 of the ranges of the features
+    np.testing.assert_allclose(whiten(rows, found), whitened(rows, dim) * signs.T, atol=3e-5)
 
 
 def test_whitened_entries_have_variance_1_and_no_correlation():
