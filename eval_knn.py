@@ -1,7 +1,7 @@
 """Weighted k-NN classification of frozen features: no training, one number in minutes.
 
 Wu et al. 2018, arXiv:1805.01978, section 3.4: a validation image takes the class with the largest
-sum of exp(cosine / tau) over its k nearest training images (src/knn.py). Features come from one
+sum of exp(cosine / tau) over its k nearest training images (src/evaluate/knn.py). Features come from one
 centre crop of each image and are L2-normalised.
 
   python eval_knn.py                                       digits, an untrained network, seconds
@@ -30,8 +30,9 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from src import checkpoint, cli, distributed, eval_args
-from src.evaluation import (
+from src import dist
+from src.evaluate import flags as eval_flags
+from src.evaluate.evaluation import (
     MODEL_FLAGS,
     build_network,
     draw_neighbours,
@@ -42,10 +43,11 @@ from src.evaluation import (
     split_features,
     statistics,
 )
-from src.feature_files import check_dump, dump_features, load_features
-from src.features import extract_features, raw_pixels
-from src.knn import few_label_accuracy, knn_accuracy
-from src.logger import setup_logging
+from src.evaluate.feature_files import check_dump, dump_features, load_features
+from src.evaluate.knn import few_label_accuracy, knn_accuracy
+from src.labels.features import extract_features, raw_pixels
+from src.run import checkpoint, flags
+from src.run.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -92,21 +94,21 @@ def log_table(rows):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0."""
-    args, run = eval_args.parse_args(get_parser, argv)
-    setup_logging(None, distributed.read_environment().rank == 0)
+    args, run = eval_flags.parse_args(get_parser, argv)
+    setup_logging(None, dist.read_environment().rank == 0)
     check_args(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not args.load_features:
         splits = open_labelled_splits(args.data_path, args.train_path, args.val_path, args.in_chans)
-        options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+        options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
         network = (run, args.feature, args.checkpoint_key, args.seed)
         model = build_network(args.arch, options, args.pretrained, *network)
     if args.dump_features:
         check_dump(args.dump_features, settings)
     checkpoint.check_writable(args.dump_path)
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
     usual = (
@@ -162,20 +164,20 @@ def main(argv: list[str] | None = None) -> int:
         if not settings["pretrained"]:
             logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
         logger.info("%.1f s, written to %s", seconds, path)
-    distributed.shutdown()
+    dist.shutdown()
     return 0
 
 
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser, positive = cli.Parser(__doc__), cli.positive
+    parser, positive = flags.Parser(__doc__), flags.positive
 
     add = parser.add_argument_group("method").add_argument
     add("--nb_knn", type=positive(int), nargs="+", default=[10, 20, 100, 200],
         help="k, the neighbours that vote")
     add("--temperature", type=positive(float), default=0.07, help="tau of exp(cosine / tau)")
-    add("--labels_per_class", type=cli.at_least_zero(int), default=0,
+    add("--labels_per_class", type=flags.at_least_zero(int), default=0,
         help="also evaluate with so many labelled training images of each class; 0: do not")
     add("--draws", type=positive(int), default=20, help="random choices of --labels_per_class")
     add("--feature", default="backbone", choices=["backbone", "embedding"],
@@ -184,17 +186,17 @@ def get_parser() -> argparse.ArgumentParser:
     add("--neighbour_sheet", action="store_true", help="draw some images and their neighbours")
     add("--untrained", action="store_true", help="also evaluate the network before its training")
     add("--knn_backend", default="torch", choices=["torch", "faiss"], help="of the exact search")
-    add("--use_cuda", type=cli.boolean, default=True,
+    add("--use_cuda", type=flags.boolean, default=True,
         help="search on the GPU where there is one; false: on the CPU")
 
-    eval_args.add_network_args(parser)
-    add = eval_args.add_image_args(parser)
+    eval_flags.add_network_args(parser)
+    add = eval_flags.add_image_args(parser)
     add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
     add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=128,
         help="images per process")
     add("--dump_features", default=None, help="folder to keep the features in")
     add("--load_features", default=None, help="folder of --dump_features to take features from")
-    cli.add_runtime_args(parser)
+    flags.add_runtime_args(parser)
     return parser
     # fmt: on
 
@@ -204,8 +206,8 @@ def check_args(args) -> None:
     for name in ("raw_pixels", "untrained", "neighbour_sheet", "dump_features"):
         if args.load_features and getattr(args, name):
             raise ValueError(f"--load_features opens no images: leave out --{name}")
-    eval_args.check_images(args)
+    eval_flags.check_images(args)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

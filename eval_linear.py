@@ -30,23 +30,13 @@ from pathlib import Path
 
 import torch
 
-from src import checkpoint, cli, distributed, eval_args, linear_args
-from src.conv_features import KINDS, conv_input
-from src.datasets import open_dataset
-from src.evaluation import MODEL_FLAGS, build_network, check_labelled, statistics
-from src.linear_args import (
-    DINO_BATCH,
-    PROTOCOLS,
-    REFERENCE_BATCH,
-    chosen_folds,
-    fill_in_batch,
-    log_plan,
-    weight_decay,
-)
-from src.linear_data import count_classes, hold_out, open_splits, split_folds
-from src.linear_features import CachedBatches, FrozenFeatures, linear_input
-from src.linear_files import Probe, saved_classifiers
-from src.linear_probe import (
+from src import dist
+from src.data.datasets import open_dataset
+from src.evaluate import flags as eval_flags
+from src.evaluate import linear_protocols
+from src.evaluate.conv_features import KINDS, conv_input
+from src.evaluate.evaluation import MODEL_FLAGS, build_network, check_labelled, statistics
+from src.evaluate.linear_classifiers import (
     LinearClassifiers,
     ManySGD,
     accuracies,
@@ -55,11 +45,24 @@ from src.linear_probe import (
     inverse_sqrt_lr,
     losses,
 )
-from src.linear_results import log_epoch, log_progress, report, report_folds
-from src.logger import RunLog, Stopwatch, describe_run, setup_logging
-from src.signals import StopSignal, leave
-from src.ten_crops import VIEWS
-from src.voc import TESTED_ON
+from src.evaluate.linear_data import count_classes, hold_out, open_splits, split_folds
+from src.evaluate.linear_features import CachedBatches, FrozenFeatures, linear_input
+from src.evaluate.linear_files import Probe, saved_classifiers
+from src.evaluate.linear_protocols import (
+    DINO_BATCH,
+    PROTOCOLS,
+    REFERENCE_BATCH,
+    chosen_folds,
+    fill_in_batch,
+    log_plan,
+    weight_decay,
+)
+from src.evaluate.linear_results import log_epoch, log_progress, report, report_folds
+from src.evaluate.ten_crops import VIEWS
+from src.evaluate.voc import TESTED_ON
+from src.run import checkpoint, flags
+from src.run.log import RunLog, Stopwatch, describe_run, setup_logging
+from src.run.stop import StopSignal, leave
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +80,10 @@ def train_one_epoch(probe, batches, lrs, epoch, start, iters_per_epoch, stop, lo
     """Train all classifiers for one epoch, from iteration `start`; returns the iterations done.
 
     batches: (epoch, start, stopwatch) -> features (B, D) and labels (B,) of this process, see
-    src.linear_features. lrs: iteration, over all epochs -> learning rate of each classifier. Fewer
+    src.evaluate.linear_features. lrs: iteration, over all epochs -> learning rate of each classifier. Fewer
     than all iterations are done when a signal asked to stop.
     """
-    world_size, stopwatch = distributed.world_size(), Stopwatch()
+    world_size, stopwatch = dist.world_size(), Stopwatch()
     total, device = args.batch_size * world_size, probe.classifiers.linear.weight.device
     probe.classifiers.train()
     last = None
@@ -95,7 +98,7 @@ def train_one_epoch(probe, batches, lrs, epoch, start, iters_per_epoch, stop, lo
         done = it + 1
         stopping = (world_size == 1 or done % STOP_CHECK == 0) and stop.agreed()
         if stopping or done % args.log_freq == 0 or done == iters_per_epoch:
-            loss = distributed.all_reduce_sum(loss.detach()).tolist()
+            loss = dist.all_reduce_sum(loss.detach()).tolist()
             rates = stopwatch.rates(total, (args.epochs - epoch) * iters_per_epoch - done)
             place = (epoch, args.epochs, it, iters_per_epoch)
             log_progress(log, *place, at, loss, rates, probe.folder)
@@ -117,14 +120,14 @@ def learning_rates(lrs, iters_per_epoch, args):
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0, or 128 + the signal when a signal stopped it."""
     args, run = parse_args(argv)
-    launch = distributed.read_environment()
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     check_args(args)
     num_folds, folds = chosen_folds(args.cross_valid, args.kfold)
     splits = open_parts(args, num_folds)  # fold -> training and validation images
     train, val = splits(folds[0])
     num_classes = count_classes(args.num_labels, train, val)
-    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+    options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
     network = (run, "backbone", args.checkpoint_key, args.seed)
     model = build_network(args.arch, options, args.pretrained, *network)
     pooling = (args.n_last_blocks, args.avgpool_patchtokens, args.global_pooling)
@@ -142,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         fill_in_batch(args, launch.world_size, min(len(splits(fold)[0]) for fold in folds))
     checkpoint.check_writable(out if args.evaluate else folder)
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
     model.to(process.device)
     images = (args.size, (args.mean, args.std), args.interpolation)
     frozen = FrozenFeatures(forward, dim, *images, process, precision, args.workers)
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         result = accuracies(classifiers.to(process.device), *features, process.device, views)
         path = out / "eval_linear_evaluate.json"
         report(lrs, [{"epoch": epoch, **result}], settings | named, path, not args.pretrained)
-        distributed.shutdown()
+        dist.shutdown()
         return 0
 
     # ============ classifiers ============
@@ -178,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(folds) > 1:
         report_folds(paths, out / "eval_linear.json")
     stop.restore()
-    distributed.shutdown()
+    dist.shutdown()
     return 0
 
 
@@ -269,13 +272,13 @@ def count_features(forward, args):
 # ============ arguments ============
 def parse_args(argv):
     """The arguments, and those of the run that is evaluated ({} if it is not a run)."""
-    return linear_args.parse_args(get_parser, argv)
+    return linear_protocols.parse_args(get_parser, argv)
 
 
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method").add_argument
     add("--protocol", default="auto", choices=["auto", *PROTOCOLS],
@@ -287,11 +290,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="of that map; average is what the authors' code does")
     add("--n_last_blocks", type=positive(int), default=None,
         help="blocks of a vision transformer whose class tokens are used (default: 4; vit_base 1)")
-    add("--avgpool_patchtokens", type=cli.boolean, default=None,
+    add("--avgpool_patchtokens", type=flags.boolean, default=None,
         help="also the mean of the patch tokens (default: false; vit_base true)")
-    add("--global_pooling", type=cli.boolean, default=True,
+    add("--global_pooling", type=flags.boolean, default=True,
         help="of a ResNet's last map; false: windows of 6 x 6 cells, 8192 features of a ResNet-50")
-    add("--use_bn", type=cli.boolean, default=False, help="a batch norm before the classifier")
+    add("--use_bn", type=flags.boolean, default=False, help="a batch norm before the classifier")
     add("--cache_features", action=argparse.BooleanOptionalAction, default=False,
         help="compute the features once, from centre crops: no augmentation (small sets: default)")
     add("--no_flip", action="store_true", help="no horizontal flip (default: probability 0.5)")
@@ -308,8 +311,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--evaluate", action="store_true", help="train nothing: evaluate what was trained")
     add("--linear_weights", default=None, help="with --evaluate: a published linear classifier")
 
-    eval_args.add_network_args(parser)
-    add = eval_args.add_image_args(parser)
+    eval_flags.add_network_args(parser)
+    add = eval_flags.add_image_args(parser)
     add("--interpolation", default=None, choices=["bilinear", "bicubic"],
         help="of the resize of validation images (default: dino bicubic, else bilinear)")
     add("--model", dest="pretrained", default=argparse.SUPPRESS, help="the same as --pretrained")
@@ -330,8 +333,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--wd", "--weight_decay", type=weight_decay, default=None,
         help="weight decay; -4 is 1e-4 (default: swav 1e-6, dino 0, deepcluster 1e-4, deepercluster "
         "1e-5)")
-    add("--momentum", type=cli.probability, default=0.9, help="of SGD")
-    add("--nesterov", type=cli.boolean, default=False, help="Nesterov's momentum")
+    add("--momentum", type=flags.probability, default=0.9, help="of SGD")
+    add("--nesterov", type=flags.boolean, default=False, help="Nesterov's momentum")
     add("--scheduler_type", default="cosine", choices=["step", "cosine", "inverse_sqrt"],
         help="step and cosine an epoch at a time; inverse_sqrt, of deepcluster and deepercluster: lr / "
         "sqrt(1 + lr wd t)")
@@ -341,15 +344,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("--val_freq", type=positive(int), default=1, help="epochs between validations")
     add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
     add("--verbose", action="store_true", help="a log line every 10 iterations")
-    cli.add_runtime_args(parser)
+    flags.add_runtime_args(parser)
     return parser
     # fmt: on
 
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
-    distributed.resolve_device(args.device)
-    eval_args.check_images(args)
+    dist.resolve_device(args.device)
+    eval_flags.check_images(args)
     if args.lrs and "lr" in args.given:
         raise ValueError("--lr and --lrs exclude each other: leave one out")
     if args.linear_weights and not args.evaluate:
@@ -363,4 +366,4 @@ def check_args(args) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -31,17 +31,19 @@ from pathlib import Path
 
 import torch
 
-from src import checkpoint, cli, distributed, eval_args, setup
-from src.average_precision import mean_average_precision
-from src.evaluation import MODEL_FLAGS, build_network, statistics
-from src.features import extract_features
-from src.linear_probe import fingerprint
-from src.logger import RunLog, Stopwatch, describe_run, duration, setup_logging
-from src.signals import StopSignal, leave
-from src.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
-from src.voc import CLASSES, TESTED_ON, multilabel_loss, open_voc
-from src.voc_classifier import VOCClassifier
-from src.voc_training import Training, training_images
+from src import dist
+from src.evaluate import flags as eval_flags
+from src.evaluate.average_precision import mean_average_precision
+from src.evaluate.evaluation import MODEL_FLAGS, build_network, statistics
+from src.evaluate.linear_classifiers import fingerprint
+from src.evaluate.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
+from src.evaluate.voc import CLASSES, TESTED_ON, multilabel_loss, open_voc
+from src.evaluate.voc_classifier import VOCClassifier
+from src.evaluate.voc_training import Training, training_images
+from src.labels.features import extract_features
+from src.run import checkpoint, flags, setup
+from src.run.log import RunLog, Stopwatch, describe_run, duration, setup_logging
+from src.run.stop import StopSignal, leave
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +66,9 @@ STOP_CHECK = 10  # iterations between agreeing on a signal, when there are sever
 def train(state, loader, labels, start, args, stop, log):
     """Train from iteration `start` on; returns the iterations done, fewer when a signal stopped it.
 
-    loader: of src.voc_training.training_images. labels (N, 20): 1, 0, or 255, which the loss leaves out.
+    loader: of src.evaluate.voc_training.training_images. labels (N, 20): 1, 0, or 255, which the loss leaves out.
     """
-    world_size, stopwatch = distributed.world_size(), Stopwatch()
+    world_size, stopwatch = dist.world_size(), Stopwatch()
     network, optimizer, scaler, process = (
         state.network,
         state.optimizer,
@@ -81,7 +83,7 @@ def train(state, loader, labels, start, args, stop, log):
             group["lr"] = learning_rate(args.lr, it, args.stepsize)
 
         # ============ multi-label loss ============
-        with distributed.autocast(process.device, state.precision):
+        with dist.autocast(process.device, state.precision):
             scores = network(images)  # (B, 20)
         targets = labels[indices].to(process.device)  # (B, 20)
         loss = multilabel_loss(scores.float(), targets).mean()
@@ -114,10 +116,10 @@ def learning_rate(lr, iteration, stepsize):
 
 def log_progress(log, it, optimizer, loss, norm, rates, folder, args):
     """Write a log line; RunError where the loss is not finite, what is saved stays as it is."""
-    loss = (distributed.all_reduce_sum(loss.detach()) / distributed.world_size()).item()
+    loss = (dist.all_reduce_sum(loss.detach()) / dist.world_size()).item()
     if not math.isfinite(loss):
         newest = folder / checkpoint.NEWEST
-        raise cli.RunError(
+        raise flags.RunError(
             f"the loss is not finite; {newest} holds the last good state, if one was saved; lower --lr"
         )
     lr = optimizer.param_groups[0]["lr"]
@@ -152,7 +154,7 @@ def evaluate(state, dataset, args):
 
 def report(result, settings, path, untrained):
     """Log the results and write them to `path` as JSON; one process does."""
-    if not distributed.is_main():
+    if not dist.is_main():
         return
     by_class = dict(zip(CLASSES, result["ap"], strict=True))
     found = {"map": result["map"], "map_11points": result["map_11points"], "ap": by_class}
@@ -169,7 +171,7 @@ def report(result, settings, path, untrained):
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune and evaluate; returns 0, or 128 + the signal when a signal stopped it."""
     args, run = parse_args(argv)
-    launch = distributed.read_environment()
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     check_args(args)
     dataset, tested = (
@@ -177,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         for split in (args.split, TESTED_ON[args.split])
     )
     check_batch(args, launch.world_size, len(dataset))
-    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+    options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
     network = (run, "backbone", args.checkpoint_key, args.seed)
     backbone = build_network(args.arch, options, args.pretrained, *network)
     args.mean, args.std = statistics(args, dataset, True)
@@ -193,8 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07" / name
     checkpoint.check_writable(folder)
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ model and optimizer ============
     state = Training(model, args.wd, process, precision, folder, settings)
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     result = evaluate(state, tested, args)
     report(result, settings | named, out / f"eval_voc07_{name}.json", not args.pretrained)
     stop.restore()
-    distributed.shutdown()
+    dist.shutdown()
     return 0
 
 
@@ -242,7 +244,7 @@ def log_plan(args, dataset, tested, total, state):
 # ============ arguments ============
 def parse_args(argv):
     """The arguments, and those of the run that is evaluated ({} if it is not a run)."""
-    args, run = eval_args.parse_args(get_parser, argv)
+    args, run = eval_flags.parse_args(get_parser, argv)
     if "data_path" not in args.given:
         args.data_path = ""  # a run's is that of its training
     plain = args.arch in ("alexnet", "vgg16")
@@ -258,8 +260,8 @@ def parse_args(argv):
 
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive, boolean = cli.at_least_zero, cli.positive, cli.boolean
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive, boolean = flags.at_least_zero, flags.positive, flags.boolean
 
     add = parser.add_argument_group("method").add_argument
     add("--protocol", default="auto", choices=["auto", *PROTOCOLS],
@@ -271,7 +273,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--eval_random_crops", type=boolean, default=True,
         help="evaluate on ten random crops; false: corners, centre and their mirror images")
 
-    eval_args.add_network_args(parser)
+    eval_flags.add_network_args(parser)
     add("--model", dest="pretrained", default=argparse.SUPPRESS, help="the same as --pretrained")
     add = parser.add_argument_group("data").add_argument
     add("--data_path", "--vocdir", default="", help="VOCdevkit/VOC2007; must be given")
@@ -296,15 +298,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
     add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
     add("--checkpoint_iters", type=positive(int), default=1000, help="iterations between saves")
-    cli.add_runtime_args(parser)
+    flags.add_runtime_args(parser)
     return parser
     # fmt: on
 
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
-    distributed.resolve_device(args.device)
-    eval_args.check_images(args)
+    dist.resolve_device(args.device)
+    eval_flags.check_images(args)
     if not args.data_path:
         raise ValueError(
             "--data_path (or --vocdir) must be given: the folder VOCdevkit/VOC2007, with JPEGImages "
@@ -329,4 +331,4 @@ def check_batch(args, world_size, num_images) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

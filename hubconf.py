@@ -17,11 +17,8 @@ Our package src is imported under a name of its own, so that a `src` or `utils` 
 what it is, and torch.save and torch.compile of the network find its classes.
 """
 
-import builtins as _builtins
 import hashlib as _hashlib
 import importlib as _importlib
-import importlib.abc as _importlib_abc
-import importlib.machinery as _machinery
 import importlib.util as _importlib_util
 import os as _os
 import sys as _sys
@@ -140,7 +137,7 @@ def _swav_wide(arch, name, pretrained, **options):
 
 
 def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **options):
-    """A network of src.convnets with the weights of a file, under Sobel filters if the file has them."""
+    """A network of src.nets.convnets with the weights of a file, under Sobel filters if the file has them."""
     if pretrained is True or pretrained is None or pretrained == "":
         raise ValueError(
             f"pretrained={pretrained!r} must be the path or address of a file, or False: no address "
@@ -148,13 +145,13 @@ def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **op
         )
     found = {"sobel": True}
     if pretrained is not False:
-        found |= _ours("eval_args").file_defaults(pretrained, checkpoint_key, arch)
+        found |= _ours("evaluate.flags").file_defaults(pretrained, checkpoint_key, arch)
     options = {**found, "sobel_padding": sobel_padding, **options}
-    model = _ours("convnets").build_convnet(**{"arch": arch, **options})
+    model = _ours("nets.convnets").build_convnet(**{"arch": arch, **options})
     if pretrained is not False:
-        _ours("weights").load_weights(model, pretrained, checkpoint_key)
+        _ours("nets.weights").load_weights(model, pretrained, checkpoint_key)
     if rgb and model.sobel is not None:
-        model.features[0] = _ours("sobel").sobel_to_rgb(model.features[0], model.sobel.padding)
+        model.features[0] = _ours("nets.sobel").sobel_to_rgb(model.features[0], model.sobel.padding)
         model.sobel = None
     return model
 
@@ -165,62 +162,33 @@ def _load(arch, released, pretrained, checkpoint_key=None, **options):
         raise ValueError(f"pretrained={pretrained!r} must be True, False, or the path of a file")
     path = _RELEASED + released if pretrained is True else pretrained
     if pretrained not in (True, False) and arch.startswith("vit"):
-        found = _ours("eval_args").vit_defaults(path, checkpoint_key)
+        found = _ours("evaluate.flags").vit_defaults(path, checkpoint_key)
         names = ("img_size", "num_registers")  # what the same arch and patches may differ in
         options = {**{name: found[name] for name in names if name in found}, **options}
-    model = _ours("backbones").build_backbone(arch, **options)
+    model = _ours("nets.backbones").build_backbone(arch, **options)
     if pretrained is False:
         return model
     if not arch.startswith("xcit"):
-        _ours("weights").load_weights(model, path, checkpoint_key)
+        _ours("nets.weights").load_weights(model, path, checkpoint_key)
         return model
     from timm.models.xcit import checkpoint_filter_fn as with_names_of_timm
 
-    weights = _ours("weights").read_weights(path, checkpoint_key)
+    weights = _ours("nets.weights").read_weights(path, checkpoint_key)
     weights = {name.removeprefix("backbone."): x for name, x in weights.items()}
     trunk = {name: x for name, x in weights.items() if not name.startswith("head.")}
-    _ours("checkpoint").load_state(model, with_names_of_timm(trunk, model), path)
+    _ours("run.checkpoint").load_state(model, with_names_of_timm(trunk, model), path)
     return model
 
 
 # ============ importing src under another name ============
 def _ours(name):
-    """The module src.<name> of this repository, as <_PACKAGE>.<name>."""
-    if not any(getattr(finder, "package", None) == _PACKAGE for finder in _sys.meta_path):
-        _sys.meta_path.insert(0, _Finder(_PACKAGE, _SOURCES))
-    return _importlib.import_module(f"{_PACKAGE}.{name}")
-
-
-class _Finder(_importlib_abc.MetaPathFinder):
-    """Finds `package` and what is in it in the folder `sources`."""
-
-    def __init__(self, package, sources):
-        self.package, self.sources = package, sources
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != self.package and not fullname.startswith(f"{self.package}."):
-            return None
-        parts = fullname.split(".")[1:]
-        file = _os.path.join(self.sources, *parts) + ".py"
-        where = None
-        if not parts:
-            file, where = _os.path.join(self.sources, "__init__.py"), [self.sources]
-        if not _os.path.isfile(file):
-            return None
-        return _importlib_util.spec_from_file_location(
-            fullname, file, loader=_Loader(fullname, file), submodule_search_locations=where
+    """The module src.<name> of this repository, as <_PACKAGE>.<name>; inside src imports are relative."""
+    if _PACKAGE not in _sys.modules:
+        spec = _importlib_util.spec_from_file_location(
+            _PACKAGE,
+            _os.path.join(_SOURCES, "__init__.py"),
+            submodule_search_locations=[_SOURCES],
         )
-
-
-class _Loader(_machinery.SourceFileLoader):
-    """Runs a module whose import statements, also those inside its functions, say _PACKAGE for src."""
-
-    def exec_module(self, module):
-        module.__dict__["__builtins__"] = {**vars(_builtins), "__import__": _import}
-        super().exec_module(module)
-
-
-def _import(name, globals=None, locals=None, fromlist=(), level=0):
-    if level == 0 and name.partition(".")[0] == "src":
-        name = _PACKAGE + name.removeprefix("src")
-    return _builtins.__import__(name, globals, locals, fromlist, level)
+        package = _sys.modules[_PACKAGE] = _importlib_util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return _importlib.import_module(f"{_PACKAGE}.{name}")

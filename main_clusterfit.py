@@ -2,7 +2,7 @@
 
 Yan, Misra, Gupta, Ghadiyaram, Mahajan: ClusterFit: Improving Generalization of Visual
 Representations, CVPR 2020, arXiv:1912.03330, section 3; settings of VISSL's recipe.
-  step 1, cluster     k-means of a teacher's features     cluster_features, src/kmeans.py
+  step 1, cluster     k-means of a teacher's features     cluster_features, src/cluster/kmeans.py
   step 2, fit         classification of the clusters      clusterfit_loss
 
   python main_clusterfit.py                                    digits: clusters of pixels, a minute
@@ -31,27 +31,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, offline_args, pseudo_labels, setup
-from src.assignment_files import check_clusters, read_clusters, write_clusters
-from src.augment import Augment
-from src.convnets import build_convnet
-from src.datasets import open_dataset, usual_std
-from src.features import raw_pixels
+from src import dist
+from src.cluster.kmeans import euclidean_kmeans, initial_centroids
+from src.data.augment import Augment
+from src.data.datasets import open_dataset, usual_std
 from src.gradients import grad_norm
-from src.kmeans import euclidean_kmeans, initial_centroids
-from src.logger import Stopwatch, describe_run, setup_logging
-from src.metrics import cluster_health
+from src.labels import pseudo_labels
+from src.labels.assignment_files import check_clusters, read_clusters, write_clusters
+from src.labels.features import raw_pixels
+from src.labels.pseudo_labels import PseudoLabels
+from src.labels.teacher import open_teacher
+from src.nets.convnets import build_convnet
 from src.optim import parameter_groups
-from src.pseudo_labels import PseudoLabels
-from src.run import Run
-from src.signals import Stopped, leave
-from src.teacher import open_teacher
+from src.run import checkpoint, convnet_flags, flags, image_flags, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.metrics import cluster_health
+from src.run.run import Run
+from src.run.stop import Stopped, leave
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py; VISSL's jitter.
+# Changed defaults of the method on small data, beside those of src/run/presets.py; VISSL's jitter.
 JITTER = {"color_jitter": [0.4, 0.4, 0.4, 0.2], "jitter_prob": 1.0}
-SMALL = {**offline_args.SMALL, **JITTER, "batch_size": 128}
+SMALL = {**convnet_flags.SMALL, **JITTER, "batch_size": 128}
 CIFAR = {"nmb_cluster": 100, "dump_path": "runs/clusterfit_cifar"}
 DIGITS = {"nmb_cluster": 60, "dump_path": "runs/clusterfit_digits"}
 PRESETS = {
@@ -100,7 +102,7 @@ def train_one_epoch(run, loader, labels, epoch, start, args):
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # of dropout
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             features, scores = run.network(crops)  # (V * B, F), (V * B, K)
 
         # ============ clusterfit loss ============
@@ -135,31 +137,31 @@ def train_one_epoch(run, loader, labels, epoch, start, args):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Cluster and train; returns 0 when all is done, 128 + the signal when a signal stopped it."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     folder = Path(args.clusters or Path(args.dump_path) / "clusters")
     there, teacher = check_args(args, folder, len(dataset)), None
     assignments, num_clusters = read_clusters(folder) if there else (None, args.nmb_cluster)
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     if args.pretrained and not there:
         where = (args.teacher_arch, args.checkpoint_key, args.layer)
         teacher = open_teacher(args.pretrained, dataset, *where)
     torch.manual_seed(args.seed)  # every process starts from the same network
-    model = build_convnet(args.arch, num_clusters, **offline_args.convnet_options(args))
+    model = build_convnet(args.arch, num_clusters, **convnet_flags.convnet_options(args))
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
         checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ clusters ============
     if not there:
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         stop.restore()
     if args.step == "cluster":
         logger.info("%d clusters are in %s; the step fit trains on them", num_clusters, folder)
-        distributed.shutdown()
+        dist.shutdown()
         return 0
 
     # ============ data ============
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         *(len(dataset), global_batch, {"pseudo_labels": labels}),
         method="clusterfit",
     )
-    lr = args.lr * cli.lr_factor(args, global_batch)
+    lr = args.lr * flags.lr_factor(args, global_batch)
     setup.log_plan(run, crops, lr)
     log_clusters(args, folder, num_clusters)
     first_epoch, start = run.resume()
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = offline_args.step_lr(lr, epoch, args.decay_epochs, args.gamma)
+            group["lr"] = convnet_flags.step_lr(lr, epoch, args.decay_epochs, args.gamma)
         sampler.set_epoch(epoch, start)
         done = train_one_epoch(run, loader, labels, epoch, start, args)
         if run.stopping:
@@ -243,7 +245,7 @@ def cluster_dataset(teacher, dataset, folder, device, precision, stop, args):
     how = (args.nmb_cluster, args.niter, args.kmeans_backend, draw, leave_if_asked)
     centroids, clusters = cluster_features(features.to(device), *how)
     assignments = torch.empty(len(dataset), dtype=torch.int64)
-    indices, clusters = (distributed.all_gather_rows(x.cpu()) for x in (indices, clusters))
+    indices, clusters = (dist.all_gather_rows(x.cpu()) for x in (indices, clusters))
     assignments[indices] = clusters
     leave_if_asked()
     health = cluster_health(assignments[None], None, dataset.labels, [args.nmb_cluster])
@@ -269,15 +271,15 @@ def log_clusters(args, folder, num_clusters):
     """Say what will be predicted."""
     logger.info(
         "clusters    %d of %s; ln(K) = %.3f is the loss of predicting nothing; %s",
-        *(num_clusters, folder, math.log(num_clusters), offline_args.describe_steps(args)),
+        *(num_clusters, folder, math.log(num_clusters), convnet_flags.describe_steps(args)),
     )
 
 
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method").add_argument
     add("step", nargs="?", default="both", choices=["cluster", "fit", "both"],
@@ -296,21 +298,21 @@ def get_parser() -> argparse.ArgumentParser:
     add("--clusters", default=None, metavar="DIR",
         help="folder of the clusters (default: clusters in --dump_path)")
 
-    add = image_args.add_data_args(parser, PRESETS)
-    image_args.add_crop_args(add)
-    image_args.add_augment_args(parser)
-    offline_args.add_convnet_args(parser, "resnet50")
+    add = image_flags.add_data_args(parser, PRESETS)
+    image_flags.add_crop_args(add)
+    image_flags.add_augment_args(parser)
+    convnet_flags.add_convnet_args(parser, "resnet50")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=105, help="passes over the data")
     add("--batch_size", type=positive(int), default=32, help="B, images per process")
-    offline_args.add_sgd_args(add, lr=0.1, wd=1e-4, decay_epochs=[30, 60, 90, 100], gamma=0.1)
+    convnet_flags.add_sgd_args(add, lr=0.1, wd=1e-4, decay_epochs=[30, 60, 90, 100], gamma=0.1)
     add("--momentum", type=at_least_zero(float), default=0.9, help="of SGD")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
     scaling = {"lr_scaling": "linear", "lr_reference_batch": 256}
-    parser.set_defaults(**{**offline_args.ONE_CROP, **JITTER, **scaling, "workers": 5})
+    parser.set_defaults(**{**convnet_flags.ONE_CROP, **JITTER, **scaling, "workers": 5})
     return parser
     # fmt: on
 
@@ -343,4 +345,4 @@ def check_args(args, folder: Path, num_images: int) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -3,10 +3,10 @@
 Caron, Bojanowski, Joulin, Douze: Deep Clustering for Unsupervised Learning of Visual Features, ECCV
 2018, arXiv:1807.05520; equations of Caron's thesis, section 3.2.
   Eq. 3.1         classification of pseudo-labels     deepcluster_loss
-  Eq. 3.2         k-means of the whitened features    cluster_features, src/pca.py, src/kmeans.py
-  section 3.1.1   power iteration clustering          cluster_features, src/pic.py
-  section 3.2.1   sampling uniform over clusters      src/sampling.py
-  section 3.2.1   networks, Sobel filters             src/alexnet.py, src/vgg.py, src/sobel.py
+  Eq. 3.2         k-means of the whitened features    cluster_features, src/cluster/pca.py, src/cluster/kmeans.py
+  section 3.1.1   power iteration clustering          cluster_features, src/cluster/pic.py
+  section 3.2.1   sampling uniform over clusters      src/labels/sampling.py
+  section 3.2.1   networks, Sobel filters             src/nets/alexnet.py, src/nets/vgg.py, src/nets/sobel.py
 
   python main_deepcluster.py                                      digits, two minutes on two cores
   python main_deepcluster.py /imagenet/train --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10000
@@ -35,25 +35,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, offline_args, pseudo_labels, setup
-from src.augment import Augment
-from src.convnets import build_convnet
-from src.datasets import open_dataset, usual_std
-from src.features import extract_features, share
+from src import dist
+from src.cluster.kmeans import euclidean_kmeans, initial_centroids
+from src.cluster.pca import fit_whitening, whiten
+from src.cluster.pic import knn_graph, power_iteration_clustering
+from src.data.augment import Augment
+from src.data.datasets import open_dataset, usual_std
 from src.gradients import grad_norm
-from src.kmeans import euclidean_kmeans, initial_centroids
-from src.logger import Stopwatch, describe_run, setup_logging
-from src.pca import fit_whitening, whiten
-from src.pic import knn_graph, power_iteration_clustering
-from src.pseudo_labels import PseudoLabels
-from src.run import Run
-from src.sampling import PlannedSampler, uniform_over_clusters
-from src.signals import Stopped
+from src.labels import pseudo_labels
+from src.labels.features import extract_features, share
+from src.labels.pseudo_labels import PseudoLabels
+from src.labels.sampling import PlannedSampler, uniform_over_clusters
+from src.nets.convnets import build_convnet
+from src.run import checkpoint, convnet_flags, flags, image_flags, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
+from src.run.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
-SMALL = {**offline_args.SMALL, "checkpoint_iters": 0, "wd": 5e-4, "dim_pca": 32}
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
+SMALL = {**convnet_flags.SMALL, "checkpoint_iters": 0, "wd": 5e-4, "dim_pca": 32}
 CIFAR = {"arch": "resnet18", "nmb_cluster": 100, "dump_path": "runs/deepcluster_cifar"}
 DIGITS = {"arch": "resnet10", "nmb_cluster": 60, "dump_path": "runs/deepcluster_digits"}
 PRESETS = {
@@ -109,7 +111,7 @@ def train_one_epoch(run, loader, labels, epoch, start, args):
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # of dropout
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             features, scores = run.network(crops)  # (V * B, F), (V * B, K)
 
         # ============ deepcluster loss ============
@@ -144,27 +146,27 @@ def train_one_epoch(run, loader, labels, epoch, start, args):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch, len(dataset))
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
     num_clusters = args.nmb_cluster if args.clustering == "Kmeans" else 1
-    model = build_convnet(args.arch, num_clusters, **offline_args.convnet_options(args))
+    model = build_convnet(args.arch, num_clusters, **convnet_flags.convnet_options(args))
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.resume or args.init_from:
         checkpoint.load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
@@ -179,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     model, network = setup.wrap_network(model, *placing)
     trunk = [p for name, p in model.named_parameters() if not name.startswith("top_layer")]
     top = {"params": list(model.top_layer.parameters()), "momentum": 0.0}
-    wd = offline_args.power_of_ten(args.wd)
+    wd = convnet_flags.power_of_ten(args.wd)
     groups = [{"params": [p for p in trunk if p.requires_grad], "momentum": args.momentum}, top]
     optimizer = setup.build_optimizer("sgd", groups, wd)
     labels = PseudoLabels(1, len(dataset))
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     del network  # run.network is wrapped anew before each epoch
     run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
-    lr = args.lr * cli.lr_factor(args, global_batch)
+    lr = args.lr * flags.lr_factor(args, global_batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
     setup.log_plan(run, crops, lr)
@@ -297,8 +299,8 @@ def log_clusters(args, num_images):
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method").add_argument
     add("--clustering", default="Kmeans", choices=["Kmeans", "PIC"],
@@ -311,11 +313,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--reassign", type=positive(float), default=1.0,
         help="passes over the data between two clusterings, which is what an epoch is here")
 
-    add = image_args.add_data_args(parser, PRESETS)
+    add = image_flags.add_data_args(parser, PRESETS)
     add("data_path", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="as --data_path")
-    image_args.add_crop_args(add)
-    image_args.add_augment_args(parser)
-    offline_args.add_convnet_args(parser, "alexnet")
+    image_flags.add_crop_args(add)
+    image_flags.add_augment_args(parser)
+    convnet_flags.add_convnet_args(parser, "alexnet")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=200, help="clusterings, each followed by training")
@@ -329,11 +331,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="a checkpoint whose weights and epoch a new run begins with; a run in --dump_path goes "
         "on without it")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
     add = parser.add_argument_group("published spellings").add_argument
     add("--verbose", action="store_true", help="a log line every 10 iterations at least")
-    parser.set_defaults(**offline_args.ONE_CROP, workers=4, checkpoint_iters=25000)
+    parser.set_defaults(**convnet_flags.ONE_CROP, workers=4, checkpoint_iters=25000)
     return parser
     # fmt: on
 
@@ -364,4 +366,4 @@ def check_args(args, global_batch: int, num_images: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -2,9 +2,9 @@
 
 Caron, Bojanowski, Mairal, Joulin: Unsupervised Pre-Training of Image Features on Non-Curated Data,
 ICCV 2019, arXiv:1905.01278; equations of Caron's thesis, section 3.3.
-  Eq. 3.3, 3.4    super-classes: rotations x clusters; loss  hierarchical_loss, src/super_classes.py
-  section 3.3.1   distributed k-means in two levels          cluster_dataset, src/two_level.py
-  section 3.2.1   sampling uniform over (sub-)clusters       draw_epoch, src/sampling.py
+  Eq. 3.3, 3.4    super-classes: rotations x clusters; loss  hierarchical_loss, src/labels/super_classes.py
+  section 3.3.1   distributed k-means in two levels          cluster_dataset, src/labels/two_level.py
+  section 3.2.1   sampling uniform over (sub-)clusters       draw_epoch, src/labels/sampling.py
   section 2.2.3   rotations                                  rotate
 
   python main_deepercluster.py                                    digits, two minutes on two cores
@@ -37,25 +37,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, offline_args, pseudo_labels, setup
-from src.augment import Augment
-from src.convnets import build_convnet
-from src.datasets import open_dataset, usual_std
-from src.features import extract_features
+from src import dist
+from src.data.augment import Augment
+from src.data.datasets import open_dataset, usual_std
+from src.evaluate.linear_classifiers import fingerprint
 from src.gradients import grad_norm
-from src.linear_probe import fingerprint
-from src.logger import Stopwatch, describe_run, setup_logging
-from src.pseudo_labels import IGNORED, PseudoLabels
-from src.run import Run
-from src.sampling import PlannedSampler, uniform_over_clusters
-from src.signals import Stopped
-from src.super_classes import Places, SubClassifiers, cluster_groups, loss_of_nothing, one_label
-from src.two_level import TwoLevelClustering
+from src.labels import pseudo_labels
+from src.labels.features import extract_features
+from src.labels.pseudo_labels import IGNORED, PseudoLabels
+from src.labels.sampling import PlannedSampler, uniform_over_clusters
+from src.labels.super_classes import (
+    Places,
+    SubClassifiers,
+    cluster_groups,
+    loss_of_nothing,
+    one_label,
+)
+from src.labels.two_level import TwoLevelClustering
+from src.nets.convnets import build_convnet
+from src.run import checkpoint, convnet_flags, flags, image_flags, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
+from src.run.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
-SMALL = {**offline_args.SMALL, "lr": 0.05, "wd": 5e-4, "super_classes": 8, "dim_pca": 32}
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
+SMALL = {**convnet_flags.SMALL, "lr": 0.05, "wd": 5e-4, "super_classes": 8, "dim_pca": 32}
 CIFAR = {"arch": "resnet18", "k": 100, "dump_path": "runs/deepercluster_cifar"}
 DIGITS = {"arch": "resnet10", "k": 60, "dump_path": "runs/deepercluster_digits"}
 PRESETS = {
@@ -115,7 +123,7 @@ def train_one_epoch(run, loader, places, heads, labels, epoch, start, args):
         torch.manual_seed(draws.initial_seed())  # of dropout
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
         crops = [rotate(crop, places.rotations) for crop in crops]
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             features, scores = run.network(crops)  # (V * B, F), (V * B, S)
             inputs = run.module.before_top(features).unflatten(0, (num_crops, -1))  # (V, B, F)
             sub_scores = heads.scores(inputs)  # (V * n_s, k) for each super-class held
@@ -170,27 +178,27 @@ def log_progress(run, places, epoch, iteration, scores, features, sub_scores, ta
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     num_images = min(len(dataset), args.size_dataset)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, num_images)
+    flags.check_batch(args, global_batch, num_images)
     check_args(args, global_batch, num_images)
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
-    model = build_convnet(args.arch, args.super_classes, **offline_args.convnet_options(args))
+    model = build_convnet(args.arch, args.super_classes, **convnet_flags.convnet_options(args))
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
         checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
@@ -203,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ model and optimizer ============
     placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
     model, network = setup.wrap_network(model, *placing)
-    lr = args.lr * cli.lr_factor(args, global_batch)
+    lr = args.lr * flags.lr_factor(args, global_batch)
     sgd = {"lr": lr, "momentum": 0.9, "weight_decay": args.wd}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = setup.build_optimizer("sgd", trained, args.wd)
@@ -325,35 +333,35 @@ def log_clusters(args, num_images, num_sub):
         *(rotations, clusters, args.super_classes, f"{num_images:,}", f"{num_sub:,}"),
         *(args.reassignment, loss_of_nothing(args.super_classes, num_sub)),
     )
-    if args.use_faiss and distributed.world_size() > 1:
+    if args.use_faiss and dist.world_size() > 1:
         logger.info("note: faiss is for one process; ours does the same on several")
 
 
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method (symbols of the thesis)").add_argument
     add("--super_classes", type=positive(int), default=4, help="S, rotations x first-level clusters")
-    add("--rotnet", type=cli.boolean, default=True, help="4 rotations are part of the super-classes")
+    add("--rotnet", type=flags.boolean, default=True, help="4 rotations are part of the super-classes")
     add("--k", type=positive(int), default=10000, help="second-level clusters of the whole data")
     add("--reassignment", type=positive(int), default=3, help="T, epochs between two clusterings")
     add("--dim_pca", type=positive(int), default=4096,
         help="dimensions of the whitened features, at most those of the network")
     add("--niter", type=positive(int), default=10, help="iterations of k-means, at both levels")
-    add("--warm_restart", type=cli.boolean, default=False,
+    add("--warm_restart", type=flags.boolean, default=False,
         help="start k-means from the means of the clusters before")
-    add("--use_faiss", type=cli.boolean, default=False,
+    add("--use_faiss", type=flags.boolean, default=False,
         help="k-means by faiss, in memory; for a single process")
 
-    add = image_args.add_data_args(parser, PRESETS)
+    add = image_flags.add_data_args(parser, PRESETS)
     add("--size_dataset", type=positive(int), default=10000000,
         help="images to use of --data_path, drawn at random if it has more")
-    image_args.add_crop_args(add)
-    image_args.add_augment_args(parser)
-    offline_args.add_convnet_args(parser, "vgg16", sobel_padding=2)
+    image_flags.add_crop_args(add)
+    image_flags.add_augment_args(parser)
+    convnet_flags.add_convnet_args(parser, "vgg16", sobel_padding=2)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", "--nepochs", type=positive(int), default=100, help="passes over the data")
@@ -365,9 +373,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--wd", type=at_least_zero(float), default=1e-5, help="weight decay")
     add("--pretrained", dest="init_from", default=argparse.SUPPRESS, help="as --init_from: RotNet's")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
-    parser.set_defaults(**offline_args.ONE_CROP, workers=8, checkpoint_freq=1)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
+    parser.set_defaults(**convnet_flags.ONE_CROP, workers=8, checkpoint_freq=1)
     return parser
     # fmt: on
 
@@ -399,4 +407,4 @@ def check_args(args, global_batch: int, num_images: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -5,7 +5,7 @@ Vision Transformers, ICCV 2021, arXiv:2104.14294; equations as in chapter 5 of C
   Eq. 5.1-5.3    local-to-global cross-entropy, sharpening   DINOLoss.forward
   Eq. 5.4        centring                                    DINOLoss.update_center
   section 5.3.1  momentum teacher                            update_teacher
-  section 5.3.1  head with a weight-normalised last layer    src/heads.py
+  section 5.3.1  head with a weight-normalised last layer    src/nets/heads.py
   Table 5.10     Sinkhorn-Knopp or batch softmax instead     TEACHER_OUTPUTS
 
   python main_dino.py                                    digits, two minutes on two cores
@@ -31,21 +31,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from src import checkpoint, cli, diagnosis, distributed, image_args, metrics, setup
-from src.augment import Augment
-from src.backbones import build_backbone
-from src.datasets import open_dataset, usual_std
+from src import dist
+from src.cluster.sinkhorn import sinkhorn
+from src.data.augment import Augment
+from src.data.datasets import open_dataset, usual_std
 from src.gradients import clip_gradients
-from src.heads import DINOHead, MultiCropWrapper
-from src.logger import Stopwatch, describe_run, setup_logging
 from src.losses import swapped_cross_entropy
+from src.nets.backbones import build_backbone
+from src.nets.heads import DINOHead, MultiCropWrapper
 from src.optim import cosine_schedule, parameter_groups
-from src.run import Run
-from src.sinkhorn import sinkhorn
+from src.run import checkpoint, diagnosis, flags, image_flags, metrics, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {
     "patch_size": 4, "out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128, "use_bn_in_head": True,
     "optimizer": "adamw", "weight_decay_end": 0.04, "warmup_epochs": 4, "momentum_teacher": 0.99,
@@ -138,8 +139,8 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_output: Tensor) -> None:
         """c <- m c + (1 - m) mean of the teacher's output over the batch of all processes (Eq. 5.4)."""
         total = teacher_output.sum(0, keepdim=True, dtype=torch.float32)  # (1, K)
-        total = distributed.all_reduce_sum(total)
-        mean = total / (len(teacher_output) * distributed.world_size())
+        total = dist.all_reduce_sum(total)
+        mean = total / (len(teacher_output) * dist.world_size())
         self.center.lerp_(mean, 1 - self.center_momentum)
 
 
@@ -167,7 +168,7 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # stochastic depth
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             with torch.no_grad():
                 features = teacher.forward_backbone(torch.cat(crops[:NUM_GLOBAL]))  # (2 * B, D)
                 teacher_output = teacher.head(features)  # (2 * B, K)
@@ -225,17 +226,17 @@ def log_progress(run, epoch, iteration, probabilities, features, center, rates):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     resolutions = check_args(args)
     num_crops = NUM_GLOBAL + args.local_crops_number
-    augment = Augment(**image_args.augment_options(args, dataset, num_crops))
+    augment = Augment(**image_flags.augment_options(args, dataset, num_crops))
     criterion = DINOLoss(
         *(args.out_dim, num_crops, args.warmup_teacher_temp, args.teacher_temp),
         *(args.warmup_teacher_temp_epochs, args.epochs, args.student_temp, args.center_momentum),
@@ -247,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.dump_path, launch.rank == 0)
     setup.start_teacher(student, teacher, args.init_from)
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     loading = (args.batch_size, args.workers, args.seed, args.interpolation)
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         saved={"student": student, "teacher": teacher},
         method="dino",
     )
-    peak = args.lr * cli.lr_factor(args, global_batch)
+    peak = args.lr * flags.lr_factor(args, global_batch)
     times = (args.epochs, run.iters_per_epoch)
     schedules = (
         cosine_schedule(peak, args.min_lr, *times, args.warmup_epochs),
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_network(args, drop_path_rate):
     """Backbone and head; student and teacher differ in stochastic depth alone."""
-    options = {**cli.backbone_options(args), **cli.vit_options(args, args.global_crops_size)}
+    options = {**flags.backbone_options(args), **flags.vit_options(args, args.global_crops_size)}
     backbone = build_backbone(args.arch, drop_path_rate=drop_path_rate, **options)
     head = DINOHead(
         *(backbone.num_features, args.out_dim, args.use_bn_in_head, args.norm_last_layer),
@@ -319,8 +320,8 @@ def log_teacher(args):
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive, probability = cli.at_least_zero, cli.positive, cli.probability
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive, probability = flags.at_least_zero, flags.positive, flags.probability
 
     add = parser.add_argument_group("method (symbols of the thesis)").add_argument
     add("--out_dim", type=positive(int), default=65536, help="K, outputs of the head")
@@ -337,26 +338,26 @@ def get_parser() -> argparse.ArgumentParser:
     add("--teacher_output", default="centering", choices=[*TEACHER_OUTPUTS],
         help="what keeps the teacher's output from collapsing (Table 5.10)")
 
-    add = cli.add_vit_args(parser)
+    add = flags.add_vit_args(parser)
     add("--drop_path_rate", type=probability, default=0.1, help="stochastic depth of the student")
-    add = cli.add_backbone_args(parser, "vit_small")
-    add("--norm_last_layer", type=cli.boolean, default=True,
+    add = flags.add_backbone_args(parser, "vit_small")
+    add("--norm_last_layer", type=flags.boolean, default=True,
         help="keep the norms of the last layer's rows at 1; false is better for vit_small, and less stable")
-    add("--use_bn_in_head", type=cli.boolean, default=False, help="batch norm in the head (5.6.6)")
+    add("--use_bn_in_head", type=flags.boolean, default=False, help="batch norm in the head (5.6.6)")
     add("--head_layers", type=positive(int), default=3, help="linear layers of the head's MLP")
     add("--hidden_dim", type=positive(int), default=2048, help="hidden units of the head's MLP")
     add("--bottleneck_dim", type=positive(int), default=256, help="units before the last layer")
     add("--l2_bottleneck", action=argparse.BooleanOptionalAction, default=True,
         help="normalise them; without, the MLP ends in the K outputs (section 5.6.6)")
 
-    add = image_args.add_data_args(parser, PRESETS)
+    add = image_flags.add_data_args(parser, PRESETS)
     add("--global_crops_size", type=positive(int), default=224, help="side of the 2 global crops, px")
     add("--global_crops_scale", type=float, nargs="+", default=(0.4, 1.0),
         help="smallest and largest share of the image's area in a global crop")
     add("--local_crops_number", type=at_least_zero(int), default=8, help="local crops of an image")
     add("--local_crops_size", type=positive(int), default=96, help="side of the local crops, px")
     add("--local_crops_scale", type=float, nargs="+", default=(0.05, 0.4), help="likewise")
-    image_args.add_augment_args(parser)
+    image_flags.add_augment_args(parser)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="passes over the data")
@@ -372,8 +373,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--freeze_last_layer", type=at_least_zero(int), default=1,
         help="epochs at the start during which the last layer is not updated")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
     parser.set_defaults(  # published for this method: BYOL's transformations, the linear scaling rule
         color_jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], solarize=[0.0, 0.2, 0.0],
         interpolation="bicubic", lr_scaling="linear", lr_reference_batch=256, checkpoint_freq=20,
@@ -397,4 +398,4 @@ def check_args(args) -> list[list]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

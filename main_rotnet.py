@@ -4,8 +4,8 @@ Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Im
 2018, arXiv:1803.07728; Caron's thesis, section 2.2.3. DeeperCluster starts from such a network.
   Eq. 2           classification of rotations         rotation_loss
   section 3.2     four rotations of each image        rotations
-  section 3.1     learning rate in steps              src/offline_args.py
-  thesis, 3.3.1   networks, Sobel filters             src/alexnet.py, src/vgg.py, src/sobel.py
+  section 3.1     learning rate in steps              src/run/convnet_flags.py
+  thesis, 3.3.1   networks, Sobel filters             src/nets/alexnet.py, src/nets/vgg.py, src/nets/sobel.py
 
   python main_rotnet.py                                           digits, a minute on two cores
   python main_rotnet.py --data_path cifar10
@@ -29,18 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, offline_args, pseudo_labels, setup
-from src.augment import Augment
-from src.convnets import build_convnet
-from src.datasets import open_dataset, usual_std
+from src import dist
+from src.data.augment import Augment
+from src.data.datasets import open_dataset, usual_std
 from src.gradients import grad_norm
-from src.logger import Stopwatch, describe_run, setup_logging
-from src.run import Run
+from src.labels import pseudo_labels
+from src.nets.convnets import build_convnet
+from src.run import checkpoint, convnet_flags, flags, image_flags, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
-SMALL = {**offline_args.SMALL, "batch_size": 128, "lr": 0.1, "gamma": 0.2}
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
+SMALL = {**convnet_flags.SMALL, "batch_size": 128, "lr": 0.1, "gamma": 0.2}
 CIFAR = {"decay_epochs": [30, 60, 80], "dump_path": "runs/rotnet_cifar"}
 DIGITS = {"decay_epochs": [], "epochs": 30, "knn_freq": 10, "dump_path": "runs/rotnet_digits"}
 PRESETS = {
@@ -90,7 +92,7 @@ def train_one_epoch(run, loader, epoch, start, args):
         torch.manual_seed(draws.initial_seed())  # of dropout
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
         crops = rotations(crops)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             features, scores = run.network(crops)  # (V * 4 * B, F), (V * 4 * B, 4)
 
         # ============ rotation loss ============
@@ -125,25 +127,25 @@ def train_one_epoch(run, loader, epoch, start, args):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
-    model = build_convnet(args.arch, NUM_ROTATIONS, **offline_args.convnet_options(args))
+    model = build_convnet(args.arch, NUM_ROTATIONS, **convnet_flags.convnet_options(args))
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
         checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         *(len(dataset), global_batch),
         method="rotnet",
     )
-    lr = args.lr * cli.lr_factor(args, global_batch)
+    lr = args.lr * flags.lr_factor(args, global_batch)
     setup.log_plan(run, crops, lr)
     log_rotations(args)
     first_epoch, start = run.resume()
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = offline_args.step_lr(lr, epoch, args.decay_epochs, args.gamma)
+            group["lr"] = convnet_flags.step_lr(lr, epoch, args.decay_epochs, args.gamma)
         sampler.set_epoch(epoch, start)
         done = train_one_epoch(run, loader, epoch, start, args)
         if run.stopping:
@@ -190,34 +192,34 @@ def log_rotations(args):
     """Say what will be predicted."""
     logger.info(
         "rotations   4 of each crop in a batch; ln(4) = %.3f is the loss of predicting nothing; %s",
-        *(math.log(NUM_ROTATIONS), offline_args.describe_steps(args)),
+        *(math.log(NUM_ROTATIONS), convnet_flags.describe_steps(args)),
     )
 
 
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
-    add = image_args.add_data_args(parser, PRESETS)
-    image_args.add_crop_args(add)
-    image_args.add_augment_args(parser)
-    offline_args.add_convnet_args(parser, "alexnet")
+    add = image_flags.add_data_args(parser, PRESETS)
+    image_flags.add_crop_args(add)
+    image_flags.add_augment_args(parser)
+    convnet_flags.add_convnet_args(parser, "alexnet")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=30, help="passes over the data")
     add("--batch_size", type=positive(int), default=192,
         help="B, images per process, each in four rotations")
-    offline_args.add_sgd_args(add, lr=0.01, wd=5e-4, decay_epochs=[10, 20], gamma=0.1)
+    convnet_flags.add_sgd_args(add, lr=0.01, wd=5e-4, decay_epochs=[10, 20], gamma=0.1)
     add("--momentum", type=at_least_zero(float), default=0.9, help="of SGD")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
-    parser.set_defaults(**offline_args.ONE_CROP, workers=4)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
+    parser.set_defaults(**convnet_flags.ONE_CROP, workers=4)
     return parser
     # fmt: on
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

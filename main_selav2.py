@@ -4,8 +4,8 @@ Caron, Misra, Mairal, Goyal, Bojanowski, Joulin: Unsupervised Learning of Visual
 Contrasting Cluster Assignments, NeurIPS 2020, arXiv:2006.09882, appendix D; after Asano, Rupprecht,
 Vedaldi: Self-labelling via simultaneous clustering and representation learning, arXiv:1911.05371.
   Eq. 8, 10    classification of pseudo-labels    sela_loss
-  Eq. 12, D.2  Sinkhorn-Knopp on a memory bank    assign_labels, src/self_label.py, src/memory_bank.py
-  section 3.2  multi-crop                         src/multicrop.py, src/augment.py
+  Eq. 12, D.2  Sinkhorn-Knopp on a memory bank    assign_labels, src/cluster/self_label.py, src/labels/memory_bank.py
+  section 3.2  multi-crop                         src/data/multicrop.py, src/data/augment.py
 
   python main_selav2.py                                    digits, two minutes on two cores
   python main_selav2.py --data_path cifar10 --epochs 100   one GPU
@@ -32,21 +32,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import checkpoint, cli, distributed, image_args, memory_bank, pseudo_labels, setup
-from src.augment import Augment
-from src.datasets import open_dataset
+from src import dist
+from src.cluster.self_label import reassignment_epochs, self_labels
+from src.data.augment import Augment
+from src.data.datasets import open_dataset
 from src.gradients import grad_norm
-from src.logger import Stopwatch, describe_run, setup_logging
-from src.memory_bank import MemoryBank
+from src.labels import memory_bank, pseudo_labels
+from src.labels.memory_bank import MemoryBank
+from src.labels.pseudo_labels import IGNORED, PseudoLabels, loss_of_nothing
+from src.nets.resnet import build_model
 from src.optim import cosine_schedule
-from src.pseudo_labels import IGNORED, PseudoLabels, loss_of_nothing
-from src.resnet import build_model
-from src.run import Run
-from src.self_label import reassignment_epochs, self_labels
+from src.run import checkpoint, flags, image_flags, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {"temperature": 0.2, "freeze_prototypes_niters": 100}
 PRESETS = {
     "imagenet": {},
@@ -64,7 +66,7 @@ def sela_loss(scores: list[Tensor], labels: Tensor, temperature: float) -> Tenso
     Returns the mean over heads, over crops and over the images of all processes that have a label:
     each process divides by its share of their number, so that the processes' mean is that.
     """
-    num_labels = distributed.all_reduce_sum((labels[0] != IGNORED).sum()) / distributed.world_size()
+    num_labels = dist.all_reduce_sum((labels[0] != IGNORED).sum()) / dist.world_size()
     loss = 0.0
     for s, label in zip(scores, labels, strict=True):
         num_crops = len(s) // len(label)
@@ -115,7 +117,7 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             embedding, scores = run.network(crops)  # (V * B, D), (V * B, K) for each head
         embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
 
@@ -155,19 +157,19 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch, len(dataset))
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
     sets = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
-    options = cli.model_options(args)
+    options = flags.model_options(args)
     model = build_model(args.arch, normalize=True, nmb_prototypes=sets, **options)
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
@@ -175,8 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         head = ("projection_head", "prototypes")
         checkpoint.load_weights(model, args.init_from, allow_missing=head)
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         *(len(dataset), global_batch, {"memory_bank": bank, "pseudo_labels": labels}),
         method="selav2",
     )
-    factor = cli.lr_factor(args, global_batch)
+    factor = flags.lr_factor(args, global_batch)
     peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
     times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
     schedule = cosine_schedule(peak, end, *times, begin)
@@ -261,8 +263,8 @@ def log_assignments(args, num_images, times):
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method (symbols of the paper)").add_argument
     add("--crops_for_assign", type=at_least_zero(int), nargs="+", default=[0, 1],
@@ -279,9 +281,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--freeze_prototypes_niters", type=at_least_zero(int), default=313,
         help="iterations at the start during which the prototypes are not updated")
 
-    image_args.add_crop_args(image_args.add_data_args(parser, PRESETS))
-    image_args.add_augment_args(parser)
-    cli.add_model_args(parser)
+    image_flags.add_crop_args(image_flags.add_data_args(parser, PRESETS))
+    image_flags.add_augment_args(parser)
+    flags.add_model_args(parser)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="passes over the data")
@@ -295,15 +297,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", type=at_least_zero(int), default=10, help="epochs of linear warm-up")
     add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
     return parser
     # fmt: on
 
 
 def check_args(args, global_batch: int, num_images: int) -> None:
     """Raise ValueError on arguments that do not fit together."""
-    image_args.check_crops_for_assign(args)
+    image_flags.check_crops_for_assign(args)
     if args.batch_size < 2:
         raise ValueError(
             "--batch_size 1: batch norm needs 2 images on each process, so use at least 2"
@@ -317,4 +319,4 @@ def check_args(args, global_batch: int, num_images: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -4,8 +4,8 @@ Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of
 Representations, ICML 2020, arXiv:2002.05709; with several crops as in appendix A.8 of the SwAV
 paper, arXiv:2006.09882, and Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
   Eq. 7 (SwAV)   each positive against all negatives   nt_xent
-  appendix A.8   negatives of all processes            src/gather.py
-  section 3.2    multi-crop                            src/multicrop.py, src/augment.py
+  appendix A.8   negatives of all processes            src/dist/gather.py
+  section 3.2    multi-crop                            src/data/multicrop.py, src/data/augment.py
 
   python main_simclr.py                                    digits, a minute on two cores
   python main_simclr.py --data_path cifar10 --epochs 100   one GPU
@@ -31,19 +31,20 @@ import math
 import torch
 import torch.nn.functional as F
 
-from src import checkpoint, cli, diagnosis, distributed, image_args, metrics, setup
-from src.augment import Augment
-from src.datasets import open_dataset
-from src.gather import gather_rows_with_gradient
+from src import dist
+from src.data.augment import Augment
+from src.data.datasets import open_dataset
+from src.dist.gather import gather_rows_with_gradient
 from src.gradients import grad_norm
-from src.logger import Stopwatch, describe_run, setup_logging
+from src.nets.resnet import build_model
 from src.optim import cosine_schedule
-from src.resnet import build_model
-from src.run import Run
+from src.run import checkpoint, diagnosis, flags, image_flags, metrics, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {"temperature": 0.5}
 PRESETS = {
     "imagenet": {},
@@ -68,7 +69,7 @@ def nt_xent(embedding: torch.Tensor, num_crops: int, temperature: float) -> torc
         images = gather_rows_with_gradient(own.transpose(0, 1))  # (W * B, M, D), by rank
         s = (own / temperature).flatten(0, 1) @ images.flatten(0, 1).t()  # (M * B, W * B * M)
         s = s.view(*own.shape[:2], *images.shape[:2])  # (M, B, W * B, M)
-        same_image = s.diagonal(distributed.rank() * own.shape[1], 1, 2)  # (M, M, B), a view of s
+        same_image = s.diagonal(dist.rank() * own.shape[1], 1, 2)  # (M, M, B), a view of s
         positives = same_image.clone()
         same_image.fill_(-math.inf)  # what is left in s are the negatives
         negatives = s.flatten(2).logsumexp(2)  # (M, B)
@@ -92,7 +93,7 @@ def train_one_epoch(run, loader, schedule, epoch, start, args):
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             embedding = run.network(crops)  # (V * B, D)
 
         # ============ simclr loss ============
@@ -144,18 +145,18 @@ def log_progress(run, epoch, iteration, embedding, rates, args):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch)
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
-    options = cli.model_options(args)
+    options = flags.model_options(args)
     model = build_model(args.arch, normalize=True, nmb_prototypes=0, **options)
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
@@ -163,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         head = ("projection_head",)
         checkpoint.load_weights(model, args.init_from, allow_missing=head)
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         *(len(dataset), global_batch),
         method="simclr",
     )
-    factor = cli.lr_factor(args, global_batch)
+    factor = flags.lr_factor(args, global_batch)
     peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
     times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
     schedule = cosine_schedule(peak, end, *times, begin)
@@ -226,15 +227,15 @@ def log_contrast(args, global_batch):
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method (symbols of the paper)").add_argument
     add("--temperature", type=positive(float), default=0.1, help="tau of Eq. 7")
 
-    image_args.add_crop_args(image_args.add_data_args(parser, PRESETS))
-    image_args.add_augment_args(parser)
-    cli.add_model_args(parser)
+    image_flags.add_crop_args(image_flags.add_data_args(parser, PRESETS))
+    image_flags.add_augment_args(parser)
+    flags.add_model_args(parser)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="passes over the data")
@@ -248,8 +249,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", type=at_least_zero(int), default=10, help="epochs of linear warm-up")
     add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
     return parser
     # fmt: on
 
@@ -268,4 +269,4 @@ def check_args(args, global_batch: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -3,9 +3,9 @@
 Caron, Misra, Mairal, Goyal, Bojanowski, Joulin: Unsupervised Learning of Visual Features by
 Contrasting Cluster Assignments, NeurIPS 2020, arXiv:2006.09882.
   Eq. 1, 2, 6  swapped prediction over crops       swav_loss
-  Eq. 3-5      codes by Sinkhorn-Knopp             assign_codes, src/sinkhorn.py
+  Eq. 3-5      codes by Sinkhorn-Knopp             assign_codes, src/cluster/sinkhorn.py
   section 3.1  queue for small batches             Queue
-  section 3.2  multi-crop                          src/multicrop.py, src/augment.py
+  section 3.2  multi-crop                          src/data/multicrop.py, src/data/augment.py
 
   python main_swav.py                                    digits, a minute or two on two cores
   python main_swav.py --data_path cifar10 --epochs 100   one GPU
@@ -30,20 +30,21 @@ import math
 import torch
 import torch.nn.functional as F
 
-from src import checkpoint, cli, diagnosis, distributed, image_args, metrics, setup
-from src.augment import Augment
-from src.datasets import open_dataset
+from src import dist
+from src.cluster.sinkhorn import sinkhorn
+from src.data.augment import Augment
+from src.data.datasets import open_dataset
 from src.gradients import grad_norm
-from src.logger import Stopwatch, describe_run, setup_logging
 from src.losses import swapped_cross_entropy
+from src.nets.resnet import build_model
 from src.optim import cosine_schedule
-from src.resnet import build_model
-from src.run import Run
-from src.sinkhorn import sinkhorn
+from src.run import checkpoint, diagnosis, flags, image_flags, metrics, setup
+from src.run.log import Stopwatch, describe_run, setup_logging
+from src.run.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {"temperature": 0.2, "freeze_prototypes_niters": 100}
 PRESETS = {
     "imagenet": {},
@@ -99,7 +100,7 @@ class Queue:
 
     def __init__(self, num_crops, length, dim, batch_size, device):
         self.batch_size = batch_size
-        rows = length // distributed.world_size()
+        rows = length // dist.world_size()
         self.embeddings = torch.zeros(num_crops, rows, dim, device=device)  # (crops, L, D)
         self.num_rows = 0  # pushed so far
 
@@ -115,13 +116,13 @@ class Queue:
 
     def state_dict(self):
         """All processes' rows, by age, so that any number of processes can take them over."""
-        rows = distributed.all_gather_rows(self.embeddings[None])  # (W, crops, L, D)
+        rows = dist.all_gather_rows(self.embeddings[None])  # (W, crops, L, D)
         rows = rows.unflatten(2, (-1, self.batch_size))  # (W, crops, L / B, B, D)
         rows = rows.permute(1, 2, 0, 3, 4)  # (crops, L / B, W, B, D)
         return {"embeddings": rows.flatten(1, 3).cpu(), "num_rows": self.num_rows * len(rows[0, 0])}
 
     def load_state_dict(self, state):
-        batch_size, rank, world_size = self.batch_size, distributed.rank(), distributed.world_size()
+        batch_size, rank, world_size = self.batch_size, dist.rank(), dist.world_size()
         stored = state["embeddings"].to(self.embeddings.device)
         num_batches = self.embeddings.shape[1] // batch_size
         if stored.shape[1] < num_batches * world_size * batch_size:
@@ -156,7 +157,7 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
         draws = setup.generator(args.seed, epoch, it, run.process.rank)
         torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
         crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with distributed.autocast(device, run.precision):
+        with dist.autocast(device, run.precision):
             embedding, scores = run.network(crops)  # (V * B, D), (V * B, K) for each head
         embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
 
@@ -220,19 +221,19 @@ def log_progress(run, epoch, iteration, codes, embedding, rates, args):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = cli.parse_args(get_parser(), PRESETS, argv)
-    image_args.fill_in_crops(args)
-    launch = distributed.read_environment()
+    args = flags.parse_args(get_parser(), PRESETS, argv)
+    image_flags.fill_in_crops(args)
+    launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
-    cli.check_runtime(args, launch.world_size)
+    flags.check_runtime(args, launch.world_size)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     global_batch = args.batch_size * launch.world_size
-    cli.check_batch(args, global_batch, len(dataset))
+    flags.check_batch(args, global_batch, len(dataset))
     queue_length = check_args(args, global_batch)
-    augment = Augment(**image_args.augment_options(args, dataset, sum(args.nmb_crops)))
+    augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
     sets = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
-    options = cli.model_options(args)
+    options = flags.model_options(args)
     model = build_model(args.arch, normalize=True, nmb_prototypes=sets, **options)
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
@@ -243,8 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, weight in model.named_parameters():
             weight.requires_grad_(not name.startswith("prototypes"))
 
-    process = distributed.init(args.device)
-    precision = distributed.resolve_precision(args.precision, process.device)
+    process = dist.init(args.device)
+    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         *(len(dataset), global_batch, {"queue": queue} if queue else {}),
         method="swav",
     )
-    factor = cli.lr_factor(args, global_batch)
+    factor = flags.lr_factor(args, global_batch)
     peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
     times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
     schedule = cosine_schedule(peak, end, *times, begin)
@@ -311,8 +312,8 @@ def log_codes(args, global_batch, queue_length):
 # ============ arguments ============
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = cli.Parser(__doc__)
-    at_least_zero, positive = cli.at_least_zero, cli.positive
+    parser = flags.Parser(__doc__)
+    at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method (symbols of the paper)").add_argument
     add("--crops_for_assign", type=at_least_zero(int), nargs="+", default=[0, 1],
@@ -333,9 +334,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="embeddings of past batches that take part in Eq. 3, over all processes; 0: none")
     add("--epoch_queue_starts", type=at_least_zero(int), default=15, help="epoch, counted from 0")
 
-    image_args.add_crop_args(image_args.add_data_args(parser, PRESETS))
-    image_args.add_augment_args(parser)
-    cli.add_model_args(parser)
+    image_flags.add_crop_args(image_flags.add_data_args(parser, PRESETS))
+    image_flags.add_augment_args(parser)
+    flags.add_model_args(parser)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="passes over the data")
@@ -349,8 +350,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", type=at_least_zero(int), default=10, help="epochs of linear warm-up")
     add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
 
-    cli.add_training_args(parser)
-    cli.add_runtime_args(parser)
+    flags.add_training_args(parser)
+    flags.add_runtime_args(parser)
     return parser
     # fmt: on
 
@@ -360,7 +361,7 @@ def check_args(args, global_batch: int) -> int:
     num_crops = sum(args.nmb_crops)
     if num_crops < 2:
         raise ValueError("--nmb_crops 1: a code is predicted from another crop, so use at least 2")
-    image_args.check_crops_for_assign(args)
+    image_flags.check_crops_for_assign(args)
     length = args.queue_length - args.queue_length % global_batch
     if args.queue_length and not length:
         raise ValueError(
@@ -371,4 +372,4 @@ def check_args(args, global_batch: int) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

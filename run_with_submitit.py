@@ -15,7 +15,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from src import cli, distributed
+from src import dist
+from src.run import flags
 
 ROOT = Path(__file__).resolve().parent
 GB_PER_GPU = 40  # as in the published DINO launcher
@@ -128,7 +129,7 @@ def local_executor(folder, args, name):
 
     if (args.nodes or 1) > 1:
         raise ValueError(f"--cluster local is one node; use --nodes 1 instead of {args.nodes}")
-    there = distributed.visible_gpus()
+    there = dist.visible_gpus()
     wanted = len(there) if args.ngpus is None else args.ngpus
     if there and wanted > len(there):
         raise ValueError(f"--ngpus {wanted}: this machine has {len(there)} GPUs")
@@ -202,12 +203,12 @@ def wait_for(job, cluster):
     return 0
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> flags.Parser:
     """The launcher's own flags."""
-    parser = cli.Parser(__doc__)
+    parser = flags.Parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # None is no default to show
     add = parser.add_argument
-    number, seconds = cli.positive(int), cli.at_least_zero(int)
+    number, seconds = flags.positive(int), flags.at_least_zero(int)
     add("--cluster", choices=sorted(EXECUTORS), default=None,
         help="default: slurm where there is sbatch, else local; debug: in this process")  # fmt: skip
     add("--nodes", type=number, default=None, help="default: 2 under Slurm, else 1")
@@ -242,4 +243,4 @@ def get_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

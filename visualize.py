@@ -5,7 +5,7 @@ and of their mean, over an image, a folder, a video or an animated GIF. Caron et
 Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3.
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
-as csv, npy and folders, and what clusters look like (src/cluster_files.py).
+as csv, npy and folders, and what clusters look like (src/pictures/cluster_tables.py).
 filters: weights of the first layer; or images that maximise the response of filters, by gradient
 ascent (Yosinski et al., arXiv:1506.06579), beside those of the data that activate them most.
 activations: the latter alone, with a table. Both are figures of DeepCluster, arXiv:1807.05520.
@@ -39,30 +39,42 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from src import (
-    activation_pictures,
-    attention_maps,
-    checkpoint,
-    cli,
-    cluster_files,
-    distributed,
-    filter_pictures,
-    image_args,
-    picture_args,
-    plots,
+from src import dist
+from src.data.augment import Augment
+from src.data.datasets import IMAGENET, open_dataset, usual_std
+from src.data.multicrop import MultiCropDataset, collate_crops
+from src.evaluate.evaluation import (
+    build_network,
+    is_dino,
+    is_transformer,
+    run_arguments,
+    statistics,
+)
+from src.evaluate.flags import check_images
+from src.nets.backbones import is_vit
+from src.pictures import (
+    activations as activation_pictures,
+)
+from src.pictures import (
+    attention as attention_maps,
+)
+from src.pictures import (
+    cluster_tables,
+    curves,
     responses,
 )
-from src.augment import Augment
-from src.backbones import is_vit
-from src.cluster_pictures import add_cluster_args, check_folders, draw_clusters, image_names
-from src.crop_pictures import draw_crops
-from src.datasets import IMAGENET, open_dataset, usual_std
-from src.eval_args import check_images
-from src.evaluation import build_network, is_dino, is_transformer, run_arguments, statistics
-from src.frames import in_batches, open_frames
-from src.logger import duration, setup_logging
-from src.multicrop import MultiCropDataset, collate_crops
-from src.setup import generator
+from src.pictures import (
+    filters as filter_pictures,
+)
+from src.pictures import (
+    flags as picture_flags,
+)
+from src.pictures.clusters import add_cluster_args, check_folders, draw_clusters, image_names
+from src.pictures.crops import draw_crops
+from src.pictures.frames import in_batches, open_frames
+from src.run import checkpoint, flags, image_flags
+from src.run.log import duration, setup_logging
+from src.run.setup import generator
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +92,9 @@ def attention(args, run):
             f"--arch {args.arch} has no class token that attends to patches: use vit_tiny, "
             "vit_small or vit_base"
         )
-    device = distributed.resolve_device(args.device)
+    device = dist.resolve_device(args.device)
     frames, count, statistics = open_images(args)
-    options = {"in_chans": args.in_chans, "width": args.width, **cli.vit_options(args)}
+    options = {"in_chans": args.in_chans, "width": args.width, **flags.vit_options(args)}
     network = (args.pretrained, run, "backbone", args.checkpoint_key, args.seed)
     model = build_network(args.arch, options, *network).to(device)
     if not args.pretrained:
@@ -165,10 +177,10 @@ def spread(total, number):
 # ============ crops ============
 def crops(args, run):
     """Draw the crops of a few images, those of epoch --epoch; the colours are drawn anew."""
-    args.preset = cli.preset_of(args.data_path) if args.preset == "auto" else args.preset
-    image_args.fill_in_crops(args)
+    args.preset = flags.preset_of(args.data_path) if args.preset == "auto" else args.preset
+    image_flags.fill_in_crops(args)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
-    options = image_args.augment_options(args, dataset, sum(args.nmb_crops))
+    options = image_flags.augment_options(args, dataset, sum(args.nmb_crops))
     multicrop = MultiCropDataset(
         *(dataset, args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops),
         seed=args.seed,
@@ -179,7 +191,7 @@ def crops(args, run):
     batch, _ = collate_crops([multicrop[args.epoch, index] for index in indices])
     views = Augment(**options)(batch, generator(args.seed, args.epoch, 0, 0))  # (B, C, S, S) each
 
-    views = [plots.to_uint8(view, options["mean"], options["std"]) for view in views]
+    views = [curves.to_uint8(view, options["mean"], options["std"]) for view in views]
     path = Path(args.dump_path) / "plots" / "multicrop.png"
     draw_crops(multicrop, args.epoch, indices, views, path)
     for number, size, scale in zip(args.nmb_crops, args.size_crops, multicrop.scales, strict=True):
@@ -192,9 +204,9 @@ def crops(args, run):
 def clusters(args, run):
     """Write which cluster each image is in to --dump_path, and draw clusters."""
     weights = "" if args.num_clusters else args.pretrained
-    heads, dino = cluster_files.read_heads(weights, args.checkpoint_key)
+    heads, dino = cluster_tables.read_heads(weights, args.checkpoint_key)
     dataset = open_split(args)
-    cluster_files.check_request(args, [len(weight) for weight, _ in heads], len(dataset))
+    cluster_tables.check_request(args, [len(weight) for weight, _ in heads], len(dataset))
     folder = Path(args.dump_path)
     check_folders(folder, args.folders)
     checkpoint.check_writable(folder)
@@ -202,13 +214,13 @@ def clusters(args, run):
     model = open_network(args, run, feature)
     usual = is_transformer(args.arch) or is_dino(run) or dino is not None
     normalise = statistics(args, dataset, usual)
-    features = cluster_files.features_of(model, feature, dino, dataset, normalise, args)
+    features = cluster_tables.features_of(model, feature, dino, dataset, normalise, args)
 
     names, readable = image_names(dataset)
-    by_head = cluster_files.group(features, heads, readable, args.num_clusters, args.seed)
-    found = cluster_files.Clusters(*by_head[args.head], dataset.labels, dataset.classes)
+    by_head = cluster_tables.group(features, heads, readable, args.num_clusters, args.seed)
+    found = cluster_tables.Clusters(*by_head[args.head], dataset.labels, dataset.classes)
     settings = {**{name: getattr(args, name) for name in CLUSTER_SETTINGS}, "feature": feature}
-    cluster_files.write_files(folder, found, names, [x for x, *_ in by_head], settings)
+    cluster_tables.write_files(folder, found, names, [x for x, *_ in by_head], settings)
     draw_clusters(folder, found, dataset, names, args)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, clusters mean little")
@@ -230,7 +242,7 @@ def open_split(args):
 
 def open_network(args, run, feature="backbone"):
     """The network of the flags with its weights, in evaluation mode."""
-    options = {**cli.model_options(args), **cli.vit_options(args, args.size)}
+    options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
     network = (args.pretrained, run, feature, args.checkpoint_key, args.seed)
     return build_network(args.arch, options, *network)
 
@@ -285,19 +297,19 @@ def trace_network(args, run):
     model = open_network(args, run).requires_grad_(False)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, as its filters are")
-    model.to(distributed.resolve_device(args.device))
+    model.to(dist.resolve_device(args.device))
     return model, responses.trace(model, args.size, args.in_chans)
 
 
 def rank_images(args, run, model, calls):
     """(layer, images, (mean, std), filters to draw, what each filter responds to most)."""
     layer = responses.find_layer(model, calls, args.conv, args.layer)
-    dataset, device = open_split(args), distributed.resolve_device(args.device)
-    picture_args.check_filters(args, layer, len(dataset))
+    dataset, device = open_split(args), dist.resolve_device(args.device)
+    picture_flags.check_filters(args, layer, len(dataset))
     checkpoint.check_writable(args.dump_path)
     normalise = statistics(args, dataset, is_dino(run) or args.sobel is not None)
     precision = "fp32" if args.use_fp16 is False else args.precision
-    precision = distributed.resolve_precision(precision, device)
+    precision = dist.resolve_precision(precision, device)
     how = {"device": device, "precision": precision}
     how |= {"batch_size": args.batch_size, "num_workers": args.workers}
     images = (dataset, args.top, args.size, normalise)
@@ -335,11 +347,11 @@ def get_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     """defaults: by name of a flag, instead of those that the flags have themselves."""
 
     def command_parser(prog, doc, **_):
-        parser = cli.Parser(doc)
+        parser = flags.Parser(doc)
         parser.prog = prog
         return parser
 
-    parser = cli.Parser(__doc__)
+    parser = flags.Parser(__doc__)
     parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]"
     commands = parser.add_subparsers(
         prog=parser.prog,
@@ -357,11 +369,15 @@ def get_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
 
 
 COMMANDS = {
-    "attention": (attention, picture_args.add_attention_flags, picture_args.attention_defaults),
-    "crops": (crops, picture_args.add_crops_flags, picture_args.crops_defaults),
-    "clusters": (clusters, add_cluster_args, picture_args.network_defaults),
-    "filters": (filters, picture_args.add_filters_flags, picture_args.network_defaults),
-    "activations": (activations, picture_args.add_activations_flags, picture_args.network_defaults),
+    "attention": (attention, picture_flags.add_attention_flags, picture_flags.attention_defaults),
+    "crops": (crops, picture_flags.add_crops_flags, picture_flags.crops_defaults),
+    "clusters": (clusters, add_cluster_args, picture_flags.network_defaults),
+    "filters": (filters, picture_flags.add_filters_flags, picture_flags.network_defaults),
+    "activations": (
+        activations,
+        picture_flags.add_activations_flags,
+        picture_flags.network_defaults,
+    ),
 }
 
 
@@ -380,4 +396,4 @@ def check_args(args) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
-from src.pca import fit_whitening, whiten
-from src.sampling import uniform_over_clusters
+from src.cluster.pca import fit_whitening, whiten
+from src.labels.sampling import uniform_over_clusters
 
 
 def plain_fit(features, dim, dtype):

@@ -22,12 +22,13 @@ from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes
 from bench.teacher_update import published as published_update
 from bench.train_step import published_precision, unmarked
 from main_dino import NUM_GLOBAL, update_teacher
-from src import distributed, setup
-from src.backbones import build_backbone
+from src import dist
 from src.gradients import clip_gradients
-from src.heads import DINOHead, MultiCropWrapper
+from src.nets.backbones import build_backbone
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.vision_transformer import Attention
 from src.optim import parameter_groups
-from src.vision_transformer import Attention
+from src.run import setup
 
 CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 1e-5, 0.04
 SMOKE = {"arch": "vit_micro", "patch_size": 4, "batch": 2, "sizes": [16, 8], "out_dim": 64}
@@ -56,7 +57,7 @@ def write_out(network):
 
 
 def published_step(student, teacher, crops, center, optimizer, scaler, mark=unmarked):
-    with distributed.autocast(center.device, published_precision(center.device)):
+    with dist.autocast(center.device, published_precision(center.device)):
         with torch.no_grad():
             teacher_output = teacher(crops[:NUM_GLOBAL])
         mark("teacher")
@@ -83,7 +84,7 @@ def published_step(student, teacher, crops, center, optimizer, scaler, mark=unma
 
 
 def our_step(student, teacher, crops, criterion, optimizer, scaler, precision, mark=unmarked):
-    with distributed.autocast(criterion.center.device, precision):
+    with dist.autocast(criterion.center.device, precision):
         with torch.no_grad():
             features = teacher.forward_backbone(torch.cat(crops[:NUM_GLOBAL]))
             teacher_output = teacher.head(features)
@@ -142,9 +143,9 @@ def main(argv=None):
     )
     parser.add_argument("--compile", action="store_true")
     args = parse_args(parser, SMOKE, argv)
-    process = distributed.init(args.device)
+    process = dist.init(args.device)
     device = process.device
-    precision = distributed.resolve_precision(args.precision, device)
+    precision = dist.resolve_precision(args.precision, device)
     torch.manual_seed(0)
     student, teacher = build_networks(
         args.arch, args.patch_size, args.sizes[0], args.out_dim, args.drop_path_rate
@@ -165,7 +166,7 @@ def main(argv=None):
     criterion = build_criterion(args.out_dim, sum(numbers), device)
     their_optimizer, our_optimizer = published_adamw(their_student), our_adamw(student)
     half = published_precision(device)
-    scalers = [distributed.grad_scaler(device, name) for name in (half, precision)]
+    scalers = [dist.grad_scaler(device, name) for name in (half, precision)]
     forms = {
         "published": lambda: published_step(
             their_student, their_teacher, crops, center, their_optimizer, scalers[0]

@@ -24,9 +24,9 @@ import torchvision.transforms as T
 from PIL import Image, ImageFilter
 
 from bench.measure import get_parser, median_seconds, parse_args, print_table
-from src.augment import Augment
-from src.datasets import EpochSampler, open_dataset
-from src.multicrop import MultiCropDataset, multicrop_loader
+from src.data.augment import Augment
+from src.data.datasets import EpochSampler, open_dataset
+from src.data.multicrop import MultiCropDataset, multicrop_loader
 
 NUM_CROPS, SIZES, LOW, HIGH = [2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]
 MEAN, STD = [0.485, 0.456, 0.406], [0.228, 0.224, 0.225]

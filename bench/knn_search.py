@@ -4,7 +4,7 @@
 
 Both sides return the votes of every query for every k. Published: for each k a search of its own,
 in 100 chunks of queries: product, topk over all training rows, one-hot labels weighted and summed.
-Ours: src.knn.knn_votes, one search for all k.
+Ours: src.evaluate.knn.knn_votes, one search for all k.
 
 Floor: the product is 2 x 10,000 x 50,000 x 384 = 384 GFLOP, once (ours) or four times (published),
 in float32 2.0 s at 190 GFLOP/s (2 CPU cores) and 6 ms at 60 TFLOP/s (H200). Held at once by ours:
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
-from src.knn import knn_votes
+from src.evaluate.knn import knn_votes
 
 KS = [10, 20, 100, 200]
 TEMPERATURE = 0.07

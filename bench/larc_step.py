@@ -13,8 +13,8 @@ ours never.
 import torch
 
 from bench.measure import get_parser, median_seconds, parse_args, print_table
+from src.nets.resnet import build_model
 from src.optim import LARC
-from src.resnet import build_model
 
 LR, MOMENTUM, WEIGHT_DECAY, TRUST, EPS = 0.6, 0.9, 1e-6, 1e-3, 1e-8
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
-from src.self_label import self_labels
+from src.cluster.self_label import self_labels
 
 TEMPERATURE, EPSILON = 0.1, 0.05
 
@@ -53,7 +53,9 @@ def main(argv=None):
     parser.add_argument("--iterations", type=int, default=12)
     smoke = {"rows": 400, "dim": 16, "prototypes": 30, "iterations": 4}
     args = parse_args(parser, smoke, argv)
-    logging.getLogger("src.self_label").setLevel(logging.ERROR)  # these do not converge: no warning
+    logging.getLogger("src.cluster.self_label").setLevel(
+        logging.ERROR
+    )  # these do not converge: no warning
     torch.manual_seed(0)
     data = clustered(args.rows, args.prototypes, args.dim, args.device)
 

@@ -9,7 +9,7 @@ about 8 passes over 49 MB a crop, or 0.1 ms of an H200's 4.3 TB/s; the published
 import torch
 
 from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
-from src.sinkhorn import sinkhorn
+from src.cluster.sinkhorn import sinkhorn
 
 
 def published(scores, epsilon=0.05, iterations=3):

@@ -28,8 +28,9 @@ from bench import dino_step, train_step
 from bench.dino_loss import build_criterion
 from bench.measure import get_parser, parse_args, print_table, waiting
 from main_dino import NUM_GLOBAL
-from src import distributed, setup
-from src.augment import Augment
+from src import dist
+from src.data.augment import Augment
+from src.run import setup
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # Flags of each method's published run that the step depends on, and what --smoke makes of them.
@@ -134,7 +135,7 @@ def swav_forms(args, process, precision, compiled):
     def published_form():
         model = copy.deepcopy(network).to(device)
         optimizer = train_step.PublishedLARC(model.parameters())
-        scaler = distributed.grad_scaler(device, train_step.published_precision(device))
+        scaler = dist.grad_scaler(device, train_step.published_precision(device))
         return lambda mark: train_step.published_step(
             model, load_published(mark), optimizer, scaler, device, mark
         )
@@ -142,7 +143,7 @@ def swav_forms(args, process, precision, compiled):
     def our_form(compiled):
         model = setup.place_network(copy.deepcopy(network), process, "none", 0, compiled)
         optimizer = train_step.our_larc(model.parameters())
-        scaler = distributed.grad_scaler(device, precision)
+        scaler = dist.grad_scaler(device, precision)
         return lambda mark: train_step.our_step(
             model,
             load_ours(mark),
@@ -168,7 +169,7 @@ def dino_forms(args, process, precision, compiled):
         student, teacher = (dino_step.write_out(copy.deepcopy(x)).to(device) for x in networks)
         center = torch.zeros(1, args.outputs, device=device)
         optimizer = dino_step.published_adamw(student)
-        scaler = distributed.grad_scaler(device, train_step.published_precision(device))
+        scaler = dist.grad_scaler(device, train_step.published_precision(device))
         return lambda mark: dino_step.published_step(
             student, teacher, load_published(mark), center, optimizer, scaler, mark
         )
@@ -179,7 +180,7 @@ def dino_forms(args, process, precision, compiled):
         )
         criterion = build_criterion(args.outputs, NUM_GLOBAL + args.local_crops, device)
         optimizer = dino_step.our_adamw(student)
-        scaler = distributed.grad_scaler(device, precision)
+        scaler = dist.grad_scaler(device, precision)
         return lambda mark: dino_step.our_step(
             student,
             teacher,
@@ -340,8 +341,8 @@ def main(argv=None):
     for name, value in defaults[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    process = distributed.init(args.device)
-    precision = distributed.default_precision(process.device)
+    process = dist.init(args.device)
+    precision = dist.default_precision(process.device)
 
     def run(batch, compiled):
         args.batch = batch

@@ -12,8 +12,8 @@ import torch
 
 from bench.measure import get_parser, median_seconds, parse_args, print_table
 from main_dino import update_teacher
-from src.backbones import build_backbone
-from src.heads import DINOHead, MultiCropWrapper
+from src.nets.backbones import build_backbone
+from src.nets.heads import DINOHead, MultiCropWrapper
 
 MOMENTUM = 0.996
 

@@ -18,9 +18,9 @@ from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes
 from bench.sinkhorn import published as published_sinkhorn
 from bench.swav_loss import published as published_loss
 from main_swav import assign_codes, normalize_prototypes, swav_loss
-from src import distributed
-from src.resnet import build_model
-from src.setup import build_optimizer, place_network
+from src import dist
+from src.nets.resnet import build_model
+from src.run.setup import build_optimizer, place_network
 
 CROPS, ASSIGN = [2, 6], [0, 1]
 SMOKE = {"arch": "resnet10", "batch": 2, "sizes": [32, 16], "prototypes": 30}
@@ -61,7 +61,7 @@ def published_step(model, crops, optimizer, scaler, device, mark=unmarked):
     with torch.no_grad():
         weight = torch.nn.functional.normalize(model.prototypes.weight, dim=1)
         model.prototypes.weight.copy_(weight)
-    with distributed.autocast(device, published_precision(device)):
+    with dist.autocast(device, published_precision(device)):
         _, scores = model(crops)
         mark("forward")
         with torch.no_grad():
@@ -82,7 +82,7 @@ def published_step(model, crops, optimizer, scaler, device, mark=unmarked):
 
 def our_step(model, crops, optimizer, scaler, device, precision, mark=unmarked):
     normalize_prototypes([model.prototypes.weight])
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         _, scores = model(crops)
     mark("forward")
     views = scores.detach().unflatten(0, (sum(CROPS), -1))
@@ -116,7 +116,7 @@ def main(argv=None):
     parser.add_argument("--prototypes", type=int, default=3000)
     parser.add_argument("--compile", action="store_true")
     args = parse_args(parser, SMOKE, argv)
-    process = distributed.init(args.device)
+    process = dist.init(args.device)
     device = process.device
     torch.manual_seed(0)
     plain = build_network(args.arch, args.prototypes)
@@ -128,9 +128,9 @@ def main(argv=None):
         for _ in range(count)
     ]
     our_crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
-    precision = distributed.default_precision(device)
-    their_scaler = distributed.grad_scaler(device, published_precision(device))
-    our_scaler = distributed.grad_scaler(device, precision)
+    precision = dist.default_precision(device)
+    their_scaler = dist.grad_scaler(device, published_precision(device))
+    our_scaler = dist.grad_scaler(device, precision)
     their_optimizer = PublishedLARC(plain.parameters())
     our_optimizer = our_larc(ours.parameters())
     forms = {

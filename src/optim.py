@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.gradients import norms, same_kind
+from .gradients import norms, same_kind
 
 TINY = 1e-30  # keeps ratio / lr finite at lr = 0, and is nothing beside any real learning rate
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from src import distributed
+from src import dist
 
 GOLDEN = Path(__file__).parent / "golden"
 # Also of the processes that tests start. A value that OpenMP cannot read would be a line on stderr.
@@ -15,7 +15,7 @@ if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-distributed.settle_vector_functions()
+dist.settle_vector_functions()
 
 
 def pytest_addoption(parser):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from src import distributed
+from src import dist as distributed
+from src.run import flags
 
 # The fork server imports once what test modules import; each rank is then a cheap fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -64,7 +65,7 @@ def run_ranks(function, world_size, *args):
 
 
 def settle():
-    """What a fresh process does first: as many threads as the tests have, and src.distributed's."""
+    """What a fresh process does first: as many threads as the tests have, and src.dist's."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which tests.conftest has set
     distributed.settle_vector_functions()
 
@@ -138,4 +139,4 @@ def _call_main(script, argv, log, environ):
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     module = importlib.import_module(script)
-    module.cli.run(lambda: module.main(argv))
+    flags.run(lambda: module.main(argv))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.logger import read_log
+from src.run.log import read_log
 
 ROOT = Path(__file__).parent.parent
 

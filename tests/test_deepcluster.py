@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import main_deepcluster as deepcluster
-from src import distributed
-from src.metrics import normalized_mutual_information
-from src.pseudo_labels import PseudoLabels
+from src import dist
+from src.labels.pseudo_labels import PseudoLabels
+from src.run.metrics import normalized_mutual_information
 from tests.gloo import run_ranks
 
 
@@ -40,7 +40,7 @@ def _clusters(rank, world_size, method):
     cut = [len(features) * i // world_size for i in range(world_size + 1)]
     mine = features[cut[rank] : cut[rank + 1]]
     labels, number = deepcluster.cluster_features(mine, method, 6, 8, 10, "torch", 3, "cpu")
-    return distributed.all_gather_rows(labels.cpu()).tolist(), number
+    return dist.all_gather_rows(labels.cpu()).tolist(), number
 
 
 @pytest.mark.parametrize("method", ["Kmeans", "PIC"])

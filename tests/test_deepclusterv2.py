@@ -91,7 +91,7 @@ def _step(rank, world_size):
     scores = network(images[:, mine].flatten(0, 1))
     loss = deepcluster_loss(scores, labels[:, mine], TEMPERATURE)
     loss.backward()
-    mean = main_deepclusterv2.distributed.all_reduce_sum(loss.detach()) / world_size
+    mean = main_deepclusterv2.dist.all_reduce_sum(loss.detach()) / world_size
     return mean.item(), [p.grad.numpy() for p in heads.parameters()]
 
 

@@ -1,4 +1,4 @@
-"""main_deepercluster.py and src/super_classes.py: Eq. 3.4, rotations, and who holds which super-class."""
+"""main_deepercluster.py and src/labels/super_classes.py: Eq. 3.4, rotations, and who holds which super-class."""
 
 import math
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import main_deepercluster as deeper
-from src import distributed
-from src.super_classes import Places, SubClassifiers, loss_of_nothing
+from src import dist
+from src.labels.super_classes import Places, SubClassifiers, loss_of_nothing
 from tests.gloo import run_ranks
 from tests.test_scripts import ROOT
 
@@ -129,7 +129,7 @@ BATCH, DIM, SUPER, SUB, STEPS = 12, 5, 4, 3, 3
 
 def _steps(rank, world_size, resume_on=None):
     """Weights after some steps of Eq. 3.4 on the same global batches, and their saved state."""
-    process = distributed.Process(rank, world_size, rank, "single", torch.device("cpu"))
+    process = dist.Process(rank, world_size, rank, "single", torch.device("cpu"))
     places = Places(SUPER, 1, BATCH // world_size, rank, world_size)
     heads = SubClassifiers(places, DIM, SUB, process, **SGD)
     if resume_on is None:
@@ -157,7 +157,7 @@ def _steps(rank, world_size, resume_on=None):
 def plain_steps():
     """The same in float64 with autograd of the mean over each super-class, all in one place."""
     generator = torch.Generator().manual_seed(5)
-    process = distributed.Process(0, 1, 0, "single", torch.device("cpu"))
+    process = dist.Process(0, 1, 0, "single", torch.device("cpu"))
     heads = SubClassifiers(Places(SUPER, 1, BATCH, 0, 1), DIM, SUB, process, **SGD)
     heads.reset(SUB, 31, 0)
     layers = [heads.layers[s].double() for s in range(SUPER)]
@@ -193,7 +193,7 @@ def test_saved_classifiers_go_on_with_their_momentum_on_another_number_of_proces
 
 
 def _broken(rank, world_size):
-    process = distributed.Process(rank, world_size, rank, "single", torch.device("cpu"))
+    process = dist.Process(rank, world_size, rank, "single", torch.device("cpu"))
     heads = SubClassifiers(Places(2, 1, 2, rank, world_size), DIM, SUB, process, **SGD)
     for p in heads.parameters():
         p.grad = torch.full_like(p, math.inf if rank == 1 else 1.0)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from main_dino import TEACHER_OUTPUTS, DINOLoss, get_parser, main, update_teacher
-from src import cli, diagnosis, metrics
-from src.logger import read_log
 from src.optim import cosine_schedule
+from src.run import diagnosis, flags, metrics
+from src.run.log import read_log
 from tests import reference
 from tests.gloo import run_ranks
 
@@ -53,9 +53,9 @@ def test_three_steps_equal_the_golden_ones(golden, nmb_crops):
 
 def test_the_schedules_equal_the_golden_ones(golden):
     arrays = golden("dino_schedules")
-    args = cli.parse_args(get_parser(), dict.fromkeys(["imagenet"], {}), ["--data_path", "x"])
+    args = flags.parse_args(get_parser(), dict.fromkeys(["imagenet"], {}), ["--data_path", "x"])
     times = (args.epochs, int(arrays["iters_per_epoch"]))
-    lr = args.lr * cli.lr_factor(args, int(arrays["total_batch_size"]))
+    lr = args.lr * flags.lr_factor(args, int(arrays["total_batch_size"]))
     found = {
         "lr": cosine_schedule(lr, args.min_lr, *times, args.warmup_epochs),
         "wd": cosine_schedule(args.weight_decay, args.weight_decay_end, *times),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import main_dino
-from src import cli
-from src.backbones import build_backbone
+from src.nets.backbones import build_backbone
+from src.run import flags
 from tests.test_launch import run_recipe, sbatch_lines
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def parsed(path, folder):
         *("python", "-u", "main_dino.py"),
     ]
     assert argv[-2:] == ["--seed", "7"]  # appended: further flags are passed on, and win
-    return cli.parse_args(main_dino.get_parser(), main_dino.PRESETS, argv[6:-2])
+    return flags.parse_args(main_dino.get_parser(), main_dino.PRESETS, argv[6:-2])
 
 
 def test_there_is_a_script_for_every_published_run():
@@ -105,7 +105,7 @@ def test_a_script_has_the_values_of_the_published_run(path, tmp_path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_the_network_loss_and_optimizer_of_a_script_can_be_built(path, tmp_path):
     args = parsed(path, tmp_path)
-    options = {**cli.backbone_options(args), **cli.vit_options(args, args.global_crops_size)}
+    options = {**flags.backbone_options(args), **flags.vit_options(args, args.global_crops_size)}
     build_backbone(args.arch, drop_path_rate=args.drop_path_rate, **options)
     main_dino.DINOLoss(
         *(args.out_dim, 2 + args.local_crops_number, args.warmup_teacher_temp),

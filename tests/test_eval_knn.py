@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 import eval_knn
-from src import checkpoint, cli, eval_args, image_args
-from src.backbones import build_backbone
-from src.convnets import build_convnet
-from src.datasets import open_dataset, usual_std
-from src.features import extract_features
-from src.heads import DINOHead, MultiCropWrapper
-from src.resnet import build_model
-from src.vision_transformer import ARCHITECTURES
+from src.data.datasets import open_dataset, usual_std
+from src.evaluate import flags as eval_flags
+from src.labels.features import extract_features
+from src.nets.backbones import build_backbone
+from src.nets.convnets import build_convnet
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.resnet import build_model
+from src.nets.vision_transformer import ARCHITECTURES
+from src.run import checkpoint, flags, image_flags
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"arch": "resnet18", "stem": "small", "width": 0.125, "in_chans": 3}
@@ -85,17 +86,17 @@ def test_the_bare_command_evaluates_an_untrained_network_on_digits_and_says_so(t
 
 
 def test_small_images_get_a_small_network_unless_one_is_named():
-    args, _ = eval_args.parse_args(eval_knn.get_parser, [])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser, [])
     assert (args.arch, args.stem, args.size) == (
         "resnet10",
         "small",
-        image_args.CROPS["tiny"]["size"][0],
+        image_flags.CROPS["tiny"]["size"][0],
     )
-    args, _ = eval_args.parse_args(eval_knn.get_parser, ["--data_path", "cifar10", "--size", "40"])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser, ["--data_path", "cifar10", "--size", "40"])
     assert (args.arch, args.stem, args.size) == ("resnet18", "small", 40)
-    args, _ = eval_args.parse_args(eval_knn.get_parser, ["--arch", "resnet34"])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser, ["--arch", "resnet34"])
     assert (args.arch, args.stem, args.size) == ("resnet34", "imagenet", 224)
-    args, _ = eval_args.parse_args(eval_knn.get_parser, ["--data_path", "/imagenet"])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser, ["--data_path", "/imagenet"])
     assert (args.arch, args.stem, args.size) == ("resnet50", "imagenet", 224)
 
 
@@ -103,10 +104,10 @@ def test_small_images_get_a_small_network_unless_one_is_named():
 def test_a_run_needs_no_other_flag_than_where_it_is(tmp_path, which):
     make_run(tmp_path / "run")
     pretrained = ["--pretrained", str(tmp_path / "run" / which)]
-    args, run = eval_args.parse_args(eval_knn.get_parser, pretrained)
+    args, run = eval_flags.parse_args(eval_knn.get_parser, pretrained)
     assert (args.arch, args.width, args.size, args.seed) == ("resnet18", 0.125, 8, 3)
     assert run["nmb_prototypes"] == [6] and args.nb_knn == [10, 20, 100, 200]
-    args, _ = eval_args.parse_args(
+    args, _ = eval_flags.parse_args(
         eval_knn.get_parser, [*pretrained, "--size", "12", "--seed", "4"]
     )
     assert (args.size, args.seed) == (12, 4)  # the command line wins
@@ -158,7 +159,7 @@ def test_a_released_file_is_read_with_its_prefix_and_without_its_head(tmp_path, 
     evaluate(tmp_path, *argv, tmp_path / "a")
     evaluate(tmp_path, *argv, tmp_path / "b", "--feature", "embedding")
     model.eval()
-    from src.features import centre_crop
+    from src.labels.features import centre_crop
 
     first = torch.from_numpy(np.array(Image.open(images / "blue" / "00.png"))).permute(2, 0, 1)
     crop = centre_crop(first, 32, 32).float() / 255  # image 0 is the first that is held out
@@ -197,7 +198,7 @@ def test_torchvision_weights_fit_its_own_trunk_and_ours(tmp_path, images):
 
 
 def parse(*argv):
-    return eval_args.parse_args(eval_knn.get_parser, list(map(str, argv)))[0]
+    return eval_flags.parse_args(eval_knn.get_parser, list(map(str, argv)))[0]
 
 
 def small_vit(seed=0, **options):
@@ -532,7 +533,7 @@ def test_what_is_wrong_is_one_sentence_and_status_2(tmp_path, argv, sentence, im
         argv = ["--data_path", str(images / "red")]
     argv = [*QUICK, "--dump_path", str(tmp_path / "out"), *argv]
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: eval_knn.main(argv))
+        flags.run(lambda: eval_knn.main(argv))
     assert exit.value.code == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1 and sentence in said[0]

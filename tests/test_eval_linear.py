@@ -15,15 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval_linear
-from src import checkpoint, cli, distributed
-from src.datasets import open_dataset
-from src.evaluation import build_network
-from src.features import extract_features
-from src.heads import DINOHead, MultiCropWrapper
-from src.linear_args import chosen_folds
-from src.linear_data import split_folds
-from src.linear_features import FrozenFeatures, ImageBatches, linear_input
-from src.linear_probe import (
+from src import dist
+from src.data.datasets import open_dataset
+from src.evaluate.evaluation import build_network
+from src.evaluate.linear_classifiers import (
     LinearClassifiers,
     ManySGD,
     accuracies,
@@ -32,10 +27,16 @@ from src.linear_probe import (
     inverse_sqrt_lr,
     losses,
 )
-from src.linear_results import summary
-from src.logger import Stopwatch
-from src.resnet import build_model
-from src.vision_transformer import VisionTransformer
+from src.evaluate.linear_data import split_folds
+from src.evaluate.linear_features import FrozenFeatures, ImageBatches, linear_input
+from src.evaluate.linear_protocols import chosen_folds
+from src.evaluate.linear_results import summary
+from src.labels.features import extract_features
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.resnet import build_model
+from src.nets.vision_transformer import VisionTransformer
+from src.run import checkpoint, flags
+from src.run.log import Stopwatch
 from tests.gloo import run_ranks
 from tests.voc_images import write_voc
 
@@ -255,7 +256,7 @@ def test_a_resnet_gives_pooled_features_or_windows_of_its_last_map():
 
 def test_training_features_are_of_cropped_images_and_carry_no_gradient(images):
     dataset = open_dataset(str(images), "train")
-    process, model = distributed.init("cpu"), small_vit()
+    process, model = dist.init("cpu"), small_vit()
     options = (dataset, 16, (dataset.mean, dataset.std), 20, process, "fp32", 31, 0)
     batches = {flip: ImageBatches(linear_input(model, 1), *options, flip) for flip in (True, False)}
     found = {flip: list(batches[flip](0, 0, Stopwatch())) for flip in batches}
@@ -334,7 +335,7 @@ def test_one_that_diverges_leaves_the_others_alone_and_all_stop_the_run(images, 
     found = evaluate(tmp_path / "a", *argv, "--epochs", "30", "--lrs", "0.1", "1e20")
     assert found["lr"] == 0.1 and found["results"][1]["loss"] is None
     assert found["results"][1]["top1"] == 0 and found["top1"] > 0
-    with pytest.raises(cli.RunError, match="not finite.*lower --lr"):
+    with pytest.raises(flags.RunError, match="not finite.*lower --lr"):
         evaluate(tmp_path / "b", *argv, "--epochs", "30", "--lr", "1e20")
 
 
@@ -397,7 +398,7 @@ def _whole_evaluation(rank, world_size, folder, argv):
     places = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
     if world_size > 1:
         os.environ.update({name: str(place) for name, place in places.items()})
-        distributed.shutdown = lambda: None  # the group is run_ranks'
+        dist.shutdown = lambda: None  # the group is run_ranks'
     command = [*QUICK, "--dump_path", str(folder), *argv]
     assert eval_linear.main(command) == 0
     if rank > 0:
@@ -648,7 +649,7 @@ def test_what_a_convolution_sees_is_separated(images, tmp_path):
 
 def test_unscaled_windows_are_of_the_centres(images):
     dataset = open_dataset(str(images), "train")
-    process = distributed.init("cpu")
+    process = dist.init("cpu")
     options = (dataset, 8, ([0.0] * 3, [1.0] * 3), 20, process, "fp32", 31, 0, False)
     (found, _), *_ = ImageBatches(lambda x: x, *options, True)(0, 0, Stopwatch())
     (scaled, _), *_ = ImageBatches(lambda x: x, *options)(0, 0, Stopwatch())
@@ -874,7 +875,7 @@ def test_published_linear_weights_with_a_batch_norm_fit(images, tmp_path):
     layers.bn, layers.linear = torch.nn.BatchNorm2d(64), torch.nn.Linear(64, 2)
     layers.bn(features[:, :, None, None])
     torch.save({"state_dict": layers.state_dict()}, tmp_path / "linear.pth")
-    from src.linear_files import saved_classifiers
+    from src.evaluate.linear_files import saved_classifiers
 
     found, _, _ = saved_classifiers(str(tmp_path / "linear.pth"), tmp_path, {}, 64, 2)
     with torch.no_grad():
@@ -926,7 +927,7 @@ def test_what_is_wrong_is_one_sentence_and_status_2(argv, sentence, tmp_path, ca
     argv = shlex.split(argv.replace("TRUNK", str(tmp_path / "trunk.pth")))
     argv = ["--workers", "0", "--epochs", "1", "--dump_path", str(tmp_path / "out"), *argv]
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: eval_linear.main(argv))
+        flags.run(lambda: eval_linear.main(argv))
     assert exit.value.code == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1 and sentence in said[0]

@@ -12,15 +12,16 @@ import torch
 from sklearn.metrics import average_precision_score
 
 import eval_voc07
-from src import checkpoint, cli, distributed
-from src.alexnet import AlexNet
-from src.average_precision import average_precision, mean_average_precision
-from src.resnet import build_model
-from src.setup import generator
-from src.ten_crops import RandomTenCrops, TenCrops
-from src.voc import CLASSES, multilabel_loss, open_voc, voc_folder
-from src.voc_classifier import VOCClassifier
-from src.voc_training import Training, training_images
+from src import dist
+from src.evaluate.average_precision import average_precision, mean_average_precision
+from src.evaluate.ten_crops import RandomTenCrops, TenCrops
+from src.evaluate.voc import CLASSES, multilabel_loss, open_voc, voc_folder
+from src.evaluate.voc_classifier import VOCClassifier
+from src.evaluate.voc_training import Training, training_images
+from src.nets.alexnet import AlexNet
+from src.nets.resnet import build_model
+from src.run import checkpoint, flags
+from src.run.setup import generator
 from tests.gloo import run_ranks
 from tests.runs import signal_handlers  # noqa: F401, used by name
 from tests.voc_images import ANNOTATION, COLOURS, OBJECT, write_voc
@@ -310,7 +311,7 @@ def _whole_run(rank, world_size, folder, argv):
     places = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
     if world_size > 1:
         os.environ.update({name: str(place) for name, place in places.items()})
-        distributed.shutdown = lambda: None  # the group is run_ranks'
+        dist.shutdown = lambda: None  # the group is run_ranks'
     assert eval_voc07.main([*QUICK, *NETWORK, "--dump_path", str(folder), *argv]) == 0
     if rank > 0:
         return None
@@ -337,7 +338,7 @@ def test_two_processes_equal_one(voc, tmp_path, fc6_8):
 def test_batches_go_on_in_the_middle_of_an_epoch_and_depend_on_no_process(voc):
     data = open_voc(str(voc), "train")
     crops = (12, (0.1, 0.5), (1.0, 1.0), ([0.5] * 3, [0.3] * 3))
-    alone = training_images(data, *crops, 8, distributed.init("cpu"), 31, 0)
+    alone = training_images(data, *crops, 8, dist.init("cpu"), 31, 0)
     batches = list(alone(0, 7))
     assert len(batches) == 7 and all(images.shape == (8, 3, 12, 12) for images, _ in batches)
     seen = torch.cat([indices for _, indices in batches[:2]])
@@ -345,7 +346,7 @@ def test_batches_go_on_in_the_middle_of_an_epoch_and_depend_on_no_process(voc):
     for (images, indices), (again, same) in zip(batches[3:], alone(3, 7), strict=True):
         assert torch.equal(images, again) and torch.equal(indices, same)
     for rank in range(2):
-        process = distributed.Process(rank, 2, rank, "test", torch.device("cpu"))
+        process = dist.Process(rank, 2, rank, "test", torch.device("cpu"))
         share = training_images(data, *crops, 4, process, 31, 0)
         for (images, indices), (own, mine) in zip(batches, share(0, 7), strict=True):
             rows = slice(4 * rank, 4 * rank + 4)
@@ -427,7 +428,7 @@ def test_what_is_wrong_is_one_sentence_and_status_2(argv, sentence, voc, tmp_pat
     argv = argv.replace("VOC", str(voc)).replace("EMPTY", str(tmp_path / "empty"))
     argv = ["--workers", "0", "--dump_path", str(tmp_path / "out"), *shlex.split(argv)]
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: eval_voc07.main(argv))
+        flags.run(lambda: eval_voc07.main(argv))
     assert exit.value.code == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1 and sentence in said[0]
@@ -439,7 +440,7 @@ def test_the_scores_of_ten_crops_are_averaged(voc, monkeypatch, kind, crops):
     torch.manual_seed(0)
     model = classifier_of(build_model("resnet10", stem="small", width=0.125), True).eval()
     args, _ = eval_voc07.parse_args([*QUICK, *NETWORK, "--eval_random_crops", kind])
-    training = Training(model, 0.0, distributed.init("cpu"), "fp32", "nowhere", {})
+    training = Training(model, 0.0, dist.init("cpu"), "fp32", "nowhere", {})
     monkeypatch.setattr(eval_voc07, "mean_average_precision", lambda *rows: rows)
     data = open_voc(str(voc), "val")
     scores, labels = eval_voc07.evaluate(training, data, args)
@@ -466,5 +467,5 @@ def test_the_gradient_is_clipped_as_a_whole(voc, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(voc, tmp_path):
-    with pytest.raises(cli.RunError, match="not finite.*lower --lr"):
+    with pytest.raises(flags.RunError, match="not finite.*lower --lr"):
         run(tmp_path, voc, "--lr", "1e30", "--fc6_8", "0")

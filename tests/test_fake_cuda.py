@@ -38,31 +38,23 @@ import main_rotnet
 import main_selav2
 import main_simclr
 import main_swav
-from src import (
-    cli,
-    collectives,
-    distributed,
-    image_args,
-    kmeans,
-    kmeans_start,
-    kmeans_sums,
-    knn,
-    neighbours,
-    offline_args,
-    setup,
-)
-from src.augment import Augment
-from src.convnets import build_convnet
+from src import dist as distributed
+from src.cluster import exact_sums, kmeans, kmeans_start, neighbours
+from src.cluster.label_plan import Plan
+from src.cluster.self_label import self_labels
+from src.cluster.sinkhorn import sinkhorn
+from src.data.augment import Augment
+from src.dist import collectives
+from src.dist.syncbn import sync_batchnorm
+from src.evaluate import knn
 from src.gradients import clip_gradients, grad_norm
-from src.label_plan import Plan
-from src.memory_bank import MemoryBank
+from src.labels.memory_bank import MemoryBank
+from src.labels.pseudo_labels import PseudoLabels
+from src.labels.super_classes import Places, SubClassifiers
+from src.nets.convnets import build_convnet
+from src.nets.resnet import build_model
 from src.optim import parameter_groups
-from src.pseudo_labels import PseudoLabels
-from src.resnet import build_model
-from src.self_label import self_labels
-from src.sinkhorn import sinkhorn
-from src.super_classes import Places, SubClassifiers
-from src.syncbn import sync_batchnorm
+from src.run import convnet_flags, flags, image_flags, setup
 
 # The most that one call may ask of a GPU: launches, and copies from memory that is not pinned.
 # A little above what was measured; who makes a call cheaper lowers its ceiling.
@@ -343,7 +335,7 @@ def process(world_size=1):
 
 def arguments(script):
     """The published arguments, which are those of the preset imagenet."""
-    return cli.parse_args(script.get_parser(), script.PRESETS, ["--preset", "imagenet"])
+    return flags.parse_args(script.get_parser(), script.PRESETS, ["--preset", "imagenet"])
 
 
 def crops(script):
@@ -364,11 +356,11 @@ def network(script):
         elif script in HEADS:
             prototypes = getattr(args, "nmb_prototypes", [0])
             prototypes = prototypes if len(prototypes) > 1 else prototypes[0]
-            options = cli.model_options(args)
+            options = flags.model_options(args)
             module = build_model(args.arch, normalize=True, nmb_prototypes=prototypes, **options)
         else:
             num_classes = CLASSES[script](args)
-            module = build_convnet(args.arch, num_classes, **offline_args.convnet_options(args))
+            module = build_convnet(args.arch, num_classes, **convnet_flags.convnet_options(args))
     for part in module.modules():  # torch cannot move a module of fake tensors
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -399,7 +391,7 @@ NETWORKS += [main_deepcluster, main_deepercluster, main_rotnet, main_clusterfit]
 def photometry(script):
     args = arguments(script)
     args.mean, args.std = [0.5] * 3, [0.2] * 3
-    augment = Augment(**image_args.augment_options(args, SimpleNamespace(), VIEWS))
+    augment = Augment(**image_flags.augment_options(args, SimpleNamespace(), VIEWS))
     batch = [
         empty(BATCH, number, 3, size, size, dtype=torch.uint8)
         for number, size in ((LARGE, 224), (SMALL, 96))
@@ -706,8 +698,8 @@ def kmeans_count():
 @case
 def kmeans_m_step():
     features, assignments = empty(ROWS, DIM), empty(ROWS, dtype=torch.int64)
-    exact = kmeans_sums.exact_rows(features, 0, 0)
-    return lambda: kmeans_sums.member_sums(features, exact, assignments, 100)
+    exact = exact_sums.exact_rows(features, 0, 0)
+    return lambda: exact_sums.member_sums(features, exact, assignments, 100)
 
 
 @case

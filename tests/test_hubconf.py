@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import checkpoint
-from src.backbones import build_backbone
-from src.convnets import build_convnet
-from src.heads import DINOHead, MultiCropWrapper
-from src.resnet import resnet50
-from src.vision_transformer import vit_small
+from src.nets.backbones import build_backbone
+from src.nets.convnets import build_convnet
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.resnet import resnet50
+from src.nets.vision_transformer import vit_small
+from src.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 DINO = [f"dino_vit{size}{patch}" for size in "sb" for patch in (16, 8)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import run_with_submitit
-from tests.test_distributed import ALLOCATION, fake_program
+from tests.dist.test_process import ALLOCATION, fake_program
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,8 +134,8 @@ TASK = """
 import argparse, os, time
 from pathlib import Path
 import torch
-from src import distributed
-from src.signals import StopSignal, requeue_slurm_job
+from src import dist
+from src.run.stop import StopSignal, requeue_slurm_job
 
 def get_parser():
     parser = argparse.ArgumentParser()
@@ -147,13 +147,13 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    process = distributed.init("cpu", timeout=100)
-    total = distributed.all_reduce_sum(torch.tensor(process.rank + 1)).item()
+    process = dist.init("cpu", timeout=100)
+    total = dist.all_reduce_sum(torch.tensor(process.rank + 1)).item()
     if process.rank == args.fail:
         raise RuntimeError("this task fails")
     folder = Path(args.dump_path)
     again = (folder / "stopped").exists()
-    distributed.barrier()
+    dist.barrier()
     stop = StopSignal()
     (folder / f"pid{process.rank}").write_text(str(os.getpid()))
     while args.wait_for_signal and not again:
@@ -161,13 +161,13 @@ def main(argv=None):
         if stop.agreed():
             if process.rank == 0:
                 (folder / "stopped").write_text(stop.name)
-            distributed.barrier()
+            dist.barrier()
             requeue_slurm_job(stop)
-            distributed.shutdown()
+            dist.shutdown()
             return 1
     text = f"{process.launcher} {process.world_size} {total} {args.nmb_crops} {again}"
     (folder / f"rank{process.rank}").write_text(text)
-    distributed.shutdown()
+    dist.shutdown()
     return 0
 """
 
@@ -328,7 +328,7 @@ def test_a_preempted_slurm_job_saves_requeues_and_goes_on(task, tmp_path, slurm)
         (["--nmb_cropz", "2"], "main_swav.py: unrecognized arguments: --nmb_cropz 2"),
         (["main_swav.py", "--nmb_crops", "two"], "--nmb_crops"),
         (["--nodes", "0", "main_swav.py"], "--nodes"),
-        (["src/cli.py"], "has no get_parser() and main(argv)"),
+        (["bench/measure.py"], "has no get_parser() and main(argv)"),
         (["--cluster", "local", "--nodes", "2"], "--cluster local is one node; use --nodes 1"),
         (["--cluster", "slurm"], "--cluster slurm needs sbatch and srun on PATH"),
         (["--cluster", "debug", "--nodes", "2"], "--cluster debug is one process"),
@@ -338,7 +338,7 @@ def test_bad_words_are_one_sentence_and_status_2(words, sentence, monkeypatch, c
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run_with_submitit.cli.run(lambda: run_with_submitit.main(words))
+        run_with_submitit.flags.run(lambda: run_with_submitit.main(words))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1

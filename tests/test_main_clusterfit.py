@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 import eval_knn
 import main_clusterfit
-from src.assignment_files import check_clusters, read_clusters, write_clusters
-from src.convnets import build_convnet
-from src.datasets import open_dataset
-from src.features import raw_pixels
-from src.logger import read_log
-from src.resnet import resnet10
-from src.teacher import forward_of_layer, open_teacher
-from src.vision_transformer import ARCHITECTURES
+from src.data.datasets import open_dataset
+from src.labels.assignment_files import check_clusters, read_clusters, write_clusters
+from src.labels.features import raw_pixels
+from src.labels.teacher import forward_of_layer, open_teacher
+from src.nets.convnets import build_convnet
+from src.nets.resnet import resnet10
+from src.nets.vision_transformer import ARCHITECTURES
+from src.run.log import read_log
 from tests import runs
 from tests.gloo import start_mains
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
@@ -359,7 +359,7 @@ def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, caps
     train(tmp_path / "said", *argv)
     text = capsys.readouterr().out
     assert "WARNING: the loss stays at ln(K) = 1.386" in text and "(--nmb_cluster)" in text
-    with pytest.raises(main_clusterfit.cli.RunError, match="--lr"):
+    with pytest.raises(main_clusterfit.flags.RunError, match="--lr"):
         train(tmp_path / "stopped", *argv, "--abort_on_collapse")
 
 
@@ -393,7 +393,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     (tmp_path / "file").write_text("")
     argv = argv.format(file=tmp_path / "file").split()
     with pytest.raises(SystemExit) as stop:
-        main_clusterfit.cli.run(
+        main_clusterfit.flags.run(
             lambda: main_clusterfit.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])
         )
     error = capsys.readouterr().err

@@ -11,8 +11,10 @@ import signal
 import pytest
 import torch
 
-from src import cli, memory_bank, resnet
-from src.logger import read_log
+from src.labels import memory_bank
+from src.nets import resnet
+from src.run import flags
+from src.run.log import read_log
 from tests import runs
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
 from tests.test_main_dino import few_label_accuracy
@@ -270,7 +272,9 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, 
         capsys.readouterr()
     argv = argv.format(file=tmp_path / "file", swav=tmp_path / "swav").split()
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: script(method).main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv]))
+        flags.run(
+            lambda: script(method).main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
 

@@ -13,7 +13,7 @@ import torch
 
 import eval_knn
 import main_dino
-from src.logger import read_log
+from src.run.log import read_log
 from tests import runs
 from tests.gloo import Main
 from tests.runs import ROOT, children_of, finish, images, losses, signal_handlers, wait_for_lines
@@ -196,11 +196,11 @@ def test_the_published_command_line_is_understood_and_means_the_published_values
         "--momentum_teacher 0.996 --use_bn_in_head false --drop_path_rate 0.1 --saveckp_freq 20 "
         "--dist_url env:// --local_rank 0"
     )
-    args = main_dino.cli.parse_args(main_dino.get_parser(), main_dino.PRESETS, argv)
+    args = main_dino.flags.parse_args(main_dino.get_parser(), main_dino.PRESETS, argv)
     assert main_dino.check_args(args) == [[2, 10], [224, 96], [0.25, 0.05], [1.0, 0.25]]
     assert (args.color_jitter, args.interpolation) == ([0.4, 0.4, 0.2, 0.1], "bicubic")
     assert (args.blur, args.solarize) == ([1.0, 0.1, 0.5], [0.0, 0.2, 0.0])
-    assert args.lr * main_dino.cli.lr_factor(args, 1024) == 0.002
+    assert args.lr * main_dino.flags.lr_factor(args, 1024) == 0.002
     assert (args.norm_last_layer, args.precision, args.checkpoint_freq) == (False, "auto", 20)
 
 
@@ -274,7 +274,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     (tmp_path / "file").write_text("")
     argv = argv.format(file=tmp_path / "file").split()
     with pytest.raises(SystemExit) as stop:
-        main_dino.cli.run(
+        main_dino.flags.run(
             lambda: main_dino.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])
         )
     error = capsys.readouterr().err
@@ -310,7 +310,7 @@ def test_a_folder_of_images_without_labels_trains(tmp_path):
 def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoint(tmp_path, few):
     train(tmp_path, *few, "--epochs", "1")
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    with pytest.raises(main_dino.cli.RunError, match="--lr"):
+    with pytest.raises(main_dino.flags.RunError, match="--lr"):
         train(tmp_path, *few, "--epochs", "3", "--lr", "1e30", "--log_freq", "50")
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
@@ -334,7 +334,7 @@ def test_a_teacher_without_momentum_is_seen_to_collapse(tmp_path):
     argv += ["--knn_freq", "0", "--no-tensorboard"]
     main_dino.main([*argv, "--dump_path", str(tmp_path / "said")])
     assert "WARNING: collapse" in (tmp_path / "said" / "train.log").read_text()
-    with pytest.raises(main_dino.cli.RunError, match="--momentum_teacher"):
+    with pytest.raises(main_dino.flags.RunError, match="--momentum_teacher"):
         main_dino.main([*argv, "--dump_path", str(tmp_path / "stopped"), "--abort_on_collapse"])
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from src import cli, two_level
-from src.logger import read_log
+from src.labels import two_level
+from src.run import flags
+from src.run.log import read_log
 from tests import runs
 from tests.gloo import start_mains
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
@@ -100,7 +101,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, method):
 
 @both
 def test_the_classifier_is_new_after_each_clustering(whole, method, tmp_path, monkeypatch):
-    from src.top_layer import TopLayer
+    from src.nets.top_layer import TopLayer
 
     sizes, reset = [], TopLayer.reset
 
@@ -192,7 +193,7 @@ def test_another_number_of_images_is_refused_on_resume(tmp_path, capsys):
     (folder / "00003.jpg").unlink()
     with pytest.raises(SystemExit) as stop:
         argv = arguments("deepercluster", "--dump_path", tmp_path / "run", *argv)
-        cli.run(lambda: script("deepercluster").main(argv))
+        flags.run(lambda: script("deepercluster").main(argv))
     assert stop.value.code == 2
     assert "pseudo-labels are of 130 images, and --data_path has 129" in capsys.readouterr().err
 
@@ -383,7 +384,7 @@ def test_bad_input_is_one_sentence_and_status_2(whole, tmp_path, capsys, method,
     argv = argv.format(file=tmp_path / "file", other=other).split()
     argv = arguments(method, "--dump_path", tmp_path / "run", *argv)
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: script(method).main(argv))
+        flags.run(lambda: script(method).main(argv))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
 
@@ -412,7 +413,7 @@ def test_bad_options_of_a_method_are_named(whole, tmp_path, capsys, method, argv
     argv = argv.format(deeper=whole["deepercluster"][0])
     with pytest.raises(SystemExit) as stop:
         argv = arguments(method, "--dump_path", tmp_path, *argv.split())
-        cli.run(lambda: script(method).main(argv))
+        flags.run(lambda: script(method).main(argv))
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -420,7 +421,7 @@ def test_bad_options_of_a_method_are_named(whole, tmp_path, capsys, method, argv
 def test_a_run_whose_loss_is_not_finite_keeps_its_last_good_state(tmp_path, capsys, method):
     with pytest.raises(SystemExit) as stop:
         argv = arguments(method, "--dump_path", tmp_path, "--lr", "1e30", "--checkpoint_iters", "1")
-        cli.run(lambda: script(method).main(argv))
+        flags.run(lambda: script(method).main(argv))
     assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
     weights = state_of(tmp_path)["model"].values()
     assert all(x.isfinite().all() for x in weights if x.is_floating_point())

@@ -14,8 +14,8 @@ import torch
 
 import eval_knn
 import main_rotnet
-from src.convnets import build_convnet
-from src.logger import read_log
+from src.nets.convnets import build_convnet
+from src.run.log import read_log
 from tests import runs
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
 from tests.test_launch import checked_arguments, sbatch_lines
@@ -243,7 +243,7 @@ def test_data_without_labels_and_broken_files_train_through(few, tmp_path):
 )
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
-        main_rotnet.cli.run(
+        main_rotnet.flags.run(
             lambda: main_rotnet.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv.split()])
         )
     error = capsys.readouterr().err
@@ -267,7 +267,7 @@ def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, caps
     argv = (*few, "--batch_size", 2, "--lr", 1e-12, "--init_from", tmp_path / "flat.pth")
     train(tmp_path / "said", *argv)
     assert "WARNING: the loss stays at ln(K) = 1.386" in capsys.readouterr().out
-    with pytest.raises(main_rotnet.cli.RunError, match="--lr"):
+    with pytest.raises(main_rotnet.flags.RunError, match="--lr"):
         train(tmp_path / "stopped", *argv, "--abort_on_collapse")
 
 

@@ -11,7 +11,7 @@ import torch
 
 import eval_knn
 import main_simclr
-from src.logger import read_log
+from src.run.log import read_log
 from tests import runs
 from tests.runs import children_of, finish, losses, signal_handlers, wait_for_lines
 
@@ -189,7 +189,7 @@ def test_digits_are_learned_without_labels(tmp_path):
 )
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
-        main_simclr.cli.run(
+        main_simclr.flags.run(
             lambda: main_simclr.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv.split()])
         )
     error = capsys.readouterr().err
@@ -210,5 +210,5 @@ def test_a_collapse_is_named_while_it_happens(tmp_path, capsys):
     argv = ("--temperature", 100, "--epochs", 1)
     train(tmp_path / "said", *argv)
     assert "WARNING: the loss stays at ln(1 + 381)" in capsys.readouterr().out
-    with pytest.raises(main_simclr.cli.RunError, match="--temperature"):
+    with pytest.raises(main_simclr.flags.RunError, match="--temperature"):
         train(tmp_path / "stopped", *argv, "--abort_on_collapse")

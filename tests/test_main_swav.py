@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import main_swav
-from src.logger import read_log
+from src.run.log import read_log
 from tests import runs
 from tests.gloo import Main, start_mains
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
@@ -282,7 +282,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     (tmp_path / "file").write_text("")
     argv = argv.format(empty=tmp_path / "empty", file=tmp_path / "file").split()
     with pytest.raises(SystemExit) as stop:
-        main_swav.cli.run(
+        main_swav.flags.run(
             lambda: main_swav.main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])
         )
     error = capsys.readouterr().err
@@ -358,7 +358,7 @@ def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoi
     before = (tmp_path / "checkpoint.pth").read_bytes()
     argv = (*few, "--epochs", 3, "--optimizer", "sgd", "--base_lr", "1e30")
     for log_freq in (50, 1):
-        with pytest.raises(main_swav.cli.RunError, match="--base_lr"):
+        with pytest.raises(main_swav.flags.RunError, match="--base_lr"):
             train(tmp_path, *argv, "--log_freq", log_freq)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoi
 def test_a_collapse_is_named_while_it_happens(tmp_path, capsys):
     train(tmp_path, "--epsilon", "100", "--log_freq", "1")
     assert "WARNING: the codes are uniform" in capsys.readouterr().out
-    with pytest.raises(main_swav.cli.RunError, match="--epsilon"):
+    with pytest.raises(main_swav.flags.RunError, match="--epsilon"):
         train(tmp_path / "again", "--epsilon", "100", "--abort_on_collapse")
 
 

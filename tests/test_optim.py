@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from src.gradients import grad_norm
+from src.nets.resnet import resnet18
 from src.optim import LARC, LARS, cosine_schedule, parameter_groups
-from src.resnet import resnet18
 
 
 def make_params(arrays, dtype=torch.float32):

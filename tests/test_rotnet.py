@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from main_rotnet import rotation_labels, rotation_loss, rotations
-from src import offline_args
-from src.convnets import build_convnet
+from src.nets.convnets import build_convnet
+from src.run import convnet_flags
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "deepercluster.npz")
 
@@ -90,9 +90,9 @@ def test_scores_of_a_network_are_in_the_order_of_the_labels():
 
 
 def test_the_learning_rate_falls_after_the_epochs_given():
-    rates = [offline_args.step_lr(0.1, epoch, [2, 4], 0.2) for epoch in range(5)]
+    rates = [convnet_flags.step_lr(0.1, epoch, [2, 4], 0.2) for epoch in range(5)]
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004])
-    assert offline_args.step_lr(0.1, 99, [], 0.2) == 0.1
+    assert convnet_flags.step_lr(0.1, 99, [], 0.2) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_the_learning_rate_falls_after_the_epochs_given():
 )
 def test_the_plan_says_which_steps_do_not_come(epochs, text):
     args = argparse.Namespace(epochs=epochs, decay_epochs=[30, 60], gamma=0.2)
-    assert offline_args.describe_steps(args) == f"learning rate {text}"
+    assert convnet_flags.describe_steps(args) == f"learning rate {text}"

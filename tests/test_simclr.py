@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from main_simclr import nt_xent
-from src import distributed
-from src.diagnosis import diagnose_contrastive
-from src.gather import gather_rows_with_gradient
-from src.metrics import pair_cosines
+from src import dist
+from src.dist.gather import gather_rows_with_gradient
+from src.run.diagnosis import diagnose_contrastive
+from src.run.metrics import pair_cosines
 from tests.gloo import run_ranks
 
 
@@ -136,7 +136,7 @@ def _step_of_my_images(rank, world_size, crops):
     network = DistributedDataParallel(network) if world_size > 1 else network
     loss = nt_xent(network(mine.flatten(0, 1)), len(mine), 0.1)
     loss.backward()
-    mean = distributed.all_reduce_sum(loss.detach()) / world_size
+    mean = dist.all_reduce_sum(loss.detach()) / world_size
     return mean.item(), [p.grad.numpy() for p in network.parameters()]
 
 

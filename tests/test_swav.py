@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from main_swav import Queue, assign_codes, normalize_prototypes, swav_loss
-from src import distributed
+from src import dist
 from tests import reference
 from tests.gloo import run_ranks
 
@@ -127,8 +127,8 @@ def _train_steps(rank, world_size, embeddings, prototypes, sizes, length):
         if queue is not None:
             queue.push(mine[ASSIGN])
         weight = sizes[rank] / total  # a mean over processes weighted by their samples
-        losses.append(distributed.all_reduce_sum(loss.detach() * weight).item())
-        gradients.append(distributed.all_reduce_sum(prototypes.grad * weight).numpy())
+        losses.append(dist.all_reduce_sum(loss.detach() * weight).item())
+        gradients.append(dist.all_reduce_sum(prototypes.grad * weight).numpy())
         codes_of_steps.append(torch.stack(codes).numpy())
     state = queue.state_dict() if queue else None
     stored = state["embeddings"].numpy() if queue else None

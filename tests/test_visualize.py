@@ -15,11 +15,15 @@ import torch
 from PIL import Image
 
 import visualize
-from src import attention_maps, checkpoint, cli, crop_pictures, frames
-from src.backbones import build_backbone
-from src.datasets import open_dataset, usual_std
-from src.heads import DINOHead, MultiCropWrapper
-from src.multicrop import MultiCropDataset, crop_and_resize
+from src.data.datasets import open_dataset, usual_std
+from src.data.multicrop import MultiCropDataset, crop_and_resize
+from src.nets.backbones import build_backbone
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.pictures import attention as attention_maps
+from src.pictures import crops as crop_pictures
+from src.pictures import frames
+from src.run import checkpoint
+from src.run import flags as cli
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--device", "cpu", "--seed", "3"]
@@ -553,7 +557,12 @@ def test_every_published_flag_is_taken_with_its_default():
 
 @pytest.mark.parametrize("picture", ["attention", "crops"])
 def test_every_flag_is_read_and_explained(picture):
-    sources = ("visualize.py", "src/cli.py", "src/image_args.py", "src/eval_args.py")
+    sources = (
+        "visualize.py",
+        "src/run/flags.py",
+        "src/run/image_flags.py",
+        "src/evaluate/flags.py",
+    )
     text = "".join((ROOT / name).read_text() for name in sources)
     for action in actions(picture).values():
         if action.dest == "help":

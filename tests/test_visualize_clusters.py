@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import visualize
-from src import checkpoint, cli, cluster_files, cluster_pictures
-from src.backbones import build_backbone
-from src.cluster_files import Clusters
-from src.datasets import open_dataset
-from src.heads import DINOHead, MultiCropWrapper
-from src.resnet import build_model
+from src.data.datasets import open_dataset
+from src.nets.backbones import build_backbone
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.resnet import build_model
+from src.pictures import cluster_tables, clusters
+from src.pictures.cluster_tables import Clusters
+from src.run import checkpoint
+from src.run import flags as cli
 from tests.reference import assert_best
 
 ROOT = Path(__file__).parent.parent
@@ -250,13 +252,13 @@ def test_assignments_do_not_depend_on_how_many_scores_are_computed_at_once(monke
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(50, 6, generator=generator)
     weight = torch.randn(9, 6, generator=generator)
-    whole = cluster_files.nearest(features, weight, torch.zeros(9))
-    monkeypatch.setattr(cluster_files, "SCORES_AT_ONCE", 30)
-    parts = cluster_files.nearest(features, weight)
+    whole = cluster_tables.nearest(features, weight, torch.zeros(9))
+    monkeypatch.setattr(cluster_tables, "SCORES_AT_ONCE", 30)
+    parts = cluster_tables.nearest(features, weight)
     for labels, *_ in (whole, parts):
         assert_best(labels, features.double() @ weight.double().t(), 1e-5)
     assert torch.allclose(whole[1], parts[1])
-    assert (cluster_files.nearest(features, weight, torch.eye(9)[4] * 99)[0] == 4).all()
+    assert (cluster_tables.nearest(features, weight, torch.eye(9)[4] * 99)[0] == 4).all()
 
 
 # ============ labels ============
@@ -367,17 +369,17 @@ def test_the_sheet_has_a_row_for_each_cluster_and_its_images(run, tmp_path):
     folder, _ = run
     out = folder / "plots" / "clusters"
     cluster("--pretrained", folder, "--num_shown", "4", "--num_images", "3")
-    assert Image.open(out / "clusters.png").size == cluster_pictures.sheet_size(4, 3)
+    assert Image.open(out / "clusters.png").size == clusters.sheet_size(4, 3)
     assert Image.open(out / "sizes.png").size[0] > 400
     rows, arrays, _ = load(out)
     number = int(np.bincount(arrays["assignments"]).argmax())
     cluster("--pretrained", folder, "--show", number, "--num_images", "2")
     sheet = np.asarray(Image.open(out / "clusters.png"))
-    assert sheet.shape[:2][::-1] == cluster_pictures.sheet_size(1, 2)
+    assert sheet.shape[:2][::-1] == clusters.sheet_size(1, 2)
     members = np.flatnonzero(arrays["assignments"] == number)
     nearest = members[arrays["similarities"][members].argmax()]
     picture = open_dataset(str(tmp_path / "images")).load(int(nearest)).permute(1, 2, 0).numpy()
-    left, top = cluster_pictures.MARGIN + cluster_pictures.TEXT, cluster_pictures.HEADER
+    left, top = clusters.MARGIN + clusters.TEXT, clusters.HEADER
     tile = sheet[top : top + 72, left : left + 72][4::9, 4::9]
     assert np.array_equal(tile, picture)
 
@@ -386,20 +388,20 @@ def test_the_images_of_a_row_are_the_nearest_and_others():
     assignments = torch.tensor([0, 1, 0, 0, 0, 0, 1, 0, -1])
     cosines = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.8, 0.2, 0.3, 0.4, 0.0])
     found = Clusters(assignments, cosines, torch.eye(3))
-    nearest, others = cluster_pictures.choose_images(found, 0, 2, seed=1)
+    nearest, others = clusters.choose_images(found, 0, 2, seed=1)
     assert nearest == [3, 4] and len(others) == 2 and set(others) < {0, 2, 5, 7}
-    assert (nearest, others) == cluster_pictures.choose_images(found, 0, 2, seed=1)
-    drawn = [cluster_pictures.choose_images(found, 0, 2, seed=seed)[1] for seed in range(9)]
+    assert (nearest, others) == clusters.choose_images(found, 0, 2, seed=1)
+    drawn = [clusters.choose_images(found, 0, 2, seed=seed)[1] for seed in range(9)]
     assert set().union(*drawn) == {0, 2, 5, 7}
-    assert cluster_pictures.choose_images(found, 1, 5, seed=1) == ([1, 6], [])
-    assert cluster_pictures.choose_images(found, 2, 5, seed=1) == ([], [])
+    assert clusters.choose_images(found, 1, 5, seed=1) == ([1, 6], [])
+    assert clusters.choose_images(found, 2, 5, seed=1) == ([], [])
 
 
 def test_the_clusters_that_are_shown_are_of_all_sizes():
     sizes = torch.tensor([5, 0, 9, 1, 7, 0, 3])
-    assert cluster_pictures.choose_clusters(sizes, 20) == [2, 4, 0, 6, 3]
-    assert cluster_pictures.choose_clusters(sizes, 3) == [2, 0, 3]
-    assert cluster_pictures.choose_clusters(sizes, 1) == [2]
+    assert clusters.choose_clusters(sizes, 20) == [2, 4, 0, 6, 3]
+    assert clusters.choose_clusters(sizes, 3) == [2, 0, 3]
+    assert clusters.choose_clusters(sizes, 1) == [2]
 
 
 def test_an_image_of_another_class_has_a_red_frame(run, tmp_path):
@@ -408,11 +410,11 @@ def test_an_image_of_another_class_has_a_red_frame(run, tmp_path):
     found = Clusters(
         torch.zeros(4).long(), torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.eye(1), dataset.labels
     )
-    cluster_pictures.draw_sheet(found, dataset, [0], 4, 0, tmp_path / "sheet.png")
+    clusters.draw_sheet(found, dataset, [0], 4, 0, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    left, top = cluster_pictures.MARGIN + cluster_pictures.TEXT, cluster_pictures.HEADER
+    left, top = clusters.MARGIN + clusters.TEXT, clusters.HEADER
     corners = [sheet[top, left + 74 * i] for i in range(4)]
-    assert [(corner == cluster_pictures.OTHER).all() for corner in corners] == [False] * 3 + [True]
+    assert [(corner == clusters.OTHER).all() for corner in corners] == [False] * 3 + [True]
 
 
 def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(run, tmp_path, monkeypatch):
@@ -420,7 +422,7 @@ def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(run, tmp_path,
     cluster("--pretrained", folder)
     empty = sorted(set(range(12)) - set(load(folder / "plots/clusters")[1]["assignments"]))[0]
     names = [f"a very long name that has no end é \udcff {i}" for i in range(5)]
-    old = cluster_pictures.ImageFont.load_default()
+    old = clusters.ImageFont.load_default()
 
     def load_default():  # before Pillow 10.1 it took no size
         return old
@@ -428,11 +430,11 @@ def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(run, tmp_path,
     dataset = open_dataset(str(tmp_path / "images"))
     assignments = torch.from_numpy(np.load(folder / "plots/clusters/assignments.npy"))
     found = Clusters(assignments, torch.rand(60), torch.eye(12), dataset.labels, names)
-    cluster_pictures.draw_sheet(found, dataset, [empty, 0], 2, 0, tmp_path / "a.png")
-    monkeypatch.setattr(cluster_pictures.ImageFont, "load_default", load_default)
-    cluster_pictures.draw_sheet(found, dataset, [empty, 0], 2, 0, tmp_path / "b.png")
+    clusters.draw_sheet(found, dataset, [empty, 0], 2, 0, tmp_path / "a.png")
+    monkeypatch.setattr(clusters.ImageFont, "load_default", load_default)
+    clusters.draw_sheet(found, dataset, [empty, 0], 2, 0, tmp_path / "b.png")
     for name in ("a.png", "b.png"):
-        assert Image.open(tmp_path / name).size == cluster_pictures.sheet_size(2, 2)
+        assert Image.open(tmp_path / name).size == clusters.sheet_size(2, 2)
 
 
 def test_without_matplotlib_all_else_is_written(run, monkeypatch, capsys):
@@ -488,7 +490,7 @@ def test_weights_that_are_not_finite_stop_the_script(run):
 def test_every_flag_is_read_and_explained():
     commands = next(x for x in visualize.get_parser()._actions if x.dest == "picture")
     text = (ROOT / "visualize.py").read_text()
-    text += "".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
+    text += "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     for action in commands.choices["clusters"]._actions:
         if action.dest in ("help", "dist_url", "world_size", "rank", "local_rank", "debug_slurm"):
             continue

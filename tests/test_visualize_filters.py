@@ -12,15 +12,19 @@ from PIL import Image
 from torch import nn
 
 import visualize
-from src import activation_pictures, checkpoint, cli, filter_pictures, photometry, responses
-from src.alexnet import AlexNet
-from src.attention_maps import CAPTION, GAP
-from src.backbones import build_backbone
-from src.datasets import STATISTICS, open_dataset
-from src.features import centre_crop
-from src.resnet import build_model
-from src.sobel import sobel_to_rgb
-from src.vgg import VGG16
+from src.data import photometry
+from src.data.datasets import STATISTICS, open_dataset
+from src.labels.features import centre_crop
+from src.nets.alexnet import AlexNet
+from src.nets.backbones import build_backbone
+from src.nets.resnet import build_model
+from src.nets.sobel import sobel_to_rgb
+from src.nets.vgg import VGG16
+from src.pictures import activations, responses
+from src.pictures import filters as filter_pictures
+from src.pictures.attention import CAPTION, GAP
+from src.run import checkpoint
+from src.run import flags as cli
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--device", "cpu", "--workers", "0"]
@@ -170,7 +174,7 @@ def test_what_is_no_layer_is_one_sentence_that_names_others():
 # ============ top images ============
 def test_the_top_images_are_those_that_sorting_all_responses_gives():
     values = torch.randn(57, 5).mul(2).round()  # with many equal ones
-    top = activation_pictures.TopImages(5, 9)
+    top = activations.TopImages(5, 9)
     for rows in torch.arange(57).split(8):
         top.update(values[rows], rows)
     for number in range(5):
@@ -179,7 +183,7 @@ def test_the_top_images_are_those_that_sorting_all_responses_gives():
         assert top.of_filter(number) == expected
     means = values.double().mean(0)
     assert top.most_active(3) == means.sort(descending=True, stable=True).indices[:3].tolist()
-    few = activation_pictures.TopImages(5, 9)
+    few = activations.TopImages(5, 9)
     few.update(values[:4], torch.arange(4))
     assert len(few.of_filter(0)) == 4
 
@@ -474,7 +478,7 @@ def test_weights_that_are_not_finite_stop_the_script(tmp_path):
 
 def test_every_flag_is_read_and_explained():
     text = (ROOT / "visualize.py").read_text()
-    text += "".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
+    text += "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     commands = next(x for x in visualize.get_parser()._actions if x.dest == "picture")
     ignored = {"help", "dist_url", "world_size", "rank", "local_rank", "debug_slurm"}
     for picture in ("filters", "activations"):

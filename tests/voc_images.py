@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from src.voc import CLASSES
+from src.evaluate.voc import CLASSES
 
 ANNOTATION = "<annotation>{}</annotation>"
 OBJECT = "<object><name>{}</name><difficult>{}</difficult></object>"

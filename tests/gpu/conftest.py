@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src import distributed
+from src import dist
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +12,7 @@ def device(pytestconfig):
     name = pytestconfig.getoption("--device")
     if name.startswith("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device: run `bash scripts/on_gpu.sh` on a machine with one")
-    return distributed.resolve_device(name)
+    return dist.resolve_device(name)
 
 
 @pytest.fixture(params=["fp32", "bf16"])

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from src.kmeans import assign, euclidean_kmeans, spherical_kmeans
-from src.knn import knn_votes, top_k_accuracy
-from src.neighbours import nearest_neighbours
-from src.pca import fit_whitening, whiten
-from tests import test_self_label
+from src.cluster.kmeans import assign, euclidean_kmeans, spherical_kmeans
+from src.cluster.neighbours import nearest_neighbours
+from src.cluster.pca import fit_whitening, whiten
+from src.evaluate.knn import knn_votes, top_k_accuracy
+from tests.cluster import test_self_label
 from tests.gpu.host import to_device, to_host
 
 pytestmark = pytest.mark.gpu

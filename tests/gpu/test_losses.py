@@ -9,8 +9,8 @@ from main_deepercluster import hierarchical_loss
 from main_dino import DINOLoss
 from main_simclr import nt_xent
 from main_swav import Queue
-from src import distributed
-from src.sinkhorn import sinkhorn
+from src import dist
+from src.cluster.sinkhorn import sinkhorn
 from tests import reference, test_deepercluster, test_dino, test_simclr, test_swav
 from tests.gpu.host import to_device, to_host
 
@@ -40,7 +40,7 @@ def test_assignments_equal_the_golden_ones_whatever_autocast_is_around(
     arrays = golden("swav_sinkhorn")
     (scores,) = to_device(arrays, [f"{case}_scores"], device)
     for iterations in (1, 3, 10):
-        with distributed.autocast(device, precision):
+        with dist.autocast(device, precision):
             q = sinkhorn(scores, epsilon=0.05, iterations=iterations, dtype=dtype)
         assert q.dtype == dtype and q.device.type == device.type
         expected = arrays[f"{case}_expected_it{iterations}"]
@@ -127,7 +127,7 @@ def test_simclrs_loss_and_gradient_equal_equation_7_whatever_autocast_is_around(
 ):
     z = test_simclr.embeddings(num_crops, batch_size)
     expected, exact = test_simclr.value_and_gradient(test_simclr.equation_7, z, num_crops, 0.1)
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         leaf = z.float().to(device).requires_grad_()
         loss = nt_xent(leaf, num_crops, 0.1)
     loss.backward()

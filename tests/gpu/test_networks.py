@@ -8,14 +8,14 @@ import torch
 
 from main_dino import DINOLoss
 from main_swav import assign_codes, swav_loss
-from src import distributed
+from src import dist
 from src.gradients import clip_gradients
-from src.heads import DINOHead, MultiCropWrapper
-from src.resnet import resnet10, resnet50
-from src.vision_transformer import VisionTransformer
-from tests import test_convnets, test_dino_heads, test_resnet, test_vision_transformer
+from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.resnet import resnet10, resnet50
+from src.nets.vision_transformer import VisionTransformer
 from tests.golden_weights import fill
 from tests.gpu.host import relative_error, to_device, to_host
+from tests.nets import test_convnets, test_dino_heads, test_resnet, test_vision_transformer
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +60,7 @@ def test_a_resnet_50_gives_the_golden_embedding_scores_and_features(
 ):
     arrays, tolerances = golden("resnet50_swav"), RESNET[precision]
     large, small = to_device(arrays, ["crops_global", "crops_local"], device)
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         embedding, scores = resnet([*large, *small])
         features = resnet.forward_backbone(large[0])
     assert features.dtype == DTYPES[precision]
@@ -79,7 +79,7 @@ def test_a_vision_transformer_gives_the_golden_class_tokens_and_attention(golden
     for precision, tolerances in TRANSFORMER.items():
         for kind in test_vision_transformer.INPUTS:
             (x,) = to_device(arrays, [f"{name}_x_{kind}"], device)
-            with distributed.autocast(device, precision):
+            with dist.autocast(device, precision):
                 tokens = model(x)
                 attention = model.get_last_selfattention(x)
             close(tokens, arrays[f"{name}_hash_cls_{kind}"], tolerances["class token"])
@@ -94,7 +94,7 @@ def test_dinos_head_gives_the_golden_outputs(golden, device, precision, variant)
     arrays = golden("dino_head")
     head = fill(test_dino_heads.golden_head(variant), "hash").eval().to(device)
     (x,) = to_device(arrays, ["x"], device)
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         output = head(x)
     assert output.dtype == DTYPES[precision]
     close(output, arrays[f"{variant}_hash_out"], DINO_HEAD[precision])
@@ -105,7 +105,7 @@ def test_transformer_and_head_give_the_golden_outputs_of_several_crops(golden, d
     arrays = golden("dino_head")
     wrapper = fill(test_dino_heads.golden_wrapper(), "hash").eval().to(device)
     large, small = to_device(arrays, ["mc_global", "mc_local"], device)
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         output = wrapper([*large, *small])
     close(output, arrays["mc_out"], DINO_WRAPPER[precision])
 
@@ -120,7 +120,7 @@ def test_a_convnet_with_sobel_filters_gives_the_features_of_float64(device, prec
     x = test_convnets.images(2, 3, size, size)
     expected = test_convnets.by_hand(model, arch, x)
     model.to(device, memory_format=torch.channels_last)
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         features, scores = model(x.to(device))
     assert features.dtype == DTYPES[precision] and scores.shape == (2, 7)
     assert relative_error(features, expected) <= CONVNET[precision]
@@ -134,7 +134,7 @@ def crops_of(sizes, batch_size):
 
 def swav_step(model, crops, device, precision):
     """The loss of a training step; the gradients are left in the parameters."""
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         _, scores = model(crops)
     prototypes, views = model.prototypes.weight.detach(), scores.detach().unflatten(0, (3, -1))
     codes = assign_codes(views, prototypes, [0, 1], None, False, epsilon=0.05, iterations=3)
@@ -146,7 +146,7 @@ def swav_step(model, crops, device, precision):
 def dino_step(student, crops, device, precision):
     """As swav_step; the student is its own teacher."""
     criterion = DINOLoss(16, 3, 0.04, 0.04, 0, 1).to(device)
-    with distributed.autocast(device, precision):
+    with dist.autocast(device, precision):
         with torch.no_grad():
             teacher_output = student(crops[:2])
         student_output = student(crops)

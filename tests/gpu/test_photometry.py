@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from src.augment import Augment, apply_draws, draw_parameters
-from tests.test_augment import MEAN, OFF, STD, SWAV, generator, random_batch
+from src.data.augment import Augment, apply_draws, draw_parameters
+from tests.data.test_augment import MEAN, OFF, STD, SWAV, generator, random_batch
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import main_swav
-from src import distributed
-from src.logger import read_log
+from src import dist
+from src.run.log import read_log
 from tests import runs
 from tests.runs import losses, signal_handlers
 
@@ -145,7 +145,7 @@ def test_an_epoch_of_each_method_has_finite_losses_and_sound_features(run, devic
     assert state["epoch"] == 1
     assert all(x.isfinite().all() for x in tensors_of(state))
     text = (run / "run" / "train.log").read_text()
-    assert f"{distributed.default_precision(device)} on {device.type}" in text
+    assert f"{dist.default_precision(device)} on {device.type}" in text
     assert "WARNING" not in text and (run / "run" / "plots" / "curves.png").exists()
 
 

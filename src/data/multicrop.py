@@ -1,0 +1,165 @@
+"""Multi-crop: several random resized crops of one image, at several resolutions, as uint8.
+
+Only geometry happens here; colours are changed on the device, a batch at a time (src.data.augment).
+Source: the SwAV paper, section 3.3; crop geometry as in torchvision's RandomResizedCrop.
+"""
+
+import atexit
+import functools
+import math
+import os
+import random
+import signal
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+TRIES = 10  # of RandomResizedCrop, before it takes the centre
+
+
+class MultiCropDataset(Dataset):
+    """`[i]`, `[(epoch, i)]` or `[(epoch, i, place)]` -> `([uint8 (n_r, C, S_r, S_r) ...], i)`.
+
+    `num_crops`, `size_crops`, `min_scale_crops` and `max_scale_crops` have one value a resolution:
+    how many crops, their side in pixels, and the range of their area as a share of the image.
+    `ratio` is the range of width / height. What is drawn depends on (seed, epoch, i) alone, or on
+    (seed, epoch, place): an image that an epoch holds in two places has other crops in each.
+    Raises ValueError when the lists do not fit together.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        num_crops,
+        size_crops,
+        min_scale_crops,
+        max_scale_crops,
+        seed=31,
+        interpolation="bilinear",
+        ratio=(3 / 4, 4 / 3),
+    ):
+        check_crops(num_crops, size_crops, min_scale_crops, max_scale_crops)
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation {interpolation} must be bilinear or bicubic")
+        self.dataset, self.seed = dataset, seed
+        self.num_crops, self.size_crops = list(num_crops), list(size_crops)
+        self.scales = list(zip(min_scale_crops, max_scale_crops, strict=True))
+        self.interpolation, self.ratio = interpolation, ratio
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        item = item if isinstance(item, tuple) else (0, item)
+        epoch, index, place = *item[:2], item[-1]
+        image = self.dataset.load(index)  # (C, H, W)
+        generator = crop_generator(self.seed, epoch, place)
+        crops = []
+        for number, size, scale in zip(self.num_crops, self.size_crops, self.scales, strict=True):
+            windows = [
+                draw_window(*image.shape[1:], scale, self.ratio, generator) for _ in range(number)
+            ]
+            parts = [crop_and_resize(image, window, size, self.interpolation) for window in windows]
+            crops.append(torch.cat(parts))  # (n_r, C, S, S)
+        return crops, index
+
+
+def check_crops(num_crops, size_crops, min_scale_crops, max_scale_crops):
+    """Raise ValueError, naming the flag, when the lists of crops do not make sense."""
+    lists = {
+        "--nmb_crops": num_crops,
+        "--size_crops": size_crops,
+        "--min_scale_crops": min_scale_crops,
+        "--max_scale_crops": max_scale_crops,
+    }
+    if len({len(values) for values in lists.values()}) != 1 or len(num_crops) == 0:
+        lengths = ", ".join(f"{flag} has {len(values)}" for flag, values in lists.items())
+        raise ValueError(f"the lists of crops need one value a resolution each: {lengths}")
+    for flag, values in list(lists.items())[:2]:
+        if min(values) < 1:
+            raise ValueError(f"{flag} {' '.join(map(str, values))} must be at least 1 everywhere")
+    for low, high in zip(min_scale_crops, max_scale_crops, strict=True):
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"--min_scale_crops {low} and --max_scale_crops {high} must satisfy "
+                f"0 < min <= max <= 1"
+            )
+
+
+def crop_generator(seed: int, epoch: int, index: int) -> random.Random:
+    """Generator of one sample in one epoch; the key is mixed by the Mersenne Twister's seeding."""
+    return random.Random((int(seed) << 96) + (int(epoch) << 64) + int(index))
+
+
+def draw_window(height, width, scale, ratio, generator) -> tuple[int, int, int, int]:
+    """Window (top, left, height, width) of a random resized crop, drawn as torchvision does.
+
+    The area is uniform in `scale`, the logarithm of width / height uniform in `ratio`, the place
+    uniform; after ten draws that do not fit, the largest central window within `ratio`.
+    """
+    area = height * width
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(TRIES):
+        target = area * generator.uniform(*scale)
+        aspect = math.exp(generator.uniform(*log_ratio))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(generator.random() * (height - h + 1))
+            left = int(generator.random() * (width - w + 1))
+            return top, left, h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w, h = max(w, 1), max(h, 1)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_and_resize(image: torch.Tensor, window, size: int, interpolation: str) -> torch.Tensor:
+    """Resize a window of uint8 `(C, H, W)` to `(1, C, size, size)`, with antialiasing.
+
+    The channels of a pixel lie together in memory, before and after: torch then resizes 8-bit
+    images with integer vector instructions, within one level of PIL's result.
+    """
+    top, left, height, width = window
+    part = image[None, :, top : top + height, left : left + width]
+    part = part.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(part, size=(size, size), mode=interpolation, antialias=True)
+
+
+def multicrop_loader(dataset, sampler, batch_size, num_workers, device_type) -> DataLoader:
+    """DataLoader of a MultiCropDataset.
+
+    A batch is `([uint8 (B, n_r, C, S_r, S_r) per resolution], indices (B,))`, in pinned memory
+    when it goes to a GPU. Workers stay alive between epochs, and signals do not end them.
+    """
+    leaving = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    atexit.register(leaving.fill_, 1)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_crops,
+        pin_memory=device_type not in ("cpu", "mps"),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=functools.partial(_start_worker, leaving=leaving),
+    )
+
+
+def collate_crops(samples):
+    """Stack samples of a MultiCropDataset; pixels stay as `crop_and_resize` left them."""
+    resolutions = zip(*[crops for crops, _ in samples], strict=True)
+    by_pixel = [[crops.permute(0, 2, 3, 1) for crops in same_size] for same_size in resolutions]
+    # In a worker default_collate stacks straight into shared memory.
+    crops = [default_collate(same_size).permute(0, 1, 4, 2, 3) for same_size in by_pixel]
+    return crops, torch.tensor([index for _, index in samples])
+
+
+def _start_worker(worker, leaving):
+    """One thread, and deaf to the signals that reach a whole process group: the main process acts
+    on them, and needs its workers until it has saved. When it ends, SIGTERM is its own, to obey."""
+    torch.set_num_threads(1)
+    for name in ("SIGUSR1", "SIGUSR2", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no user signals
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: leaving.item() and os._exit(0))

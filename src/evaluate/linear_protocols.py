@@ -1,0 +1,136 @@
+"""Protocols of linear classification: what each says where the command line says nothing."""
+
+import argparse
+import logging
+from collections.abc import Callable
+
+from ..run import flags
+from . import flags as eval_flags
+from .evaluation import is_dino, is_transformer
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_BATCH = 256  # images that --lr is for; dino has it in proportion
+DINO_BATCH = 128  # images per process
+PROTOCOLS = {
+    "swav": {"lr": 0.3, "wd": 1e-6, "interpolation": "bilinear"},
+    "dino": {"lr": 0.001, "wd": 0.0, "interpolation": "bicubic"},
+    "deepcluster": {"lr": 0.01, "wd": 1e-4, "epochs": 90},
+    "deepercluster": {"lr": 0.05, "wd": 1e-5},  # of a convolution as below
+}
+for name in ("deepcluster", "deepercluster"):
+    PROTOCOLS[name] |= {"interpolation": "bilinear", "scheduler_type": "inverse_sqrt"}
+# On ImageNet, by convolution; for Places205 others were chosen.
+DEEPERCLUSTER_LR = {
+    **{1: 0.005, 2: 0.01, 7: 0.02},
+    **dict.fromkeys((3, 4, 5, 6, 8, 9, 10), 0.03),
+    **dict.fromkeys((11, 12, 13), 0.02),
+}
+# For small images: seconds rather than hours. Features are computed once, without augmentation.
+SMALL = {"cache_features": True}
+PRESETS = {
+    "imagenet": {},
+    "cifar": {**SMALL, "workers": 2},
+    "tiny": {**SMALL, "no_flip": True, "workers": 0},
+}
+SMALL_DINO = {"lr": 0.1}  # fewer iterations need a larger one than DINO's
+
+
+def weight_decay(text: str) -> float:
+    """An argparse type: a weight decay, or below zero the power of ten of one, as DeepCluster's -4."""
+    value = float(text)
+    if value < 0:
+        return 10**value
+    return flags.at_least_zero(float)(text)
+
+
+def parse_args(
+    get_parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+) -> tuple[argparse.Namespace, dict]:
+    """The arguments, and those of the run that is evaluated ({} if it is not a run).
+
+    Of what is not on the command line, the preset of small images decides before the protocol.
+    """
+    args, run = eval_flags.parse_args(get_parser, argv)
+    if args.conv and args.sobel is None and args.arch in ("alexnet", "vgg16"):
+        args.sobel = False  # torchvision's networks of these names have no batch norm
+    if args.protocol == "auto":
+        args.protocol = _protocol(args, run)
+    defaults = PROTOCOLS[args.protocol] | PRESETS[args.preset]
+    if args.protocol == "dino" and args.preset != "imagenet":
+        defaults |= SMALL_DINO
+    if args.protocol == "deepercluster" and args.conv in DEEPERCLUSTER_LR:
+        defaults["lr"] = DEEPERCLUSTER_LR[args.conv]
+    for name, value in defaults.items():
+        if name not in args.given:
+            setattr(args, name, value)
+    base = args.arch == "vit_base"
+    if args.avgpool_patchtokens is None:
+        args.avgpool_patchtokens = base and args.n_last_blocks is None
+    if args.n_last_blocks is None:
+        args.n_last_blocks = 1 if base else min(4, args.depth or 4)
+    if args.verbose and "log_freq" not in args.given:
+        args.log_freq = 10
+    return args, run
+
+
+def _protocol(args, run):
+    """What --protocol auto is."""
+    if args.conv:
+        return "deepcluster" if args.arch == "alexnet" else "deepercluster"
+    dino = is_transformer(args.arch) or is_dino(run)
+    return "dino" if dino or args.checkpoint_key in ("student", "teacher") else "swav"
+
+
+def fill_in_batch(args: argparse.Namespace, world_size: int, num_images: int) -> None:
+    """The batch size of the protocol where none is given; ValueError for one that does not fit."""
+    if args.batch_size is None:
+        a_process = args.protocol == "dino" and args.preset == "imagenet"
+        batch = DINO_BATCH if a_process else max(1, REFERENCE_BATCH // world_size)
+        args.batch_size = max(1, min(batch, num_images // world_size))
+    if args.batch_size * world_size > num_images:
+        raise ValueError(
+            f"--batch_size {args.batch_size} times {world_size} processes is more than the "
+            f"{num_images} training images: use at most {num_images // world_size}"
+        )
+
+
+def chosen_folds(cross_valid: int | None, kfold: int | None) -> tuple[int | None, list[int | None]]:
+    """The number of folds, and those to validate on: (None, [None]) without cross-validation.
+
+    cross_valid alone: all its folds. With kfold the larger of the two is the number of folds and the
+    smaller one the fold, from 0: the authors' help and code name them the other way round. Raises
+    ValueError.
+    """
+    if cross_valid is None and kfold is None:
+        return None, [None]
+    if cross_valid is None:
+        raise ValueError(f"--kfold {kfold} needs --cross_valid: give both, or --cross_valid alone")
+    if kfold is None:
+        if cross_valid < 2:
+            raise ValueError(f"--cross_valid {cross_valid} must be at least 2 folds")
+        return cross_valid, list(range(cross_valid))
+    if cross_valid == kfold or max(cross_valid, kfold) < 2:
+        raise ValueError(
+            f"--cross_valid {cross_valid} --kfold {kfold} must be a number of folds, 2 or more, and "
+            "one of them, counted from 0"
+        )
+    return max(cross_valid, kfold), [min(cross_valid, kfold)]
+
+
+def log_plan(args, train, val, num_classes: int, dim: int, total: int, lrs, process) -> None:
+    """Say what will be computed, before it is."""
+    how = "features computed once" if args.cache_features else "random crops and flips"
+    for line in (
+        f"protocol    {args.protocol}, {how}",
+        f"data        {train.name}: {len(train):,} and {len(val):,} images, {num_classes} classes",
+        f"batch       {args.batch_size} x {process.world_size} processes = {total}; "
+        f"{len(train) // total:,} iterations an epoch, {args.epochs} epochs",
+        f"classifiers {', '.join(f'{lr:g}' for lr in lrs)} (learning rates), {args.wd:g} weight "
+        f"decay, {dim:,} features of {args.arch}"
+        + (f", {args.conv_pooling}-pooled convolution {args.conv}" if args.conv else ""),
+    ):
+        logger.info(line)
+    if args.protocol != "dino" and total != REFERENCE_BATCH and "lr" not in args.given:
+        fitting = args.lr * total / REFERENCE_BATCH
+        logger.info("note: the learning rate is for 256 images; --lr %g fits %d", fitting, total)

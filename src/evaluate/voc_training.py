@@ -1,0 +1,103 @@
+"""Fine-tuning on PASCAL VOC 2007: what is saved and resumed, and the batches of random crops."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import dist
+from ..data.augment import apply_draws, draw_parameters
+from ..data.datasets import EpochSampler, ImageDataset
+from ..data.multicrop import MultiCropDataset, multicrop_loader
+from ..run import checkpoint, resume, setup
+from .linear_features import ONLY_FLIP
+from .linear_files import check_settings
+
+FLIP = {**ONLY_FLIP, "flip_prob": 0.5}
+
+
+class Training:
+    """The network, its optimizer, and the folder that keeps them.
+
+    module: the network without wrappers; network: the same, in DDP where there are several
+    processes. settings: all that the result depends on; a folder with others is not continued.
+    """
+
+    def __init__(
+        self, model: nn.Module, weight_decay: float, process, precision, folder, settings: dict
+    ):
+        self.process, self.precision, self.folder, self.settings = (
+            process,
+            precision,
+            folder,
+            settings,
+        )
+        self.module, self.network = setup.wrap_network(model, process, "none", 0, False)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = setup.build_optimizer("sgd", trained, weight_decay)
+        self.scaler = dist.grad_scaler(process.device, precision)
+
+    def save(self, iteration: int) -> None:
+        """Save the state after so many iterations; all processes call it, one writes."""
+        parts = {name: getattr(self, name) for name in ("module", "optimizer", "scaler")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint.save_together(
+            self.folder, {**state, "iteration": iteration, "settings": self.settings}
+        )
+
+    def resume(self) -> int:
+        """Take over what the folder holds; the iterations done, 0 if it holds nothing."""
+        state = checkpoint.load_checkpoint(self.folder)
+        resume.check_same_place(state["iteration"] if state else -1, 0, self.folder)
+        if state is None:
+            return 0
+        check_settings(state, self.settings, self.folder)
+        checkpoint.load_state(self.module, state["module"], self.folder)
+        resume.load_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        return state["iteration"]
+
+
+def training_images(
+    dataset: ImageDataset,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    statistics: tuple[list[float], list[float]],
+    batch_size: int,
+    process: dist.Process,
+    seed: int,
+    workers: int,
+) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
+    """A function: iterations from `start` to before `stop` -> the batches of this process.
+
+    A batch is normalised random resized crops (B, C, size, size) on the device, mirrored or not, and
+    their sample indices (B,). scale: range of the area of a crop as a share of the image, ratio: of
+    width / height. statistics: mean and standard deviation of each channel.
+
+    The crops depend on (seed, epoch, index), the mirroring on (seed, epoch, iteration) and the place
+    in the batch of all processes: both not on the number of processes.
+    """
+    scales = ([x] for x in scale)
+    crops = MultiCropDataset(dataset, [1], [size], *scales, seed=seed, ratio=ratio)
+    sampler = EpochSampler(len(dataset), batch_size, process.rank, process.world_size, seed)
+    loader = multicrop_loader(crops, sampler, batch_size, workers, process.device.type)
+    total, first = batch_size * process.world_size, process.rank * batch_size
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in statistics)  # (C, 1, 1)
+
+    def batches(start, stop):
+        iters_per_epoch = len(dataset) // total  # the last, smaller batch is left out
+        while start < stop:
+            epoch, place = divmod(start, iters_per_epoch)
+            sampler.set_epoch(epoch, place)
+            for it, ((images,), indices) in enumerate(loader, place):
+                draws = draw_parameters(setup.generator(seed, epoch, it), 1, total, **FLIP)
+                images = images.to(process.device, non_blocking=True).flatten(0, 1)  # (B, C, S, S)
+                images = apply_draws(images, draws[first : first + len(images)], mean, std)
+                yield images.contiguous(memory_format=torch.channels_last), indices
+                start += 1
+                if start == stop:
+                    return
+
+    return batches

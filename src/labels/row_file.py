@@ -1,0 +1,151 @@
+"""A matrix in a file that all processes map, filled in chunks of rows; a stopped run knows which are there.
+
+<name>.npy is the matrix, as numpy reads it; <name>.<rank>.done the chunks that a process has written and
+flushed, a number a line. The folder must be shared by all processes, as that of the run is.
+"""
+
+import os
+import shutil
+import struct
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import dist
+from .features import share
+
+CHUNK = 4096  # rows
+START = 4096  # bytes before the first row, so that chunks of two processes share no page of a disk
+
+
+class RowFile:
+    """(num_rows, width) float32 at <folder>/<name>.npy, which is made if it is not there.
+
+    All processes call the constructor, with the same arguments.
+    """
+
+    def __init__(self, folder: Path, name: str, num_rows: int, width: int):
+        self.path, self.shape = Path(folder) / f"{name}.npy", (num_rows, width)
+        self._done = self.path.with_name(f"{name}.{dist.rank()}.done")
+        if dist.is_main() and not self.path.exists():
+            header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {self.shape}, }}"
+            magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", START - 10)
+            part = self.path.with_suffix(".part")
+            with open(part, "wb") as file:
+                file.write(magic + header.ljust(START - 11).encode() + b"\n")
+                file.truncate(START + 4 * num_rows * width)  # sparse: no bytes
+            os.replace(part, self.path)
+        dist.barrier()
+
+    def read(self) -> Tensor:
+        """The matrix, mapped and not to be written to: in memory is what is used, as far as there is room."""
+        if not self.shape[0]:
+            return torch.empty(self.shape)
+        array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        with warnings.catch_warnings():  # torch knows no tensor that cannot be written to
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            return torch.from_numpy(array)
+
+    def missing(self) -> list[int]:
+        """Chunks that no process has written yet."""
+        written = set()
+        for path in self.path.parent.glob(f"{self.path.stem}.*.done"):
+            lines = path.read_text().split()
+            written.update(int(line[:-1]) for line in lines if line.endswith("."))  # not torn
+        return [i for i in range(-(-self.shape[0] // CHUNK)) if i not in written]
+
+    def mine(self) -> list[int]:
+        """The missing chunks that this process shall write. All processes call it together."""
+        missing = dist.broadcast_object(self.missing() if dist.is_main() else None)
+        return [missing[i] for i in share(len(missing))]
+
+    def rows(self, chunk: int) -> range:
+        """The rows of a chunk."""
+        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.shape[0]))
+
+    def chunk_of(self, row: int) -> int:
+        return row // CHUNK
+
+    def write(self, first: int, rows: Tensor) -> None:
+        """Write rows (n, width) from number `first` on."""
+        data = np.ascontiguousarray(rows.detach().cpu().float().numpy())
+        with open(self.path, "r+b") as file:
+            file.seek(START + first * self.shape[1] * 4)
+            file.write(data.data)
+
+    def mark(self, chunk: int) -> None:
+        """Remember that all rows of a chunk are written, once they have reached the disk."""
+        with open(self.path, "r+b") as file:
+            os.fsync(file.fileno())
+        with open(self._done, "a") as file:
+            file.write(f"\n{chunk}.\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Delete the file, once all processes have come here."""
+        dist.barrier()
+        if dist.is_main():
+            for path in [*self.path.parent.glob(f"{self.path.stem}.*.done"), self.path]:
+                path.unlink(missing_ok=True)
+        dist.barrier()
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """ValueError on all processes if the disk has too little space for so many bytes.
+
+    What is in the folder's .npy files counts as free.
+    """
+    there = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
+    free = dist.broadcast_object(shutil.disk_usage(folder).free + there)
+    if needed > free:
+        raise ValueError(
+            f"--dump_path has {free / 1e9:.3g} GB free, and {what} needs {needed / 1e9:.3g} GB: name a "
+            "folder on another disk, or lower --dim_pca or --size_dataset"
+        )
+
+
+def wait_for(condition, stop, folder: Path) -> None:
+    """Wait until the files of other processes are there, or one of all was asked to stop.
+
+    A collective would do, but for its time limit: processes may have hours of work more than others.
+    """
+    asked, pause = folder / "stop", 0.01
+    while not condition():
+        if stop.requested:
+            asked.touch()
+        if asked.exists():
+            return
+        time.sleep(pause)
+        pause = min(5.0, 1.5 * pause)
+
+
+def load_tensors(path: Path) -> dict:
+    """What write_tensors wrote."""
+    return torch.load(path, weights_only=True, map_location="cpu")  # noqa: TID251
+
+
+def write_tensors(path: Path, values: dict) -> None:
+    """Write tensors and numbers by name, whole or not at all."""
+    try:
+        _write(path, lambda file: torch.save(values, file))
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+
+
+def write_array(path: Path, values: Tensor) -> None:
+    """Write a tensor as numpy reads it, whole or not at all."""
+    _write(path, lambda file: np.save(file, values.numpy()))
+
+
+def _write(path, write):
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,156 @@
+"""Who does what in DeeperCluster: super-classes of the places in a batch, and their classifiers.
+
+Caron et al. 2019, arXiv:1905.01278; thesis, section 3.3.1. A super-class is a first-level cluster and
+a rotation. The batch of all processes holds the super-classes one after the other, in equal parts:
+place p of G belongs to super-class p * S // G, whatever the number of processes. With a multiple of
+S processes each has one super-class, and those of one super-class are the thesis' groups.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import dist
+from ..nets.top_layer import TopLayer
+from ..run import setup
+from .pseudo_labels import IGNORED
+
+SUB_DRAW = 3  # sets the draws of the classifiers apart from others
+
+
+class Places:
+    """The super-classes of this process's places in a batch.
+
+    num_super: S. num_rotations: 4, or 1 without rotations. supers: (B,), of this process's places;
+    rotations: (B,), in quarter turns; held: the super-classes among them; quota: number of
+    places of each super-class in the whole batch.
+    """
+
+    def __init__(self, num_super, num_rotations, batch_size, rank, world_size):
+        self.num_super, self.num_rotations = num_super, num_rotations
+        total = batch_size * world_size
+        every = torch.arange(total) * num_super // total  # (G,)
+        self.quota = every.bincount(minlength=num_super).tolist()
+        of_ranks = every.view(world_size, batch_size)
+        self.supers = of_ranks[rank]
+        self.rotations = self.supers % num_rotations
+        self.held = self.supers.unique().tolist()
+        self.holders = [
+            (of_ranks == s).any(1).nonzero().flatten().tolist() for s in range(num_super)
+        ]
+        self.first = [int((every < s).sum()) for s in range(num_super)]  # place of each
+        self.mine = range(rank * batch_size, (rank + 1) * batch_size)
+
+    def cluster_of(self, super_class: int) -> int:
+        """Its first-level cluster."""
+        return super_class // self.num_rotations
+
+    def columns(self, super_class: int) -> slice:
+        """Which of a super-class' places in the whole batch are this process's."""
+        first = self.first[super_class]
+        start = max(self.mine.start - first, 0)
+        return slice(start, max(start, min(self.mine.stop - first, self.quota[super_class])))
+
+    def local(self, super_class: int) -> slice:
+        """Where a super-class lies among this process's places."""
+        columns, first = self.columns(super_class), self.first[super_class] - self.mine.start
+        return slice(first + columns.start, first + columns.stop)
+
+
+class SubClassifiers:
+    """W_1 ... W_S of Eq. 3.4, each on the processes that have images of its super-class.
+
+    Their step averages over the images of the super-class, as in a group of the published code.
+    num_classes: of each. The momentum is part of the state.
+    """
+
+    def __init__(self, places: Places, num_features: int, num_classes: int, process, **sgd):
+        self.places, self.process, self.sgd = places, process, sgd
+        self.groups = dist.new_groups(places.holders)
+        self.layers = {
+            s: TopLayer(num_features, num_classes).to(process.device) for s in places.held
+        }
+        self.optimizer = torch.optim.SGD(self.parameters(), **sgd)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in layer.parameters()]
+
+    def reset(self, num_classes: int, seed: int, epoch: int) -> None:
+        """New weights, the same on all processes that hold a classifier, and no momentum."""
+        for s, layer in self.layers.items():
+            layer.reset(num_classes, setup.generator(seed, epoch, s, 0, SUB_DRAW))
+        self.optimizer.state.clear()
+
+    def scores(self, features: Tensor) -> list[Tensor]:
+        """features (V, B, F), after the ReLU -> for each super-class held (V * n_s, k)."""
+        return [
+            layer(features[:, self.places.local(s)].flatten(0, 1))
+            for s, layer in self.layers.items()
+        ]
+
+    def targets(self, sub_classes: Tensor) -> list[Tensor]:
+        """(B,), the sub-classes of a batch -> for each super-class held (n_s,)."""
+        return [sub_classes[self.places.local(s)] for s in self.layers]
+
+    @torch.no_grad()
+    def average_gradients(self, scale: float) -> None:
+        """Make them those of the mean over a super-class' images; scale: of the loss."""
+        for s, layer in self.layers.items():
+            share = len(self.places.supers) / self.places.quota[s] / scale
+            with dist.within(self.groups[s]):
+                for p in layer.parameters() if len(self.places.holders[s]) > 1 else ():
+                    p.grad = dist.all_reduce_sum(p.grad)
+            for p in layer.parameters():
+                p.grad.mul_(share)
+
+    def overflowed(self) -> bool:
+        """Whether a gradient of any process is not finite."""
+        bad = sum((~torch.isfinite(p.grad)).sum() for p in self.parameters())
+        return bool(dist.all_reduce_max(bad).item())
+
+    # ============ saving ============
+    def state_dict(self) -> dict:
+        """Weights and momentum of all super-classes, on the CPU of the main process."""
+        state = {}
+        for s, holders in enumerate(self.places.holders):
+            size = torch.tensor(self.layers[s].out_features if s in self.layers else 0)
+            shape = [int(dist.all_reduce_max(size))]
+            width = torch.tensor(self.layers[s].in_features if s in self.layers else 0)
+            width = int(dist.all_reduce_max(width))
+            for name, more in (("weight", [width]), ("bias", [])):
+                p = getattr(self.layers[s], name) if s in self.layers else None
+                buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
+                blank = torch.zeros(*shape, *more, device=self.process.device)
+                for key, x in ((name, p), (f"momentum_{name}", buffer)):
+                    x = dist.broadcast(blank if x is None else x.detach(), holders[0])
+                    if dist.is_main():
+                        state[f"{s}.{key}"] = x.cpu().clone()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take this process's classifiers, for any number of processes."""
+        for s, layer in self.layers.items():
+            layer.load_state_dict({name: state[f"{s}.{name}"] for name in ("weight", "bias")})
+            for name, p in layer.named_parameters():
+                momentum = state[f"{s}.momentum_{name}"].to(p.device)
+                self.optimizer.state[p] = {"momentum_buffer": momentum.clone()}
+
+
+def loss_of_nothing(num_super: int, num_sub: int) -> float:
+    """Eq. 3.4 of uniform predictions."""
+    return math.log(num_super) + math.log(num_sub)
+
+
+def cluster_groups(num_clusters: int) -> list | None:
+    """Processes of each first-level cluster where they can be shared out evenly, else None."""
+    size, rest = divmod(dist.world_size(), num_clusters)
+    if num_clusters == 1 or size == 0 or rest:
+        return None
+    return dist.new_groups([range(i * size, (i + 1) * size) for i in range(num_clusters)])
+
+
+def one_label(labels: Tensor, num_sub: int) -> Tensor:
+    """(2, N) of both levels -> (1, N), a number for each second-level cluster of the data."""
+    num_sub = max(num_sub, int(labels[1].max()) + 1)  # of before --k was changed
+    return torch.where(labels[:1] >= 0, labels[:1] * num_sub + labels[1:], IGNORED)

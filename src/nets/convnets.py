@@ -1,0 +1,70 @@
+"""Networks that are trained as classifiers of clusters, by the name of --arch: alexnet, vgg16, ResNets.
+
+model = build_convnet("alexnet", num_classes=10000, sobel=True)
+features = model.forward_backbone(images)  # (B, 4096), what is clustered
+features, scores = model(images)  # (B, 4096), (B, 10000)
+model.top_layer.reset(20000, generator)  # after a clustering
+"""
+
+from torch import Tensor, nn
+
+from .alexnet import AlexNet
+from .resnet import ARCHITECTURES, build_model
+from .top_layer import Classifier, TopLayer
+from .vgg import VGG16
+
+__all__ = ["PLAIN", "ResNetClassifier", "TopLayer", "build_convnet"]
+
+PLAIN = {"alexnet": AlexNet, "vgg16": VGG16}
+
+
+class ResNetClassifier(Classifier):
+    """A trunk of src.nets.resnet, (B, C, S, S) -> (B, num_features) pooled, under Sobel and a top layer.
+
+    Its parameters are called sobel.*, trunk.* and top_layer.*.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, num_classes: int, sobel: bool, sobel_padding: int, in_chans: int
+    ):
+        features = trunk.num_features
+        super().__init__({"trunk": trunk}, features, num_classes, sobel, sobel_padding, in_chans)
+
+    def forward_backbone(self, x: Tensor) -> Tensor:
+        return self.trunk.forward_backbone(self.edges(x))
+
+    def before_top(self, x: Tensor) -> Tensor:
+        return x  # the pooled output of a ReLU
+
+
+def build_convnet(
+    arch: str,
+    num_classes: int = 0,
+    sobel: bool = False,
+    sobel_padding: int = 1,
+    in_chans: int = 3,
+    stem: str = "imagenet",
+    width: float = 1.0,
+    zero_init_residual: bool = False,
+    dropout: float = 0.5,
+) -> nn.Module:
+    """The untrained network of `arch`, with a top layer if there are classes; see Classifier.
+
+    arch: alexnet or vgg16, ours, with batch norm; a name of src.nets.resnet.ARCHITECTURES or, without
+    Sobel, a torchvision classification network. sobel_padding: see src.nets.sobel.Sobel. stem: of ResNets,
+    and not used by others, which presets give it too; nor is dropout used by ResNets. Raises
+    ValueError on an unknown name and on options that do not fit.
+    """
+    filters = {"sobel": sobel, "sobel_padding": sobel_padding, "in_chans": in_chans}
+    if arch in PLAIN:
+        if zero_init_residual:
+            raise ValueError(f"--zero_init_residual needs a ResNet: for --arch {arch} leave it out")
+        return PLAIN[arch](num_classes, width=width, dropout=dropout, **filters)
+    options = {"width": width, "zero_init_residual": zero_init_residual}
+    if sobel and arch not in ARCHITECTURES:
+        names = ", ".join([*PLAIN, *ARCHITECTURES])
+        raise ValueError(f"--sobel true needs one of {names}, not --arch {arch}")
+    if arch in ARCHITECTURES:
+        options["stem"] = stem
+    trunk = build_model(arch, in_chans=2 if sobel else in_chans, **options)
+    return ResNetClassifier(trunk, num_classes, **filters)

@@ -1,0 +1,227 @@
+"""Reading weights from elsewhere into a network, safely, and saying what fitted.
+
+Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
+checkpoints, torchvision's, safetensors. Only tensors, plain containers, argparse.Namespace and numpy scalars are unpickled.
+"""
+
+import argparse
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+# What published files wrap their weights in, and what they put before the names of a network.
+SECTIONS = ("state_dict", "model", "teacher", "student")
+PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder.", "model.", "body.")
+OWN_PREFIXES = PREFIXES[:3]  # networks of ours have them too
+SOBEL = "sobel."  # filters before a trunk, whose names do not start as the trunk's do
+COUNTER = "num_batches_tracked"  # of a batch normalisation: a file may lack it, and all fit
+
+
+class CheckpointError(OSError):
+    """A file that cannot be written, read or used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Names of the tensors that a network took from a file, that the file lacked, had besides, or
+    had in another shape. Batch normalisation's num_batches_tracked never counts as missing."""
+
+    matched: list[str]
+    missing: list[str]
+    left_over: list[str]
+    wrong_shape: list[str]
+
+
+def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
+    """Named tensors of a file, without the "module." of DistributedDataParallel and DataParallel.
+
+    path: a file, the folder of a run, or an http(s) address. checkpoint_key: the section to take,
+    such as "student"; None: the first of SECTIONS that there is. A file without any is taken whole. Raises
+    FileNotFoundError, ValueError (another key would do) or CheckpointError (not a file of weights).
+    """
+    found = _read_file(path)
+    there = _sections(found)
+    if checkpoint_key is not None and there and checkpoint_key not in there:
+        names = ", ".join(there)
+        raise ValueError(f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {names}")
+    if checkpoint_key is not None and not there:
+        logger.info("%s has no sections: --checkpoint_key %s is not needed", path, checkpoint_key)
+    key = next((key for key in (checkpoint_key, *SECTIONS) if key in there), None)
+    chosen = found if key is None else found[key]
+    weights = {str(k): v for k, v in chosen.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        raise CheckpointError(f"{path} holds no tensors by name; it has: {_some(map(str, found))}")
+    weights = without_wrapper(weights)
+    # DeepCluster ran its convolutions alone, not the linear layers, on several GPUs.
+    return {name.replace("features.module.", "features."): x for name, x in weights.items()}
+
+
+def sections(path: str | Path) -> list[str]:
+    """Names of the parts of a file, such as "student" and "teacher". Raises as read_weights."""
+    return _sections(_read_file(path))
+
+
+def epoch_of(path: str | Path, method: str) -> int:
+    """The epochs that a file says it was trained for, 0 if it does not.
+
+    Raises as read_weights, and CheckpointError for a run of this repository of another method.
+    """
+    found = _read_file(path)
+    epoch = found.get("epoch", 0)
+    if found.get("method", method) != method:
+        raise CheckpointError(
+            f"--resume {path} is of another method ({found['method']}, not {method}): start from its "
+            "weights with --init_from"
+        )
+    logger.info("%s was trained for %s epochs", path, epoch)
+    return epoch if isinstance(epoch, int) else 0
+
+
+def load_weights(
+    module: torch.nn.Module,
+    path: str | Path,
+    checkpoint_key: str | None = None,
+    allow_missing: Sequence[str] = (),
+) -> Report:
+    """Give `module` the weights of a file, matched by name and shape, and log what fitted.
+
+    Of the usual prefixes, the one under which most tensors fit is taken off the names (or put on,
+    where the network has it and the file has not). allow_missing: starts of names that the file may
+    lack or have in another shape. Raises as read_weights, and CheckpointError, before anything is
+    changed, when nothing fits or when tensors outside allow_missing are missing.
+    """
+    weights = read_weights(path, checkpoint_key)
+    module = unwrapped(module)
+    own = module.state_dict()
+    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
+    renamed = max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
+    matched = [name for name in own if _fits(own, renamed, name)]
+    wrong_shape = [name for name in own if name in renamed and name not in matched]
+    missing = [name for name in own if name not in renamed and not name.endswith(COUNTER)]
+    left_over = sorted(set(weights) - {renamed[name][0] for name in matched + wrong_shape})
+    shapes = [
+        f"{name} {tuple(renamed[name][1].shape)} for {tuple(own[name].shape)}"
+        for name in wrong_shape
+    ]
+    if all(name.endswith(COUNTER) for name in matched):
+        raise CheckpointError(
+            f"{path}: none of its {len(weights)} tensors ({_some(weights)}) fits this network "
+            f"({_some(own)}): check --arch and --checkpoint_key"
+        )
+    required = [n for n in missing + wrong_shape if not n.startswith(tuple(allow_missing))]
+    if required:
+        raise CheckpointError(
+            f"{path} lacks {len(required)} of the {len(own)} tensors of this network, or has them "
+            f"in another shape ({_some(required)}): check --arch and the flags of its head"
+        )
+    module.load_state_dict({name: renamed[name][1] for name in matched}, strict=False)
+    logger.info(
+        "%s: matched %d of %d tensors; missing: %s; left over: %s; wrong shape: %s",
+        *(path, len(matched), len(own), _some(missing), _some(left_over), _some(shapes)),
+    )
+    return Report(matched, missing, left_over, wrong_shape)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The network inside DistributedDataParallel or DataParallel and torch.compile, if it is."""
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
+        module = module.module if isinstance(module, wrappers) else module._orig_mod
+    return module
+
+
+def without_wrapper(weights: dict) -> dict:
+    """The same tensors, without the "module." and "_orig_mod." of wrappers before every name."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def cause(error: BaseException) -> str:
+    """The first words of an error, for a sentence of ours."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].split(". ")[0]
+
+
+def _sections(found):
+    return [str(key) for key, value in found.items() if isinstance(value, dict)]
+
+
+def _read_file(path):
+    """What a file or the checkpoint of a run's folder holds, a dict; raises as read_weights."""
+    path = str(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "checkpoint.pth")
+    try:
+        found = _read(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no weights file {path}") from None
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs the package safetensors: pip install safetensors"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds objects other than tensors and plain values, which are "
+            f"not read because they could run code ({cause(error)})"
+        ) from error
+    except Exception as error:  # whatever the bytes of a damaged file make torch raise
+        raise CheckpointError(f"{path} cannot be read as weights ({cause(error)})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not tensors by name")
+    return found
+
+
+def _read(path):
+    # torch.load is banned in favour of this module and src.run.checkpoint.
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with torch.serialization.safe_globals(_allowed_globals()):
+        if path.startswith(("http://", "https://")):
+            return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+
+
+def _allowed_globals():
+    """What DINO's training checkpoints hold besides tensors: a Namespace and numpy scalars."""
+    scalar = np.float64(0).__reduce__()[0]
+    old_and_new = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [argparse.Namespace, np.dtype, *old_and_new, *kinds]
+
+
+def _rename(weights, strip, put):
+    """{name in the network: (name in the file, tensor)}"""
+    renamed = {
+        put + name.removeprefix(strip): (name, value)
+        for name, value in weights.items()
+        if name.startswith(strip)
+    }
+    sobel = {
+        start + name: (name, value)
+        for name, value in weights.items()
+        for start in ("", put)
+        if name.startswith(SOBEL)
+    }
+    return {**sobel, **renamed}
+
+
+def _fits(own, renamed, name):
+    return name in own and name in renamed and own[name].shape == renamed[name][1].shape
+
+
+def _some(names, most=6):
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more

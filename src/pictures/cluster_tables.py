@@ -1,0 +1,248 @@
+"""Which cluster each image is in, by a network's prototypes or by k-means, and the files of that.
+
+clusters.csv has a line for each image, in the order of the data: index, file, cluster, cosine to its
+centroid, and label and class where they are known; assignments.npy (N,) int64, similarities.npy (N,)
+float32 and centroids.npy (K, D) float32, of length 1, the same as arrays; assignments_heads.npy
+(heads, N) those of all heads, where there are several; clusters.json a summary. An image that cannot
+be read is in cluster -1.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dist
+from ..cluster.kmeans import initial_centroids, spherical_kmeans
+from ..evaluate.evaluation import forward_of
+from ..labels.features import extract_features
+from ..nets.heads import DINOHead, unit_rows
+from ..nets.weights import read_weights
+from ..run import metrics
+
+PROTOTYPES = re.compile(r"(?:.*\.)?prototypes(?:\.prototypes(\d+))?\.weight")
+DINO_HEAD = re.compile(r"(?:.*\.)?head\.((?:mlp|last_layer)\..*)")
+UNREADABLE = -1  # in place of a cluster
+SCORES_AT_ONCE = 1 << 24  # bounds the memory that a matrix (images, clusters) takes
+ITERATIONS = 20  # of k-means
+
+
+# ============ prototypes ============
+def read_heads(
+    path: str | Path, checkpoint_key: str | None = None
+) -> tuple[list[tuple[Tensor, Tensor | None]], DINOHead | None]:
+    """The layers of a file of weights whose outputs are clusters, and the head of DINO before one.
+
+    A list of (weight (K, D), bias (K,) or None): the prototypes of each head, of length 1 (arXiv:
+    2006.09882, section 3.1), or the last layer of DINO (arXiv:2104.14294, section 3.1); empty where
+    there is none, or no path. Raises as src.nets.weights.read_weights.
+    """
+    if not path:
+        return [], None
+    weights = read_weights(path, checkpoint_key)
+    found = {match[1]: x for name, x in weights.items() if (match := PROTOTYPES.fullmatch(name))}
+    if found:
+        numbers = sorted(found, key=lambda number: int(number or 0))
+        return [(F.normalize(found[i].float(), dim=1), None) for i in numbers], None
+    found = {match[1]: x for name, x in weights.items() if (match := DINO_HEAD.fullmatch(name))}
+    if not {"last_layer.weight", "last_layer.weight_v"} & set(found):
+        return [], None
+    head = _dino_head(found)
+    last = head.last_layer
+    if head.l2_bottleneck:
+        return [(last.weight_g.detach() * unit_rows(last.weight_v.detach()), None)], head
+    return [(last.weight.detach(), last.bias.detach())], head
+
+
+def _dino_head(weights):
+    """The head whose tensors these are; their shapes say what it is like."""
+    bottleneck = "last_layer.weight_v" in weights
+    last = weights["last_layer.weight_v" if bottleneck else "last_layer.weight"]
+    linear = [x for name, x in weights.items() if name.startswith("mlp.") and x.dim() == 2]
+    first = [*linear, last][0]
+    head = DINOHead(
+        *(first.shape[1], len(last)),
+        use_bn=any(name.endswith("running_mean") for name in weights),
+        nlayers=len(linear) + (not bottleneck),
+        hidden_dim=len(first),
+        bottleneck_dim=last.shape[1],
+        l2_bottleneck=bottleneck,
+    )
+    head.load_state_dict(weights)
+    return head.eval()
+
+
+def features_of(model, feature, dino, dataset, normalise, args) -> Tensor:
+    """What clusters are made of, (N, D): the trunk's output, the embedding, or, where `dino` is its
+    head, what its last layer is applied to. normalise: mean and standard deviation."""
+    device = dist.resolve_device(args.device)
+    precision = "fp32" if args.use_fp16 is False else args.precision
+    precision = dist.resolve_precision(precision, device)
+    forward = forward_of(model.to(device), feature)
+
+    def before_last_layer(images):
+        x = dino.mlp(forward(images)).float()
+        return unit_rows(x) if dino.l2_bottleneck else x
+
+    images = (dataset, args.size, *normalise, device, args.batch_size, args.workers, precision)
+    if dino:
+        dino.to(device)
+    features, _ = extract_features(before_last_layer if dino else forward, *images)
+    if not features.isfinite().all():
+        raise ValueError(f"--pretrained {args.pretrained} makes features that are not finite")
+    return features.to(device if device.type != "mps" else "cpu")
+
+
+def check_request(args, sizes: Sequence[int], num_images: int) -> None:
+    """Raise ValueError on what is not there; sizes: clusters of each head, of read_heads."""
+    of_run = f"--pretrained {args.pretrained}" if args.pretrained else "an untrained network"
+    number, wanted = args.num_clusters, max(args.show or [0])
+    if number and number > num_images:
+        images = f"the {num_images} images of --data_path {args.data_path}"
+        raise ValueError(f"--num_clusters {number} is more than {images}: use fewer")
+    if number and args.head:
+        raise ValueError(f"--head {args.head} is of prototypes: leave it out with --num_clusters")
+    if not number and not sizes:
+        raise ValueError(
+            f"{of_run} has no prototypes, which SwAV, DeepCluster-v2, SeLa-v2 and DINO train: give "
+            "--num_clusters to cluster its features by k-means"
+        )
+    if not number and args.head >= len(sizes):
+        raise ValueError(
+            f"--head {args.head} is not one of the {len(sizes)} of {of_run}, from 0 on"
+        )
+    number = number or sizes[args.head]
+    if wanted >= number:
+        raise ValueError(f"--show {wanted} is not there: clusters are numbered 0 to {number - 1}")
+
+
+# ============ clusters ============
+def nearest(
+    features: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cluster with the largest output for each row, its cosine to the centroid, the centroids.
+
+    features (N, D), weight (K, D), bias (K,) -> (N,) int64, (N,), (K, D) on the CPU. Centroids are
+    the rows of `weight` at length 1.
+    """
+    weight, centroids = weight.to(features), F.normalize(weight.to(features), dim=1)
+    bias = None if bias is None else bias.to(features)
+    clusters, cosines = [], []
+    for rows in features.split(max(1, SCORES_AT_ONCE // len(weight))):
+        best = F.linear(rows, weight, bias).argmax(1)  # (n,)
+        clusters.append(best)
+        cosines.append((F.normalize(rows, dim=1) * centroids[best]).sum(1).clamp(-1, 1))
+    return torch.cat(clusters).cpu(), torch.cat(cosines).cpu(), centroids.cpu()
+
+
+def group(
+    features: Tensor, heads: list, readable: Tensor, num_clusters: int | None, seed: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What `nearest` finds for each of `heads`, of read_heads; unreadable images are in -1.
+
+    features (N, D), readable (N,) bool. num_clusters: instead, by spherical k-means of the readable
+    images, from a start by k-means++.
+    """
+    if num_clusters:
+        features = F.normalize(features, dim=1)
+        rows = features[readable.to(features.device)]
+        centroids = initial_centroids(rows, num_clusters, seed, method="k-means++")
+        centroids, _ = spherical_kmeans(rows, centroids, ITERATIONS, empty="reseed")
+        heads = [(centroids, None)]
+    found = [nearest(features, *head) for head in heads]
+    return [(x.masked_fill(~readable, UNREADABLE), *rest) for x, *rest in found]
+
+
+class Clusters:
+    """Clusters of images and what is known about them.
+
+    assignments (N,) int64, cosines (N,), centroids (K, D); labels (N,) and classes or None. Then
+    sizes (K,), and with labels majority (K,), the most frequent label (of equal ones the lowest)
+    of each cluster, and matching (K,), the number of its images that have it.
+    """
+
+    def __init__(self, assignments, cosines, centroids, labels=None, classes=None):
+        self.assignments, self.centroids = assignments, centroids
+        self.readable = assignments != UNREADABLE
+        self.cosines = cosines.masked_fill(~self.readable, torch.nan)
+        self.labels, self.classes = labels, classes
+        self.sizes = torch.bincount(assignments[self.readable], minlength=len(centroids))
+        if labels is None:
+            return
+        most = int(labels.max()) + 1
+        pairs = (assignments * most + labels)[self.readable]
+        pairs, counts = torch.unique(pairs, return_counts=True)
+        clusters, labels, none = pairs // most, pairs % most, torch.zeros_like(self.sizes)
+        self.matching = none.scatter_reduce(0, clusters, counts, "amax")
+        winners = counts == self.matching[clusters]
+        self.majority = none.scatter_reduce(
+            0, clusters[winners], labels[winners], "amin", include_self=False
+        )
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes and label < len(self.classes) else str(label)
+
+    def summary(self) -> dict:
+        """Numbers for clusters.json; sizes are of clusters that are not empty."""
+        used = self.sizes[self.sizes > 0]
+        numbers = {
+            "images": len(self.assignments),
+            "unreadable": int((~self.readable).sum()),
+            "num_clusters": len(self.sizes),
+            "empty": len(self.sizes) - len(used),
+            "size_min": int(used.min()),
+            "size_median": float(used.double().quantile(0.5)),
+            "size_max": int(used.max()),
+        }
+        if self.labels is None:
+            return numbers
+        clusters, labels = self.assignments[self.readable], self.labels[self.readable]
+        nmi = metrics.normalized_mutual_information(clusters, labels)
+        purity = int(self.matching.sum()) / len(clusters)
+        return {**numbers, "purity": purity, "nmi": float(nmi)}
+
+
+# ============ files ============
+def write_files(
+    folder: Path, clusters: Clusters, names: list[str], heads: list[Tensor], settings: dict
+) -> None:
+    """Write all files of a call but the pictures; heads: the clusters (N,) by each head."""
+    labelled = clusters.labels is not None
+    np.save(folder / "assignments.npy", clusters.assignments.numpy())
+    np.save(folder / "similarities.npy", clusters.cosines.float().numpy())
+    np.save(folder / "centroids.npy", clusters.centroids.float().numpy())
+    several = folder / "assignments_heads.npy"
+    if len(heads) > 1:
+        np.save(several, torch.stack(heads).numpy())
+    else:
+        several.unlink(missing_ok=True)  # of an earlier call
+
+    with open(
+        folder / "clusters.csv", "w", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        writer = csv.writer(file)
+        header = ["index", "file", "cluster", "cosine", "label", "class"]
+        writer.writerow(header if labelled else header[:4])
+        rows = zip(names, clusters.assignments.tolist(), clusters.cosines.tolist(), strict=True)
+        for index, (name, cluster, cosine) in enumerate(rows):
+            row = [index, name, cluster, f"{cosine:.6f}"]
+            if labelled:
+                label = int(clusters.labels[index])
+                row += [label, clusters.class_name(label)]
+            writer.writerow(row)
+
+    each = []
+    for cluster in clusters.sizes.nonzero().flatten().tolist():
+        size = int(clusters.sizes[cluster])
+        each.append({"cluster": cluster, "size": size})
+        if labelled:
+            name = clusters.class_name(int(clusters.majority[cluster]))
+            each[-1] |= {"purity": int(clusters.matching[cluster]) / size, "class": name}
+    found = {"settings": settings, **clusters.summary(), "clusters": each}
+    (folder / "clusters.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,248 @@
+"""What clusters of images look like: a sheet of some, the sizes of all, a folder for each."""
+
+import argparse
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..data.datasets import ImageDataset
+from ..evaluate import flags as eval_flags
+from ..labels.features import centre_crop
+from ..run import flags
+from ..run.flag_types import at_least_zero, positive
+from . import curves
+from .attention import three_channels
+from .cluster_tables import UNREADABLE, Clusters
+
+logger = logging.getLogger(__name__)
+
+SIDE = 72  # pixels of an image
+MARGIN, HEADER, TEXT, BREAK = 10, 48, 128, 18  # of the sheet, in pixels; see sheet_size
+ROW = SIDE + 8
+INK, PALE, OTHER = (25, 25, 25), (95, 95, 95), (205, 45, 45)
+
+
+# fmt: off
+def add_cluster_args(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py clusters."""
+    add = parser.add_argument_group("clusters").add_argument
+    add("--num_clusters", type=positive(int), default=None,
+        help="k-means of --feature with so many clusters; default: those of the run's prototypes")
+    add("--feature", default="backbone", choices=["backbone", "embedding"],
+        help="what k-means is of: the trunk's pooled output, or that of SwAV's projection head")
+    add("--head", type=at_least_zero(int), default=0,
+        help="which of several heads; assignments_heads.npy has the clusters by all of them")
+    add("--folders", action="store_true", help="also a folder for each cluster, with links to files")
+    add("--num_shown", type=positive(int), default=20, help="clusters on the sheet, of all sizes")
+    add("--show", type=at_least_zero(int), nargs="+", default=None, help="which, by number")
+    add("--num_images", type=positive(int), default=8,
+        help="images of a cluster nearest to its centroid, and as many others at random")
+    eval_flags.add_network_args(parser)
+    add = eval_flags.add_image_args(parser)
+    add("--split", default="train", choices=["train", "val"], help="which images of the data")
+    add("--batch_size", type=positive(int), default=128, help="images at once")
+    flags.add_runtime_args(parser)
+# fmt: on
+
+
+# ============ choice ============
+def image_names(dataset: ImageDataset) -> tuple[list[str], Tensor]:
+    """The file, the shard and key, or the number of each image; and which could be read, (N,) bool.
+
+    The latter is known once all were asked for; another image takes the place of an unreadable one.
+    """
+    names = [dataset.file_name(index) for index in range(len(dataset))]
+    broken = set(dataset.broken)
+    return names, torch.tensor([name not in broken for name in names])
+
+
+def choose_clusters(sizes: Tensor, number: int) -> list[int]:
+    """So many clusters that are not empty, from the largest to the smallest, evenly by rank."""
+    order = sizes.sort(descending=True, stable=True).indices[: int((sizes > 0).sum())]
+    ranks = torch.linspace(0, len(order) - 1, min(number, len(order)), dtype=torch.float64)
+    return order[ranks.round().long()].tolist()
+
+
+def choose_images(clusters: Clusters, cluster: int, number: int, seed: int) -> tuple[list, list]:
+    """Indices of the images nearest to the centroid, nearest first, and of others at random."""
+    members = (clusters.assignments == cluster).nonzero().flatten()
+    members = members[clusters.cosines[members].sort(descending=True, stable=True).indices]
+    nearest, rest = members[:number].tolist(), members[number:].numpy()
+    draws = np.random.default_rng([seed, cluster])
+    return nearest, draws.permutation(rest)[:number].tolist()
+
+
+def draw_clusters(
+    folder: Path, clusters: Clusters, dataset: ImageDataset, names: Sequence[str], args
+) -> None:
+    """clusters.png, sizes.png where matplotlib is installed, and with --folders folders."""
+    shown = args.show or choose_clusters(clusters.sizes, args.num_shown)
+    draw_sheet(clusters, dataset, shown, args.num_images, args.seed, folder / "clusters.png")
+    try:
+        draw_sizes(clusters, folder / "sizes.png")
+    except ImportError:
+        logger.warning("no sizes.png: pip install matplotlib")
+    if args.folders:
+        write_folders(folder / "folders", clusters, dataset, names)
+
+
+# ============ sheet ============
+def sheet_size(num_rows: int, num_images: int) -> tuple[int, int]:
+    """Width and height in pixels of a sheet with so many clusters and so many images of each kind."""
+    width = 2 * MARGIN + TEXT + 2 * num_images * (SIDE + curves.GAP) + BREAK
+    return width, HEADER + num_rows * ROW + MARGIN
+
+
+def draw_sheet(
+    clusters: Clusters,
+    dataset: ImageDataset,
+    shown: Sequence[int],
+    num_images: int,
+    seed: int,
+    path: str | Path,
+) -> None:
+    """A row for each of the clusters `shown`: what it is, its nearest images, others at random.
+
+    Where labels are known, images of another class than most of their cluster have a red frame.
+    """
+    sheet = Image.new("RGB", sheet_size(len(shown), num_images), (curves.PAPER,) * 3)
+    canvas, small, large = ImageDraw.Draw(sheet), _font(12), _font(15)
+    starts = [MARGIN + TEXT]
+    starts.append(starts[0] + num_images * (SIDE + curves.GAP) + BREAK)
+    room = num_images * (SIDE + curves.GAP)
+    for left, text in zip(starts, ("nearest to the centroid", "others at random"), strict=True):
+        canvas.text((left, 8), _cut(canvas, text, large, room), fill=INK, font=large)
+    if clusters.labels is not None:
+        hint = _cut(canvas, "red: another class than most of its cluster", small, room)
+        canvas.text((starts[0], 27), hint, fill=OTHER, font=small)
+    for row, cluster in enumerate(shown):
+        top = HEADER + row * ROW
+        for i, text in enumerate(_describe(clusters, cluster)):
+            font, place = (small, top + 5 + 16 * i) if i else (large, top)
+            text = _cut(canvas, text, font, TEXT - 8)
+            canvas.text((MARGIN, place), text, fill=PALE if i else INK, font=font)
+        chosen = choose_images(clusters, cluster, num_images, seed)
+        for left, indices in zip(starts, chosen, strict=True):
+            for column, index in enumerate(indices):
+                tile = Image.fromarray(_picture(dataset, index))
+                if clusters.labels is not None:
+                    if clusters.labels[index] != clusters.majority[cluster]:
+                        corners = [0, 0, SIDE - 1, SIDE - 1]
+                        ImageDraw.Draw(tile).rectangle(corners, outline=OTHER, width=3)
+                sheet.paste(tile, (left + column * (SIDE + curves.GAP), top))
+    sheet.save(path)
+
+
+def _describe(clusters, cluster):
+    """Lines of text: number, size, purity and class of a cluster."""
+    size = int(clusters.sizes[cluster])
+    lines = [f"cluster {cluster}", f"{size:,} image{'s' * (size != 1)}" if size else "empty"]
+    if size and clusters.labels is not None:
+        lines.append(f"purity {100 * int(clusters.matching[cluster]) / size:.0f} %")
+        lines.append(f"most: {clusters.class_name(int(clusters.majority[cluster]))}")
+    return lines
+
+
+def _picture(dataset, index):
+    image = dataset.load(index)
+    side = min(SIDE, *image.shape[1:])
+    return curves._tile(centre_crop(image, side, side), SIDE, SIDE)[:SIDE, :SIDE]
+
+
+def _font(size):
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError):  # Pillow before 10.1, or without FreeType
+        return ImageFont.load_default()
+
+
+def _cut(canvas, text, font, width):
+    """The text, shortened to `width` pixels."""
+    letters = "utf-8" if isinstance(font, ImageFont.FreeTypeFont) else "ascii"
+    short = text.encode(letters, "replace").decode(letters)
+    while short and canvas.textlength(short, font) > width:
+        short = short[:-2] + "." if len(short) > 1 else ""
+    return short
+
+
+# ============ sizes ============
+def draw_sizes(clusters: Clusters, path: str | Path) -> None:
+    """Bars of the sizes of all clusters that are not empty, largest first; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    order = clusters.sizes.sort(descending=True, stable=True).indices
+    order = order[: int((clusters.sizes > 0).sum())]
+    sizes, total = clusters.sizes[order].numpy(), len(clusters.sizes)
+    edges = np.arange(len(sizes) + 1)
+    figure, axis = pyplot.subplots(figsize=(8, 4))
+    axis.stairs(sizes, edges, fill=True, color="#9ab8d6", label="all images")
+    if clusters.labels is not None:
+        matching = clusters.matching[order].numpy()
+        label = "of the cluster's most frequent class"
+        axis.stairs(matching, edges, fill=True, color="#2f6ca8", label=label)
+    share = sizes.sum() / total
+    label = f"equal share of {total:,} clusters: {share:.3g}"
+    axis.axhline(share, linestyle="--", color="#c0392b", linewidth=1.3, label=label)
+    axis.set_xlim(0, len(sizes))
+    axis.set_xlabel(f"{len(sizes):,} clusters that are not empty, largest first")
+    axis.set_ylabel("images")
+    axis.set_title(f"{sizes.sum():,} images in {len(sizes):,} of {total:,} clusters", fontsize=11)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# ============ folders ============
+def check_folders(folder: Path, wanted: bool) -> None:
+    """Raise ValueError where `wanted` folders would be mixed with those of an earlier call."""
+    path = folder / "folders"
+    if not path.exists():
+        return
+    if wanted:
+        raise ValueError(
+            f"--folders: {path} is there already, of an earlier call: remove it, or choose another "
+            "--dump_path"
+        )
+    logger.warning("%s is of an earlier call, and is left as it is", path)
+
+
+def write_folders(
+    folder: Path, clusters: Clusters, dataset: ImageDataset, names: Sequence[str]
+) -> None:
+    """A folder for each cluster with links to its image files, or PNGs where images are no files.
+
+    They are named <index>_<class>_<file>, so that files of one name do not clash.
+    """
+    linked, digits = os.path.isfile(names[0]), len(str(len(clusters.sizes) - 1))
+    for index, cluster in enumerate(clusters.assignments.tolist()):
+        if cluster == UNREADABLE:
+            continue
+        target = folder / f"{cluster:0{digits}}"
+        target.mkdir(parents=True, exist_ok=True)
+        parts = [f"{index:06}"]
+        if clusters.labels is not None:
+            parts.append(_plain(clusters.class_name(int(clusters.labels[index])))[:20])
+        if linked:
+            parts.append(_plain(os.path.basename(names[index]))[-50:])
+            os.symlink(os.path.abspath(names[index]), target / "_".join(parts))
+        else:
+            picture = three_channels(dataset.load(index)).permute(1, 2, 0).contiguous()
+            Image.fromarray(picture.numpy()).save(target / f"{'_'.join(parts)}.png")
+
+
+def _plain(name):
+    return re.sub(r"[^\w.-]", "_", name)

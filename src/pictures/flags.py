@@ -1,0 +1,178 @@
+"""Flags of visualize.py, and what they are where a run, a file of weights or the data says it."""
+
+import argparse
+from pathlib import Path
+
+from ..evaluate import flags as eval_flags
+from ..evaluate.evaluation import is_dino, run_defaults, run_folder
+from ..evaluate.flags import NETWORKS as SMALL_NETWORKS
+from ..evaluate.flags import file_defaults, vit_defaults
+from ..nets.backbones import is_vit
+from ..run import flags, image_flags
+from ..run.flag_types import at_least_zero, positive, probability
+from ..run.presets import CROPS, SHARED
+from .responses import Layer
+
+# Untrained networks for small images, which are enlarged for them.
+NETWORKS = dict.fromkeys(
+    ("tiny", "cifar"), {"arch": "vit_tiny", "patch_size": 8, "image_size": [96, 96]}
+)
+TRAINED_SIZE = 224  # pixels of the crops that the published 480 is meant for
+
+
+# fmt: off
+def add_attention_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py attention."""
+    add = parser.add_argument_group("attention").add_argument
+    add("--image_path", default=None,
+        help="an image, a folder of images, a video or an animated GIF; or else --data_path")
+    add("--image_size", type=positive(int), nargs="+", default=(480, 480),
+        help="height and width in pixels; one value: of the shorter side, the shape stays")
+    add("--threshold", type=positive(float), default=None,
+        help="also draw the patches that hold this share of each head's attention, such as 0.6")
+    add("--num_images", type=positive(int), default=None,
+        help="the first images of --image_path (default: all), or so many of --data_path (4)")
+    add("--every", type=positive(int), default=1, help="take every so many-th frame or image")
+    add("--fps", type=positive(float), default=10, help="frames a second of attention.gif")
+    add = flags.add_vit_args(parser)
+    add("--arch", default="vit_small", help="vit_tiny, vit_small or vit_base")
+    add("--width", type=positive(float), default=1.0, help="multiplies the dimension of the tokens")
+    parser.set_defaults(patch_size=8)
+    add = _add_shared_flags(parser)
+    add("--checkpoint_key", default=None,
+        help="section of the file: student, teacher, ... (default: teacher, if there is one)")
+    add("--device", default="auto",
+        help="auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="digits",
+        help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")
+    add("--in_chans", type=positive(int), default=3, help="channels of the images")
+    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+
+
+def add_crops_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py crops."""
+    image_flags.add_crop_args(image_flags.add_data_args(parser, SHARED))
+    image_flags.add_augment_args(parser)
+    add = _add_shared_flags(parser)
+    add("--num_images", type=positive(int), default=8, help="images, a row of the sheet each")
+    add("--epoch", type=at_least_zero(int), default=0, help="whose crops are drawn, from 0")
+
+
+def add_filters_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py filters."""
+    _add_layer_flags(parser)
+    add = parser.add_argument_group("gradient ascent").add_argument
+    add("--steps", "--niter", type=positive(int), default=200, help="steps from noise to the image")
+    add("--step_size", type=positive(float), default=0.1,
+        help="root mean square of a step over the pixels, in standard deviations of the data")
+    add("--decay", type=probability, default=0.01,
+        help="share by which every step draws the image towards the mean colour")
+    add("--blur_every", "--step", type=at_least_zero(int), default=4,
+        help="steps between Gaussian blurs; 0: none")
+    add("--blur_sigma", "--sig", type=positive(float), default=0.5,
+        help="standard deviation of that blur in pixels")
+    add("--clip", type=probability, default=0.0,
+        help="share of the pixels, those nearest to the mean colour, that become it at every step")
+    _add_network_flags(parser)
+
+
+def add_activations_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py activations."""
+    _add_layer_flags(parser)
+    _add_network_flags(parser)
+
+
+def _add_layer_flags(parser):
+    add = parser.add_argument_group("layer").add_argument
+    add("--conv", type=positive(int), default=None,
+        help="number of a convolution, from 1 on, with its batch norm and ReLU (default: the last)")
+    add("--layer", default=None, help="instead, the name of any module, such as layer4.0.conv2")
+    add("--filters", type=at_least_zero(int), nargs="+", default=None,
+        help="numbers of filters of that layer, from 0 on")
+    add("--num_filters", type=positive(int), default=None,
+        help="or so many, those of the largest mean response to the images (default: 8)")
+    add("--top", "--count", type=positive(int), default=9, help="images of each filter")
+
+
+def _add_network_flags(parser):
+    eval_flags.add_network_args(parser)
+    add = eval_flags.add_image_args(parser)
+    add("--split", default="train", choices=["train", "val"], help="which images of the data")
+    add("--batch_size", type=positive(int), default=128, help="images at once")
+    flags.add_runtime_args(parser)
+
+
+def _add_shared_flags(parser):
+    add = parser.add_argument_group("weights and files").add_argument
+    add("--pretrained", "--pretrained_weights", default="",
+        help="a run's folder, a checkpoint of it, or a released file")
+    add("--dump_path", "--output_dir", default=".",
+        help="folder of the pictures; by default that of the run, if there is one")
+    add("--seed", type=at_least_zero(int), default=31, help="seed of every random draw")
+    return add
+# fmt: on
+
+
+def attention_defaults(args: argparse.Namespace, run: dict, given: set[str]) -> dict:
+    """The network and the size of the images, from the run, the file or the preset."""
+    defaults = run_defaults(run)
+    if args.pretrained and not run and ("arch" not in given or is_vit(args.arch)):
+        defaults = vit_defaults(args.pretrained, args.checkpoint_key)
+    elif not args.pretrained and not args.image_path and not given & {"arch", "patch_size"}:
+        defaults = {**NETWORKS.get(flags.preset_of(args.data_path), {})}
+    if defaults.get("img_size"):  # of the crops that the network was trained on
+        patch_size = defaults.get("patch_size", args.patch_size)
+        side = 480 * defaults["img_size"] // TRAINED_SIZE // patch_size * patch_size
+        defaults["image_size"] = [max(side, patch_size)] * 2
+    if run:
+        defaults["dump_path"] = str(run_folder(args.pretrained) / "plots" / "attention")
+    elif not args.image_path:
+        defaults["dump_path"] = str(Path("plots") / "attention")
+    return defaults
+
+
+def crops_defaults(args: argparse.Namespace, run: dict, given: set[str]) -> dict:
+    """The crops and the photometry, from the run or the preset."""
+    if not run:
+        return SHARED[flags.preset_of(args.data_path) if args.preset == "auto" else args.preset]
+    defaults = {**run, "dump_path": str(run_folder(args.pretrained))}
+    if is_dino(run):
+        scales = (run["global_crops_scale"], run["local_crops_scale"])
+        values = {
+            "nmb_crops": [2, run["local_crops_number"]],
+            "size_crops": [run["global_crops_size"], run["local_crops_size"]],
+            "min_scale_crops": [scale[0] for scale in scales],
+            "max_scale_crops": [scale[1] for scale in scales],
+        }
+        resolutions = 2 if run["local_crops_number"] else 1
+        defaults |= {name: x[:resolutions] for name, x in values.items()}
+    return defaults
+
+
+def network_defaults(args: argparse.Namespace, run: dict, given: set[str]) -> dict:
+    """The network and the images, from the run, the file or the preset."""
+    defaults = run_defaults(run)
+    if args.pretrained and not run:
+        arch = args.arch if "arch" in given else None
+        defaults = file_defaults(args.pretrained, args.checkpoint_key, arch)
+    elif not args.pretrained and "arch" not in given:
+        preset = flags.preset_of(args.data_path)
+        defaults = {"size": CROPS[preset]["size"][0], **SMALL_NETWORKS.get(preset, {})}
+    folder = run_folder(args.pretrained) if run else Path()
+    return {**defaults, "dump_path": str(folder / "plots" / args.picture)}
+
+
+def check_filters(args: argparse.Namespace, layer: Layer, num_images: int) -> None:
+    """Raise ValueError on filters or images that are not there; of `layer` and the data."""
+    last = layer.num_filters - 1
+    for number in args.filters or []:
+        if number > last:
+            raise ValueError(f"--filters {number} is not there: {layer.name} has 0 to {last}")
+    if args.num_filters and args.num_filters > layer.num_filters:
+        count = f"the {layer.num_filters} filters of {layer.name}"
+        raise ValueError(f"--num_filters {args.num_filters} is more than {count}: use fewer")
+    if args.top > num_images:
+        images = f"the {num_images} images of --data_path {args.data_path}"
+        raise ValueError(f"--top {args.top} is more than {images}: use fewer")

@@ -1,0 +1,241 @@
+"""Saving and resuming a run without ever losing it.
+
+A run's folder has checkpoint.pth (the newest), checkpoint.prev.pth (the one before) and
+checkpoints/<name>.pth (kept). Each is written under another name, flushed to disk and then renamed,
+so that at every moment one whole file is there. All are read with weights_only=True. What belongs
+to it lives beside: src.nets.weights reads weights from elsewhere, src.run.stop stops a run on request.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from .. import dist
+from ..nets.top_layer import TopLayer
+from ..nets.weights import (
+    CheckpointError,
+    Report,
+    cause,
+    epoch_of,
+    load_weights,
+    read_weights,
+    sections,
+    unwrapped,
+    without_wrapper,
+)
+from .stop import StopSignal, requeue_slurm_job
+
+__all__ = [
+    "CheckpointError",
+    "Report",
+    "StopSignal",
+    "check_writable",
+    "epoch_of",
+    "load_checkpoint",
+    "load_state",
+    "load_weights",
+    "read_weights",
+    "requeue_slurm_job",
+    "save_checkpoint",
+    "save_together",
+    "sections",
+]
+
+logger = logging.getLogger(__name__)
+
+NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.prev.pth"
+MAPPED = 2**31  # bytes beyond which a checkpoint is mapped, not read as a whole
+# Which flag decides about a tensor, by the start of its name.
+FLAGS = {
+    "prototypes": "--nmb_prototypes and --feat_dim",
+    "projection_head": "--hidden_mlp, --feat_dim, --head_dims and --head_bn",
+    "head.": "--out_dim, --head_layers, --hidden_dim, --bottleneck_dim and the other flags of the head",
+    "backbone.": "--arch, --patch_size, --width, --depth, --stem and --in_chans",
+    "": "--arch, --stem and --in_chans",
+}
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make sure, before a run starts, that it can save. Raises CheckpointError if not."""
+    probe = Path(folder) / f"{NEWEST}.tmp-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        _write(probe, lambda file: file.write(bytes(4096)))
+        probe.unlink(missing_ok=True)  # another node may use the same name
+    except OSError as error:
+        raise CheckpointError(
+            f"--dump_path {folder} cannot be written to ({cause(error)}): choose another folder"
+        ) from error
+
+
+def save_checkpoint(folder: str | Path, state: dict, keep_as: str | None = None) -> None:
+    """Write `state` to checkpoint.pth; the file before becomes checkpoint.prev.pth.
+
+    state: dicts and lists of tensors, numbers, strings and None. keep_as: also keep the file as
+    checkpoints/<keep_as>.pth. Call it in one process. Raises ValueError naming a key that is not
+    plain, and CheckpointError when the disk does not take it; the files before are untouched then.
+    """
+    folder = Path(folder)
+    size = _check_plain(state, "")
+    target = newest = folder / NEWEST
+    spare = folder / f"{NEWEST}.tmp-{os.getpid()}"
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _write(spare, lambda file: torch.save(state, file))
+        if newest.exists():
+            _copy(newest, folder / PREVIOUS)
+        os.replace(spare, newest)
+        if keep_as is not None:
+            target = folder / "checkpoints" / f"{keep_as}.pth"
+            _copy(newest, target)
+        _flush_folder(folder)
+    except (OSError, RuntimeError) as error:
+        _remove([spare])
+        reason = error
+        while not isinstance(reason, OSError) and reason.__context__ is not None:
+            reason = reason.__context__  # torch covers what the disk said by an error of its own
+        free = shutil.disk_usage(folder).free / 1e6 if folder.is_dir() else 0.0
+        raise CheckpointError(
+            f"{target} cannot be written ({cause(reason)}): it needs {size / 1e6:.1f} MB and "
+            f"{free:.1f} MB are free; what was saved before is untouched"
+        ) from error
+
+
+def save_together(folder: str | Path, state: dict, keep_as: str | None = None) -> None:
+    """save_checkpoint by the main process; all call it, and all raise CheckpointError if it fails."""
+    failed = None
+    if dist.is_main():
+        try:
+            save_checkpoint(folder, state, keep_as=keep_as)
+        except CheckpointError as error:
+            failed = error
+    if dist.all_reduce_max(torch.tensor(int(failed is not None))).item():
+        raise failed or CheckpointError("rank 0 could not save, see its message")
+
+
+def load_checkpoint(folder: str | Path) -> dict | None:
+    """The newest readable checkpoint of a run (tensors on the CPU), None if it has none.
+
+    A torn file is set aside as *.unreadable and the one before it is taken, with a warning. All
+    processes may call this. Raises CheckpointError when there are files and none can be read.
+    """
+    folder = Path(folder)
+    if dist.is_main():
+        for pattern in (f"{NEWEST}.tmp-*", f"{PREVIOUS}.tmp-*", "checkpoints/*.pth.tmp-*"):
+            _remove(path for path in folder.glob(pattern) if _is_old(path))
+    unreadable = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        try:
+            # Of a large file each process reads what it needs: DeeperCluster's holds 42 GB.
+            mapped = os.path.getsize(path) > MAPPED
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # a torn file raises whatever its last bytes make of it
+            logger.warning("%s cannot be read (%s)", path, cause(error))
+            unreadable.append(path)
+            continue
+        if path.name == PREVIOUS:
+            logger.warning("going on from %s, the checkpoint before", path)
+        if dist.is_main():
+            for torn in unreadable:  # or the next save would put it in the place of the good one
+                os.replace(torn, torn.with_name(f"{torn.name}.unreadable"))
+        return state
+    if unreadable:
+        names = " and ".join(str(path) for path in unreadable)
+        raise CheckpointError(f"{names} cannot be read: move away what is there to start afresh")
+    return None
+
+
+def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST) -> None:
+    """Load all of a state dict or nothing, with or without DistributedDataParallel on either side.
+
+    Raises CheckpointError with the flag to change and the first tensors that do not fit.
+    """
+    module = unwrapped(module)
+    state, own = without_wrapper(state), module.state_dict()
+    problems = {name: "only in this network" for name in own if name not in state}
+    problems |= {name: "only in the file" for name in state if name not in own}
+    resizing = tuple(f"{name}." for name, m in module.named_modules() if isinstance(m, TopLayer))
+    for name in own.keys() & state.keys():
+        there, here = tuple(state[name].shape), tuple(own[name].shape)
+        if there != here and not (name.startswith(resizing) and there[1:] == here[1:]):
+            problems[name] = f"{there} in the file, {here} here"
+    if problems:
+        order = [name for name in [*own, *state] if name in problems]
+        first = order[0]
+        flags = next(flags for start, flags in FLAGS.items() if first.startswith(start))
+        details = "; ".join(f"{name} is {problems[name]}" for name in dict.fromkeys(order[:3]))
+        raise CheckpointError(
+            f"{source} is of another network ({details}; {len(problems)} tensors in all): start "
+            f"with the {flags} that it was trained with, or with another --dump_path"
+        )
+    module.load_state_dict(state)
+
+
+def _check_plain(value, name):
+    """Bytes of the tensors in `value`; ValueError for what weights_only=True would not read."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if type(value) in (dict, OrderedDict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise ValueError(
+                    f"checkpoint{name} has the key {key!r}; use strings or whole numbers"
+                )
+        return sum(_check_plain(item, f"{name}[{key!r}]") for key, item in value.items())
+    if type(value) in (list, tuple):
+        return sum(_check_plain(item, f"{name}[{i}]") for i, item in enumerate(value))
+    if type(value) not in (bool, int, float, str, type(None)):
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise ValueError(
+            f"checkpoint{name} is a {kind}; store tensors, Python numbers, strings, lists and dicts"
+        )
+    return 0
+
+
+def _write(path, write):
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy(source, target):
+    """A second name for a file that nobody writes into; a real copy where there are no links."""
+    spare = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(source, spare)
+    except OSError:
+        _write(spare, lambda file: file.write(source.read_bytes()))
+    os.replace(spare, target)
+    spare.unlink(missing_ok=True)  # still there if both were names of one file
+
+
+def _remove(paths):
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _is_old(path):
+    """Whether nobody can still be writing the file, a run that overlaps with this one included."""
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > 600
+    return False
+
+
+def _flush_folder(folder):
+    for path in (folder, folder / "checkpoints"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

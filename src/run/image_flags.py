@@ -1,0 +1,119 @@
+"""Flags of images and crops, shared by the scripts that train: data, multi-crop, photometry."""
+
+import argparse
+from collections.abc import Callable
+
+from .flag_types import at_least_zero, positive, probability
+from .presets import CROPS
+
+
+def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> Callable:
+    """Images and the preset; returns the group's add_argument for the crops."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="digits",
+        help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")  # fmt: skip
+    add("--preset", default="auto", choices=["auto", *presets],
+        help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like, else "
+        "imagenet, the published values, which are those that this page shows")  # fmt: skip
+    return add
+
+
+def add_crop_args(add: Callable) -> None:
+    """Crops, a value for each resolution; what is not given comes from the preset (fill_in_crops)."""
+    add("--nmb_crops", type=positive(int), nargs="+", default=[2],
+        help="number of crops for each resolution, such as 2 6")  # fmt: skip
+    add("--size_crops", type=positive(int), nargs="+", default=None,
+        help="side in pixels for each resolution (default: of the preset, 224 96)")  # fmt: skip
+    add("--min_scale_crops", type=float, nargs="+", default=None,
+        help="smallest share of the image's area in a crop (default: of the preset, 0.14 0.05)")  # fmt: skip
+    add("--max_scale_crops", type=float, nargs="+", default=None,
+        help="largest share of the image's area in a crop (default: of the preset, 1 0.14)")  # fmt: skip
+
+
+def fill_in_crops(args: argparse.Namespace) -> None:
+    """Crop sizes and scales that were not given are those of the preset; all lists equally long."""
+    num_resolutions, wrong = len(args.nmb_crops), []
+    for key in ("size", "min_scale", "max_scale"):
+        name = f"{key}_crops"
+        if getattr(args, name) is None:
+            setattr(args, name, CROPS[args.preset][key][:num_resolutions])
+        if len(getattr(args, name)) != num_resolutions:
+            wrong.append(f"--{name} has {len(getattr(args, name))} values")
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} and --nmb_crops has {num_resolutions}: give one value for each "
+            "resolution to each of them"
+        )
+    for low, high in zip(args.min_scale_crops, args.max_scale_crops, strict=True):
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1, "
+                "the share of the image's area"
+            )
+
+
+def check_crops_for_assign(args: argparse.Namespace) -> None:
+    """ValueError unless --crops_for_assign are different crops of --nmb_crops."""
+    num_crops = sum(args.nmb_crops)
+    if max(args.crops_for_assign) >= num_crops or len(set(args.crops_for_assign)) < len(
+        args.crops_for_assign
+    ):
+        raise ValueError(
+            f"--crops_for_assign {args.crops_for_assign} must be different crops below {num_crops}, "
+            f"the number of crops of --nmb_crops, such as {' '.join(map(str, range(min(2, num_crops))))}"
+        )
+
+
+def add_augment_args(parser: argparse.ArgumentParser) -> None:
+    """Photometry of the crops (SwAV, appendix A.2); every transformation can be switched off."""
+    group = parser.add_argument_group("image transformations, for each crop")
+    add = group.add_argument
+    add("--in_chans", type=positive(int), default=3, help="channels of the images")
+    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--no_flip", action="store_true", help="no horizontal flip (default: probability 0.5)")
+    add("--color_jitter", type=at_least_zero(float), nargs="+", default=[0.8, 0.8, 0.8, 0.2],
+        help="strength for brightness, contrast, saturation, hue; 0: none")  # fmt: skip
+    add("--jitter_prob", type=probability, default=0.8, help="probability of the colour jitter")
+    add("--grayscale", type=probability, default=0.2, help="probability of grayscale")
+    add("--blur", type=probability, nargs="+", default=[0.5],
+        help="probability of the Gaussian blur: of each crop, the last value for all further ones")  # fmt: skip
+    add("--blur_sigma", type=positive(float), nargs=2, default=[0.1, 2.0],
+        help="range of the blur's standard deviation, in pixels")  # fmt: skip
+    add("--solarize", type=probability, nargs="+", default=[0.0],
+        help="probability of solarisation, likewise")  # fmt: skip
+    add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"],
+        help="of the resize of a crop")  # fmt: skip
+
+
+def augment_options(args: argparse.Namespace, dataset, num_crops: int) -> dict:
+    """The arguments of src.data.augment.Augment; mean and std are the data's unless given."""
+    jitter = args.color_jitter
+    if jitter == [0]:
+        jitter = [0.0] * 4
+    if len(jitter) != 4:
+        raise ValueError(
+            "--color_jitter takes 4 values (brightness contrast saturation hue) or a single 0"
+        )
+    for name in ("mean", "std"):
+        given = getattr(args, name)
+        if given is not None and len(given) != args.in_chans:
+            raise ValueError(f"--{name} has {len(given)} values and --in_chans is {args.in_chans}")
+    return {
+        "mean": args.mean or dataset.mean,
+        "std": args.std or dataset.std,
+        "flip_prob": 0.0 if args.no_flip else 0.5,
+        "color_jitter": tuple(jitter),
+        "jitter_prob": args.jitter_prob,
+        "grayscale_prob": args.grayscale,
+        "blur_prob": for_each_crop("--blur", args.blur, num_crops),
+        "blur_sigma": tuple(args.blur_sigma),
+        "solarize_prob": for_each_crop("--solarize", args.solarize, num_crops),
+    }
+
+
+def for_each_crop(flag: str, values: list[float], num_crops: int) -> list[float]:
+    """One value for each crop; the last of `values` holds for all further crops, if there are any."""
+    if len(values) > num_crops + 1:
+        raise ValueError(f"{flag} has {len(values)} values and there are {num_crops} crops")
+    return (values + values[-1:] * num_crops)[:num_crops]

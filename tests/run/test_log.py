@@ -1,0 +1,134 @@
+"""src.run.log and src.pictures.curves: lines, rates, and pictures that are really drawn."""
+
+import json
+import logging
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.pictures import curves
+from src.run.log import RunLog, Stopwatch, duration, read_log, setup_logging
+
+
+@pytest.fixture
+def root_handlers():
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+    for handler in before:
+        root.addHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_lines_are_json_and_what_is_not_finite_is_null(tmp_path):
+    log = RunLog(tmp_path, tensorboard=True)
+    log.write(0, {"iteration": 0, "loss": 1.5, "eta_seconds": math.inf, "note": "x"})
+    log.close()
+    assert json.loads((tmp_path / "log.jsonl").read_text())["eta_seconds"] is None
+    assert any(path.name.startswith("events") for path in tmp_path.iterdir())
+
+
+def test_the_log_of_a_killed_run_keeps_the_later_of_two_lines_and_drops_a_torn_one(tmp_path):
+    places = [(0.1, 1), (0.2, 2), (0.3, 3), (0.2, 4), (0.3, 5)]
+    lines = [{"iteration": 0, "epoch_float": place, "loss": loss} for place, loss in places]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 2, "lo'
+    (tmp_path / "log.jsonl").write_text(text)
+    assert [line["loss"] for line in read_log(tmp_path)] == [1, 4, 5]
+
+
+def test_only_the_main_process_writes(tmp_path):
+    log = RunLog(None)
+    log.write(0, {"iteration": 0})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_console_has_sentences_and_train_log_the_tracebacks(tmp_path, capsys, root_handlers):
+    setup_logging(tmp_path, is_main=True)
+    logging.getLogger("src.x").info("hello")
+    try:
+        raise ValueError("inside")
+    except ValueError:
+        logging.getLogger("src.x").debug("stopped", exc_info=True)
+    assert capsys.readouterr().out == "hello\n"
+    text = (tmp_path / "train.log").read_text()
+    assert "hello" in text and "Traceback" in text
+
+
+def test_other_processes_speak_of_warnings_only(tmp_path, capsys, root_handlers):
+    setup_logging(tmp_path, is_main=False)
+    logging.getLogger("src.x").info("hello")
+    logging.getLogger("src.x").warning("trouble")
+    assert capsys.readouterr().out == "trouble\n" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0:00:00"), (3725, "1:02:05"), (90061, "1d 1:01:01"), (math.inf, "?")]
+)
+def test_durations_are_written_as_people_read_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_stopwatch_sees_who_waits_for_whom():
+    def slow_loader():
+        for _ in range(3):
+            time.sleep(0.05)
+            yield 1
+
+    stopwatch = Stopwatch()
+    for _ in stopwatch.watch(slow_loader()):
+        pass
+    rates = stopwatch.rates(images_per_iteration=10, iterations_to_go=30)
+    assert rates["data_share"] > 0.8
+    assert rates["eta_seconds"] == pytest.approx(300 / rates["images_per_second"])
+    again = Stopwatch()
+    for _ in again.watch(iter([1, 2, 3])):
+        time.sleep(0.02)
+    assert again.rates(10, 0)["data_share"] < 0.2
+
+
+def test_curves_are_drawn(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    for i in range(5):
+        log.write(i, {"iteration": i, "epoch_float": i / 2, "loss": 5.0 - i, "lr": 0.1})
+    log.write(4, {"iteration": 4, "epoch_float": 2.5, "knn": 90.0})
+    log.close()
+    with Image.open(curves.plot_curves(tmp_path, 60)) as picture:
+        assert picture.width > 300 and len(np.unique(np.asarray(picture))) > 10
+
+
+def test_a_crop_sheet_has_a_row_for_each_image_and_keeps_relative_sizes(tmp_path):
+    crops = [
+        torch.zeros(3, 3, 24, 24, dtype=torch.uint8),
+        torch.zeros(3, 1, 12, 12, dtype=torch.uint8),
+    ]
+    with Image.open(curves.crop_sheet(crops, tmp_path / "a" / "crops.png", side=24)) as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (3 * 26, 2 * 26, 3)
+    assert (pixels[:24, :24] == 0).all() and (pixels[:12, 26:38] == 0).all()
+    assert (pixels[12:26, 26:] == curves.PAPER).all()
+
+
+def test_normalisation_is_undone_for_pictures():
+    image = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    m, s = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    assert torch.equal(curves.to_uint8((image / 255 - m) / s, mean, std), image)
+
+
+def test_neighbours_are_framed_by_whether_they_are_right(tmp_path):
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    path = curves.neighbour_sheet(
+        [image], [[image, image]], [[True, False]], tmp_path / "nn.png", 16
+    )
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture).astype(int)
+    left, right = pixels[0, 16 + 2 + 6 + 1], pixels[0, 16 + 2 + 6 + 18 + 1]
+    assert left[1] > left[0] and right[0] > right[1]
