@@ -96,10 +96,7 @@ def hierarchical_loss(
 
 
 def rotate(crops: Tensor, rotations: Tensor) -> Tensor:
-    """Crops (B, C, S, S), each turned counter-clockwise by its number (B,) of quarter turns.
-
-    rotations: on the CPU, where finding the rows of a number costs a GPU no wait.
-    """
+    """Crops (B, C, S, S), each turned counter-clockwise by its number (B,) of quarter turns."""
     turned = crops.clone()
     for quarter_turns in (1, 2, 3):
         rows = (rotations == quarter_turns).nonzero().flatten()

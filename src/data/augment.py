@@ -206,8 +206,8 @@ def _apply_steps(x, values, steps):
     # One transfer of all indices and one of all values, whatever the number of steps.
     rows = np.concatenate([rows for *_, rows in steps])
     sizes = [len(rows) for *_, rows in steps]
-    values = _on_device(values[rows], x.device)[:, :, None, None]
-    indices = _on_device(rows, x.device).split(sizes)
+    values = _next_to(x, values[rows])[:, :, None, None]
+    indices = _next_to(x, rows).split(sizes)
     for (name, columns, rows), index, own in zip(steps, indices, values.split(sizes), strict=True):
         if rows[-1] - rows[0] < len(rows):  # neighbours: no copy is needed
             _operate(name, x[rows[0] : rows[-1] + 1], own, columns)
@@ -217,14 +217,14 @@ def _apply_steps(x, values, steps):
             x.index_copy_(0, index, part)
 
 
-def _on_device(array, device):
-    """A numpy array on the device, for which the host does not wait.
+def _next_to(x, array):
+    """A numpy array on the device of x, for which the host does not wait.
 
     Without pinned memory, CUDA may wait with more than 64 KB until its stream has come that far.
     """
     tensor = torch.from_numpy(array)
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    tensor = tensor.pin_memory() if x.is_cuda else tensor
+    return tensor.to(x.device, non_blocking=True)
 
 
 def _operate(name, x, values, columns):
