@@ -32,28 +32,22 @@ import torch.nn.functional as F
 
 from src import dist
 from src.evaluate import flags as eval_flags
-from src.evaluate.evaluation import (
-    MODEL_FLAGS,
-    build_network,
-    draw_neighbours,
-    forward_of,
-    is_dino,
-    is_transformer,
-    open_labelled_splits,
-    split_features,
-    statistics,
-)
 from src.evaluate.feature_files import check_dump, dump_features, load_features
 from src.evaluate.knn import few_label_accuracy, knn_accuracy
+from src.evaluate.splits import open_labelled_splits, split_features
 from src.labels.features import extract_features, raw_pixels
+from src.nets.pretrained import MODEL_FLAGS
+from src.pictures.neighbours import draw_neighbours
 from src.run import checkpoint, flags
 from src.run.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
 # What features depend on, kept with them by --dump_features.
-SETTINGS = ("pretrained", "checkpoint_key", "feature", *MODEL_FLAGS, "data_path", "train_path")
-SETTINGS += ("val_path", "in_chans", "mean", "std", "size", "interpolation")
+SETTINGS = (
+    *("pretrained", "checkpoint_key", "feature", *MODEL_FLAGS),
+    *("data_path", "train_path", "val_path", "in_chans", "mean", "std", "size", "interpolation"),
+)
 UNTRAINED = "untrained network"
 
 
@@ -64,14 +58,33 @@ def evaluate(name, split, args):
     split: training features (N, D) and labels (N,), validation features (M, D) and labels (M,).
     """
     train, train_labels, val, val_labels = split
-    data = (F.normalize(train, dim=1), train_labels, F.normalize(val, dim=1), val_labels)
-    options = {"ks": args.nb_knn, "temperature": args.temperature, "backend": args.knn_backend}
+    train, val = F.normalize(train, dim=1), F.normalize(val, dim=1)
+    accuracies = knn_accuracy(
+        train,
+        train_labels,
+        val,
+        val_labels,
+        ks=args.nb_knn,
+        temperature=args.temperature,
+        backend=args.knn_backend,
+    )
     rows = [
         {"features": name, "labels": "all", "k": k, "top1": top1, "top5": top5}
-        for k, (top1, top5) in knn_accuracy(*data, **options).items()
+        for k, (top1, top5) in accuracies.items()
     ]
     if args.labels_per_class:
-        few = few_label_accuracy(*data, args.labels_per_class, args.draws, args.seed, **options)
+        few = few_label_accuracy(
+            train,
+            train_labels,
+            val,
+            val_labels,
+            per_class=args.labels_per_class,
+            draws=args.draws,
+            seed=args.seed,
+            ks=args.nb_knn,
+            temperature=args.temperature,
+            backend=args.knn_backend,
+        )
         rows += [
             {"features": name, "labels": args.labels_per_class, "k": k, "top1": mean, "std": std}
             for k, (mean, std) in few.items()
@@ -82,7 +95,7 @@ def evaluate(name, split, args):
 def log_table(rows):
     """Accuracies in percent; mean and standard deviation where labels are drawn."""
     width = max(len(row["features"]) for row in rows)
-    logger.info("%-*s  labels       k  top-1            top-5", width, "features")
+    logger.info(f"{'features':{width}}  labels       k  top-1            top-5")
     for row in rows:
         labels = row["labels"] if row["labels"] == "all" else f"{row['labels']} a class"
         top1 = f"{row['top1']:6.2f}" + (f" +- {row['std']:.2f}" if "std" in row else "")
@@ -94,15 +107,15 @@ def log_table(rows):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0."""
-    args, run = eval_flags.parse_args(get_parser, argv)
+    args, _ = eval_flags.parse_args(get_parser(), argv)
     setup_logging(None, dist.read_environment().rank == 0)
     check_args(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not args.load_features:
-        splits = open_labelled_splits(args.data_path, args.train_path, args.val_path, args.in_chans)
-        options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
-        network = (run, args.feature, args.checkpoint_key, args.seed)
-        model = build_network(args.arch, options, args.pretrained, *network)
+        train, val = open_labelled_splits(
+            args.data_path, args.train_path, args.val_path, args.in_chans
+        )
+        network = eval_flags.open_network(args, args.feature)
     if args.dump_features:
         check_dump(args.dump_features, settings)
     checkpoint.check_writable(args.dump_path)
@@ -110,24 +123,30 @@ def main(argv: list[str] | None = None) -> int:
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
-    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
-    usual = (
-        is_transformer(args.arch) or is_dino(run) or args.checkpoint_key in ("teacher", "student")
-    )
     rows, start = [], time.perf_counter()
 
-    def features_of(model):
+    def features_of(network):
+        model = network.model.to(process.device)
+
         def extract(dataset):
-            normalise = statistics(args, dataset, usual)
+            mean, std = network.normalisation(dataset)
             return extract_features(
-                *(forward, dataset, args.size, *normalise, process.device),
+                model,
+                dataset,
+                args.size,
+                mean=mean,
+                std=std,
+                device=process.device,
+                batch_size=args.batch_size,
+                num_workers=args.workers,
                 precision=precision,
                 interpolation=args.interpolation,
-                **loading,
             )
 
-        forward = forward_of(model.to(process.device), args.feature)
-        return split_features(extract, *splits)
+        return split_features(extract, train, val)
+
+    def pixels_of(dataset):
+        return raw_pixels(dataset, batch_size=args.batch_size, num_workers=args.workers)
 
     def add_rows(name, split):
         rows.extend(evaluate(name, [x.to(search_device) for x in split], args))
@@ -135,25 +154,26 @@ def main(argv: list[str] | None = None) -> int:
     # ============ features of the network ============
     if args.load_features:
         given = {name: settings[name] for name in SETTINGS if name in args.given}
-        *train, settings = load_features(args.load_features, "train", given)
-        *val, settings = load_features(args.load_features, "val", given)
-        split = [*train, *val]
-        logger.info("features of %s: %s", args.load_features, settings)
+        split = []
+        for part in ("train", "val"):
+            features, labels, settings = load_features(args.load_features, part, given)
+            split += [features, labels]
+        logger.info(f"features of {args.load_features}: {settings}")
     else:
-        split = features_of(model)
+        split = features_of(network)
     if args.dump_features:
-        dump_features(args.dump_features, "train", *split[:2], settings)
-        dump_features(args.dump_features, "val", *split[2:], settings)
+        train_features, train_labels, val_features, val_labels = split
+        dump_features(args.dump_features, "train", train_features, train_labels, settings)
+        dump_features(args.dump_features, "val", val_features, val_labels, settings)
     add_rows(settings["feature"] if settings["pretrained"] else UNTRAINED, split)
     if args.neighbour_sheet:
-        draw_neighbours(split, *splits, Path(args.dump_path) / "plots" / "neighbours.png")
+        draw_neighbours(split, train, val, Path(args.dump_path) / "plots" / "neighbours.png")
 
     # ============ baselines ============
     if args.untrained and args.pretrained:
-        untrained = build_network(args.arch, options, None, *network)
-        add_rows(UNTRAINED, features_of(untrained))
+        add_rows(UNTRAINED, features_of(network.untrained()))
     if args.raw_pixels:
-        add_rows("raw pixels", split_features(lambda data: raw_pixels(data, **loading), *splits))
+        add_rows("raw pixels", split_features(pixels_of, train, val))
 
     seconds = time.perf_counter() - start
     if process.rank == 0:
@@ -163,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         log_table(rows)
         if not settings["pretrained"]:
             logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
-        logger.info("%.1f s, written to %s", seconds, path)
+        logger.info(f"{seconds:.1f} s, written to {path}")
     dist.shutdown()
     return 0
 

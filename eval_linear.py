@@ -35,17 +35,14 @@ from src.data.datasets import open_dataset
 from src.evaluate import flags as eval_flags
 from src.evaluate import linear_protocols
 from src.evaluate.conv_features import KINDS, conv_input
-from src.evaluate.evaluation import MODEL_FLAGS, build_network, check_labelled, statistics
 from src.evaluate.linear_classifiers import (
     LinearClassifiers,
     ManySGD,
     accuracies,
     epoch_lr,
-    fingerprint,
     inverse_sqrt_lr,
     losses,
 )
-from src.evaluate.linear_data import count_classes, hold_out, open_splits, split_folds
 from src.evaluate.linear_features import CachedBatches, FrozenFeatures, linear_input
 from src.evaluate.linear_files import Probe, saved_classifiers
 from src.evaluate.linear_protocols import (
@@ -58,8 +55,17 @@ from src.evaluate.linear_protocols import (
     weight_decay,
 )
 from src.evaluate.linear_results import log_epoch, log_progress, report, report_folds
+from src.evaluate.splits import (
+    check_labelled,
+    count_classes,
+    hold_out,
+    open_splits,
+    split_folds,
+)
 from src.evaluate.ten_crops import VIEWS
 from src.evaluate.voc import TESTED_ON
+from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS, SWAV_RED
+from src.nets.weights import fingerprint
 from src.run import checkpoint, flags
 from src.run.log import RunLog, Stopwatch, describe_run, setup_logging
 from src.run.stop import StopSignal, leave
@@ -67,10 +73,14 @@ from src.run.stop import StopSignal, leave
 logger = logging.getLogger(__name__)
 
 # What features depend on, and what the classifiers do besides.
-FEATURES = (*MODEL_FLAGS, "n_last_blocks", "avgpool_patchtokens", "global_pooling", "conv")
-FEATURES += ("conv_pooling", "size", "mean", "std", "interpolation", "in_chans")
-TRAINING = ("epochs", "wd", "momentum", "nesterov", "scheduler_type", "decay_epochs", "gamma")
-TRAINING += ("final_lr", "use_bn", "cache_features", "no_flip", "tencrops", "split", "seed")
+FEATURES = (
+    *(*MODEL_FLAGS, "n_last_blocks", "avgpool_patchtokens", "global_pooling", "conv"),
+    *("conv_pooling", "size", "mean", "std", "interpolation", "in_chans"),
+)
+TRAINING = (
+    *("epochs", "wd", "momentum", "nesterov", "scheduler_type", "decay_epochs", "gamma"),
+    *("final_lr", "use_bn", "cache_features", "no_flip", "tencrops", "split", "seed"),
+)
 NAMED = ("protocol", "pretrained", "checkpoint_key", "data_path", "train_path", "val_path")
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
 
@@ -86,11 +96,11 @@ def train_one_epoch(probe, batches, lrs, epoch, start, iters_per_epoch, stop, lo
     world_size, stopwatch = dist.world_size(), Stopwatch()
     total, device = args.batch_size * world_size, probe.classifiers.linear.weight.device
     probe.classifiers.train()
-    last = None
+    current_lrs = None
     for it, (features, labels) in enumerate(batches(epoch, start, stopwatch), start):
-        at = lrs(epoch * iters_per_epoch + it)
-        if at != last:
-            last, step_sizes = at, torch.tensor(at, device=device)  # (L,)
+        lrs_here = lrs(epoch * iters_per_epoch + it)
+        if lrs_here != current_lrs:  # a tensor is made only where they change
+            current_lrs, step_sizes = lrs_here, torch.tensor(lrs_here, device=device)  # (L,)
         loss = losses(probe.classifiers(features), labels) / total  # (L,)
         loss.sum().backward()
         probe.optimizer.step(step_sizes)
@@ -100,8 +110,17 @@ def train_one_epoch(probe, batches, lrs, epoch, start, iters_per_epoch, stop, lo
         if stopping or done % args.log_freq == 0 or done == iters_per_epoch:
             loss = dist.all_reduce_sum(loss.detach()).tolist()
             rates = stopwatch.rates(total, (args.epochs - epoch) * iters_per_epoch - done)
-            place = (epoch, args.epochs, it, iters_per_epoch)
-            log_progress(log, *place, at, loss, rates, probe.folder)
+            log_progress(
+                log,
+                epoch=epoch,
+                epochs=args.epochs,
+                it=it,
+                iters_per_epoch=iters_per_epoch,
+                lrs=current_lrs,
+                loss=loss,
+                rates=rates,
+                folder=probe.folder,
+            )
         if stopping:
             return done
     return iters_per_epoch
@@ -112,14 +131,16 @@ def learning_rates(lrs, iters_per_epoch, args):
     if args.scheduler_type == "inverse_sqrt":
         return lambda t: [inverse_sqrt_lr(lr, args.wd, t) for lr in lrs]
     decay = (args.gamma, args.decay_epochs) if args.scheduler_type == "step" else None
-    rest = (args.epochs, args.final_lr, decay)
-    return lambda t: [epoch_lr(lr, t // iters_per_epoch, *rest) for lr in lrs]
+    return lambda t: [
+        epoch_lr(lr, t // iters_per_epoch, epochs=args.epochs, final_lr=args.final_lr, decay=decay)
+        for lr in lrs
+    ]
 
 
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0, or 128 + the signal when a signal stopped it."""
-    args, run = parse_args(argv)
+    args = parse_args(argv)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     check_args(args)
@@ -127,20 +148,28 @@ def main(argv: list[str] | None = None) -> int:
     splits = open_parts(args, num_folds)  # fold -> training and validation images
     train, val = splits(folds[0])
     num_classes = count_classes(args.num_labels, train, val)
-    options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
-    network = (run, "backbone", args.checkpoint_key, args.seed)
-    model = build_network(args.arch, options, args.pretrained, *network)
-    pooling = (args.n_last_blocks, args.avgpool_patchtokens, args.global_pooling)
-    forward = linear_input(model, *pooling)
+    network = eval_flags.open_network(args)
+    model = network.model
     if args.conv:
         forward = conv_input(model, args.conv, args.conv_pooling)
+    else:
+        forward = linear_input(
+            model,
+            args.n_last_blocks,
+            avgpool=args.avgpool_patchtokens,
+            global_pooling=args.global_pooling,
+        )
     dim = count_features(forward, args)  # what does not fit is found before anything is started
-    args.mean, args.std = statistics(args, train, args.protocol != "swav")
-    settings = {name: getattr(args, name) for name in FEATURES} | {"weights": fingerprint(model)}
+    as_swav = args.protocol == "swav" and args.sobel is None
+    args.mean, args.std = network.normalisation(train, SWAV_RED if as_swav else IMAGENET_RED)
+    settings = {name: getattr(args, name) for name in FEATURES}
+    settings["weights"] = fingerprint(model, network.head)
     named = {name: getattr(args, name) for name in NAMED}
     out, folder = Path(args.dump_path), Path(args.dump_path) / "linear"
     if args.evaluate:
-        saved = saved_classifiers(args.linear_weights, folder, settings, dim, num_classes)
+        saved = saved_classifiers(
+            args.linear_weights, folder, settings, dim=dim, num_classes=num_classes
+        )
     else:
         fill_in_batch(args, launch.world_size, min(len(splits(fold)[0]) for fold in folds))
     checkpoint.check_writable(out if args.evaluate else folder)
@@ -148,36 +177,63 @@ def main(argv: list[str] | None = None) -> int:
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
     model.to(process.device)
-    images = (args.size, (args.mean, args.std), args.interpolation)
-    frozen = FrozenFeatures(forward, dim, *images, process, precision, args.workers)
+    frozen = FrozenFeatures(
+        forward,
+        dim,
+        size=args.size,
+        normalisation=(args.mean, args.std),
+        interpolation=args.interpolation,
+        process=process,
+        precision=precision,
+        workers=args.workers,
+    )
 
     # ============ an evaluation alone ============
     if args.evaluate:
         classifiers, lrs, epoch = saved
-        features = frozen.of(val, args.batch_size or DINO_BATCH, args.tencrops)
+        features, labels = frozen.of(val, args.batch_size or DINO_BATCH, args.tencrops)
+        classifiers.to(process.device)
         views = VIEWS if args.tencrops else 1
-        result = accuracies(classifiers.to(process.device), *features, process.device, views)
+        result = accuracies(classifiers, features, labels, device=process.device, views=views)
         path = out / "eval_linear_evaluate.json"
-        report(lrs, [{"epoch": epoch, **result}], settings | named, path, not args.pretrained)
+        report(
+            lrs,
+            [{"epoch": epoch, **result}],
+            settings=settings | named,
+            path=path,
+            untrained=not args.pretrained,
+        )
         dist.shutdown()
         return 0
 
     # ============ classifiers ============
     channels = (dim if args.global_pooling else model.num_features) if args.use_bn else 0
-    shape = (dim, num_classes, channels)
     settings |= {name: getattr(args, name) for name in TRAINING}
     stop, paths = StopSignal(), []
     for fold in folds:
         if paths and stop.agreed():
             return leave(stop)
-        here = folder if fold is None else folder / f"fold{fold}"
         settings["fold"] = None if fold is None else [fold, num_folds]
-        probe = train_classifiers(frozen, splits(fold), shape, here, settings, stop, args)
+        probe = train_classifiers(
+            frozen,
+            splits(fold),
+            num_classes=num_classes,
+            bn_channels=channels,
+            folder=folder if fold is None else folder / f"fold{fold}",
+            settings=settings,
+            stop=stop,
+            args=args,
+        )
         if probe is None:
             return leave(stop)
         paths.append(out / ("eval_linear.json" if fold is None else f"eval_linear_fold{fold}.json"))
-        result = (probe.settings["lrs"], probe.history, probe.settings | named, paths[-1])
-        report(*result, not args.pretrained)
+        report(
+            probe.settings["lrs"],
+            probe.history,
+            settings=probe.settings | named,
+            path=paths[-1],
+            untrained=not args.pretrained,
+        )
     if len(folds) > 1:
         report_folds(paths, out / "eval_linear.json")
     stop.restore()
@@ -185,58 +241,86 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train_classifiers(frozen, split, shape, folder, settings, stop, args):
+def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settings, stop, args):
     """Train on one split, or go on with it: the Probe, None when a signal asked to stop.
 
-    split: training and validation images. shape: features, classes, and channels of the batch norm.
+    split: training and validation images. bn_channels: of the batch norm, 0 for none.
     """
-    (train, val), (dim, num_classes, channels), process = split, shape, frozen.process
+    (train, val), process = split, frozen.process
     total = args.batch_size * process.world_size
     iters_per_epoch = len(train) // total  # the last, smaller batch is left out
     factor = total / REFERENCE_BATCH if args.protocol == "dino" else 1.0
     lrs = [lr * factor for lr in args.lrs or [args.lr]]
     counts = [len(train), len(val), num_classes]
     settings = {**settings, "lrs": lrs, "batch": total, "images": counts}
-    classifiers = LinearClassifiers(len(lrs), dim, num_classes, channels, args.seed)
+    classifiers = LinearClassifiers(
+        len(lrs), frozen.dim, num_classes, bn_channels=bn_channels, seed=args.seed
+    )
     classifiers.to(process.device)
-    optimizer = ManySGD(classifiers, args.wd, args.nesterov, args.momentum)
-    probe = Probe(classifiers, optimizer, folder, settings)
+    optimizer = ManySGD(classifiers, args.wd, nesterov=args.nesterov, momentum=args.momentum)
+    probe = Probe(classifiers, optimizer, folder=folder, settings=settings)
     first_epoch, samples_done = probe.resume((args.epoch, args.start_iter * total))
     folder.mkdir(parents=True, exist_ok=True)
     setup_logging(folder, process.rank == 0)
     if process.rank == 0:  # not before: what may not go on leaves the folder as it was
         describe_run(vars(args), folder)
-    log_plan(args, train, val, num_classes, dim, total, lrs, process)
+    log_plan(
+        args,
+        train,
+        val,
+        num_classes=num_classes,
+        dim=frozen.dim,
+        total=total,
+        lrs=lrs,
+        process=process,
+    )
 
     # ============ data ============
     start = samples_done // total
     if first_epoch == args.epochs:
-        logger.info("%s is trained for its %d epochs already", folder, args.epochs)
+        logger.info(f"{folder} is trained for its {args.epochs} epochs already")
         return probe
-    val_features = frozen.of(val, args.batch_size, args.tencrops)
+    val_features, val_labels = frozen.of(val, args.batch_size, args.tencrops)
     if args.cache_features:
-        features = frozen.of(train, args.batch_size)[0]
-        batches = CachedBatches(features, train, args.batch_size, process, args.seed)
+        features, _ = frozen.of(train, args.batch_size)
+        batches = CachedBatches(
+            features, train, batch_size=args.batch_size, process=process, seed=args.seed
+        )
     else:
-        unscaled = args.protocol == "deepcluster"
-        how = (args.batch_size, args.seed, not args.no_flip, unscaled)
-        batches = frozen.batches(train, *how)
+        batches = frozen.batches(
+            train,
+            args.batch_size,
+            seed=args.seed,
+            flip=not args.no_flip,
+            unscaled=args.protocol == "deepcluster",
+        )
 
     # ============ epochs ============
     log = RunLog(folder if process.rank == 0 else None, tensorboard=False)
     schedule = learning_rates(lrs, iters_per_epoch, args)
     for epoch in range(first_epoch, args.epochs):
-        place = (epoch, start, iters_per_epoch)
-        done = train_one_epoch(probe, batches, schedule, *place, stop, log, args)
+        done = train_one_epoch(
+            probe,
+            batches,
+            schedule,
+            epoch=epoch,
+            start=start,
+            iters_per_epoch=iters_per_epoch,
+            stop=stop,
+            log=log,
+            args=args,
+        )
         last, start = epoch + 1 == args.epochs, 0
         if done < iters_per_epoch:
             probe.save(epoch, done * total)
             return None
         if last or (epoch + 1) % args.val_freq == 0:
             views = VIEWS if args.tencrops else 1
-            result = accuracies(classifiers, *val_features, process.device, views)
+            result = accuracies(
+                classifiers, val_features, val_labels, device=process.device, views=views
+            )
             probe.history.append({"epoch": epoch + 1, **result})
-            log_epoch(log, epoch, iters_per_epoch, lrs, probe.history)
+            log_epoch(log, epoch, iters_per_epoch=iters_per_epoch, lrs=lrs, history=probe.history)
         probe.save(epoch + 1, 0)
         if not last and stop.agreed():
             return None
@@ -250,8 +334,13 @@ def open_parts(args, num_folds):
         val = open_dataset(args.val_path, "val", args.in_chans, flag="--val_path")
         check_labelled(val, "--val_path")
         return lambda fold: (val, val)
-    paths = (args.data_path, args.train_path, args.val_path)
-    train, val = open_splits(*paths, args.in_chans, args.split)
+    train, val = open_splits(
+        args.data_path,
+        train_path=args.train_path,
+        val_path=args.val_path,
+        in_chans=args.in_chans,
+        split=args.split,
+    )
     if num_folds is not None:
         return split_folds(train, num_folds)
     return lambda fold: (train, val) if val is not None else hold_out(train)
@@ -271,8 +360,9 @@ def count_features(forward, args):
 
 # ============ arguments ============
 def parse_args(argv):
-    """The arguments, and those of the run that is evaluated ({} if it is not a run)."""
-    return linear_protocols.parse_args(get_parser, argv)
+    """The arguments; what is not on the command line is of the run that is evaluated, or the protocol."""
+    args, _ = linear_protocols.parse_args(get_parser(), argv)
+    return args
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -32,16 +32,18 @@ from pathlib import Path
 import torch
 
 from src import dist
+from src.data.multicrop import generator
+from src.errors import RunError
 from src.evaluate import flags as eval_flags
 from src.evaluate.average_precision import mean_average_precision
-from src.evaluate.evaluation import MODEL_FLAGS, build_network, statistics
-from src.evaluate.linear_classifiers import fingerprint
 from src.evaluate.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
 from src.evaluate.voc import CLASSES, TESTED_ON, multilabel_loss, open_voc
 from src.evaluate.voc_classifier import VOCClassifier
 from src.evaluate.voc_training import Training, training_images
 from src.labels.features import extract_features
-from src.run import checkpoint, flags, setup
+from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS
+from src.nets.weights import fingerprint
+from src.run import checkpoint, flags
 from src.run.log import RunLog, Stopwatch, describe_run, duration, setup_logging
 from src.run.stop import StopSignal, leave
 
@@ -55,8 +57,10 @@ RATIO = {"deepcluster": (1.0, 1.0), "deepercluster": (3 / 4, 4 / 3)}  # width / 
 BATCH = 16  # images, over all processes
 MAX_NORM = 10.0  # of the gradient
 # What the result depends on, besides the number of iterations.
-SETTINGS = (*MODEL_FLAGS, "in_chans", "size", "mean", "std", "protocol", "fc6_8", "split", "seed")
-SETTINGS += ("train_batchnorm", "stepsize", "lr", "wd", "min_scale", "max_scale")
+SETTINGS = (
+    *(*MODEL_FLAGS, "in_chans", "size", "mean", "std", "protocol", "fc6_8", "split", "seed"),
+    *("train_batchnorm", "stepsize", "lr", "wd", "min_scale", "max_scale"),
+)
 NAMED = ("pretrained", "checkpoint_key", "data_path", "nit", "eval_random_crops")
 TEST_IMAGES = 4  # whose ten crops are one batch
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
@@ -69,16 +73,12 @@ def train(state, loader, labels, start, args, stop, log):
     loader: of src.evaluate.voc_training.training_images. labels (N, 20): 1, 0, or 255, which the loss leaves out.
     """
     world_size, stopwatch = dist.world_size(), Stopwatch()
-    network, optimizer, scaler, process = (
-        state.network,
-        state.optimizer,
-        state.scaler,
-        state.process,
-    )
+    network, optimizer, scaler = state.network, state.optimizer, state.scaler
+    process = state.process
     trained = [p for p in state.module.parameters() if p.requires_grad]
     network.train()
     for it, (images, indices) in enumerate(stopwatch.watch(loader(start, args.nit)), start):
-        torch.manual_seed(setup.generator(args.seed, it, process.rank).initial_seed())  # dropout
+        torch.manual_seed(generator(args.seed, it, process.rank).initial_seed())  # dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, it, args.stepsize)
 
@@ -101,7 +101,17 @@ def train(state, loader, labels, start, args, stop, log):
         stopping = (world_size == 1 or done % STOP_CHECK == 0) and stop.agreed()
         if stopping or done % args.log_freq == 0 or done == args.nit:
             rates = stopwatch.rates(args.batch_size * world_size, args.nit - done)
-            log_progress(log, it, optimizer, loss, norm, rates, state.folder, args)
+            lr = optimizer.param_groups[0]["lr"]
+            log_progress(
+                log,
+                it=it,
+                loss=loss,
+                lr=lr,
+                gradient_norm=norm.item(),
+                rates=rates,
+                folder=state.folder,
+                args=args,
+            )
         if stopping or done % args.checkpoint_iters == 0 or done == args.nit:
             state.save(done)
         if stopping:
@@ -114,20 +124,20 @@ def learning_rate(lr, iteration, stepsize):
     return lr * 0.5 ** (iteration // stepsize)
 
 
-def log_progress(log, it, optimizer, loss, norm, rates, folder, args):
+def log_progress(log, *, it, loss, lr, gradient_norm, rates, folder, args):
     """Write a log line; RunError where the loss is not finite, what is saved stays as it is."""
     loss = (dist.all_reduce_sum(loss.detach()) / dist.world_size()).item()
     if not math.isfinite(loss):
         newest = folder / checkpoint.NEWEST
-        raise flags.RunError(
+        raise RunError(
             f"the loss is not finite; {newest} holds the last good state, if one was saved; lower --lr"
         )
-    lr = optimizer.param_groups[0]["lr"]
-    log.write(it, {"iteration": it, "loss": loss, "lr": lr, "gradient_norm": norm.item(), **rates})
+    line = {"iteration": it, "loss": loss, "lr": lr, "gradient_norm": gradient_norm}
+    log.write(it, {**line, **rates})
     logger.info(
-        "it %d/%d loss %.4f lr %.4g grad %.3g | %.0f img/s data %.0f%% eta %s",
-        *(it + 1, args.nit, loss, lr, norm.item(), rates["images_per_second"]),
-        *(100 * rates["data_share"], duration(rates["eta_seconds"])),
+        f"it {it + 1}/{args.nit} loss {loss:.4f} lr {lr:.4g} grad {gradient_norm:.3g} | "
+        f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
+        f"eta {duration(rates['eta_seconds'])}"
     )
 
 
@@ -135,15 +145,24 @@ def log_progress(log, it, optimizer, loss, norm, rates, folder, args):
 def evaluate(state, dataset, args):
     """Average precisions of the mean scores of ten crops of each image, random or fixed ones."""
     if args.eval_random_crops:
-        scale, ratio = (args.min_scale, args.max_scale), RATIO[args.protocol]
-        crops = RandomTenCrops(dataset, args.size, scale, ratio, args.seed)
+        crops = RandomTenCrops(
+            dataset,
+            args.size,
+            scale=(args.min_scale, args.max_scale),
+            ratio=RATIO[args.protocol],
+            seed=args.seed,
+        )
     else:
         crops = TenCrops(dataset, args.size)
     state.module.eval()
     forward = ten_crop_forward(state.module)
     scores, indices = extract_features(
-        *(lambda images: forward(images).mean(1), crops, args.size),  # (B, 20)
-        *(args.mean * VIEWS, args.std * VIEWS, state.process.device),
+        lambda images: forward(images).mean(1),  # (B, 20)
+        crops,
+        args.size,
+        mean=args.mean * VIEWS,
+        std=args.std * VIEWS,
+        device=state.process.device,
         batch_size=TEST_IMAGES,
         num_workers=args.workers,
         precision=state.precision,
@@ -157,38 +176,43 @@ def report(result, settings, path, untrained):
     if not dist.is_main():
         return
     by_class = dict(zip(CLASSES, result["ap"], strict=True))
-    found = {"map": result["map"], "map_11points": result["map_11points"], "ap": by_class}
-    path.write_text(json.dumps({**found, "settings": settings}, indent=1) + "\n")
+    report = {"map": result["map"], "map_11points": result["map_11points"], "ap": by_class}
+    path.write_text(json.dumps({**report, "settings": settings}, indent=1) + "\n")
     for name, value in by_class.items():
-        logger.info("%-12s %s", name, "no image" if value is None else f"{value:6.2f}")
-    logger.info("mAP %.2f (11-point %.2f)", result["map"], result["map_11points"])
+        logger.info(f"{name:12} " + ("no image" if value is None else f"{value:6.2f}"))
+    logger.info(f"mAP {result['map']:.2f} (11-point {result['map_11points']:.2f})")
     if untrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
-    logger.info("written to %s", path)
+    logger.info(f"written to {path}")
 
 
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune and evaluate; returns 0, or 128 + the signal when a signal stopped it."""
-    args, run = parse_args(argv)
+    args = parse_args(argv)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     check_args(args)
-    dataset, tested = (
-        open_voc(args.data_path, split, args.in_chans)
-        for split in (args.split, TESTED_ON[args.split])
-    )
+    dataset = open_voc(args.data_path, args.split, args.in_chans)
+    tested = open_voc(args.data_path, TESTED_ON[args.split], args.in_chans)
     check_batch(args, launch.world_size, len(dataset))
-    options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
-    network = (run, "backbone", args.checkpoint_key, args.seed)
-    backbone = build_network(args.arch, options, args.pretrained, *network)
-    args.mean, args.std = statistics(args, dataset, True)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    network = eval_flags.open_network(args)
+    args.mean, args.std = network.normalisation(dataset, IMAGENET_RED)
     total = args.batch_size * launch.world_size
-    settings |= {"weights": fingerprint(backbone), "batch": total, "images": len(dataset)}
+    settings = {
+        **{name: getattr(args, name) for name in SETTINGS},
+        "weights": fingerprint(network.model, network.head),
+        "batch": total,
+        "images": len(dataset),
+    }
     named = {name: getattr(args, name) for name in NAMED}
-    begin = setup.generator(args.seed)
-    model = VOCClassifier(backbone, len(CLASSES), args.fc6_8, args.train_batchnorm, begin)
+    model = VOCClassifier(
+        network.model,
+        len(CLASSES),
+        only_classifier=args.fc6_8,
+        train_batchnorm=args.train_batchnorm,
+        generator=generator(args.seed),
+    )
     with torch.no_grad():  # what does not fit is found before anything is started
         model.eval()(torch.zeros(1, args.in_chans, args.size, args.size))
     name = "fc6_8" if args.fc6_8 else "all"
@@ -199,7 +223,14 @@ def main(argv: list[str] | None = None) -> int:
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ model and optimizer ============
-    state = Training(model, args.wd, process, precision, folder, settings)
+    state = Training(
+        model,
+        args.wd,
+        process=process,
+        precision=precision,
+        folder=folder,
+        settings=settings,
+    )
     start = state.resume()
     setup_logging(folder, process.rank == 0)
     if process.rank == 0:  # not before: what may not go on leaves the folder as it was
@@ -209,16 +240,23 @@ def main(argv: list[str] | None = None) -> int:
     # ============ training ============
     stop = StopSignal()
     if start < args.nit:
-        scale = (args.min_scale, args.max_scale)
-        crops = (args.size, scale, RATIO[args.protocol], (args.mean, args.std))
-        loading = (args.batch_size, process, args.seed, args.workers)
-        loader = training_images(dataset, *crops, *loading)
+        loader = training_images(
+            dataset,
+            args.size,
+            scale=(args.min_scale, args.max_scale),
+            ratio=RATIO[args.protocol],
+            normalisation=(args.mean, args.std),
+            batch_size=args.batch_size,
+            process=process,
+            seed=args.seed,
+            workers=args.workers,
+        )
         log = RunLog(folder if process.rank == 0 else None, tensorboard=False)
         if train(state, loader, dataset.labels, start, args, stop, log) < args.nit:
             return leave(stop)
         log.close()
     else:
-        logger.info("%s is trained for its %d iterations already", folder, start)
+        logger.info(f"{folder} is trained for its {start} iterations already")
 
     # ============ evaluation ============
     result = evaluate(state, tested, args)
@@ -231,9 +269,9 @@ def main(argv: list[str] | None = None) -> int:
 def log_plan(args, dataset, tested, total, state):
     """Say what will be computed, before it is."""
     count = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
-    what = "FC6-8, trunk frozen" if args.fc6_8 else "ALL layers"
+    layers = "FC6-8, trunk frozen" if args.fc6_8 else "ALL layers"
     for line in (
-        f"protocol    {args.protocol}, {what}: {count:,} parameters of {args.arch} are trained",
+        f"protocol    {args.protocol}, {layers}: {count:,} parameters of {args.arch} are trained",
         f"data        {dataset.name}: {len(dataset):,} images, tested on {len(tested):,}",
         f"batch       {args.batch_size} x {state.process.world_size} processes = {total}; "
         f"{args.nit:,} iterations, learning rate {args.lr:g}, halved every {args.stepsize:,}",
@@ -243,19 +281,19 @@ def log_plan(args, dataset, tested, total, state):
 
 # ============ arguments ============
 def parse_args(argv):
-    """The arguments, and those of the run that is evaluated ({} if it is not a run)."""
-    args, run = eval_flags.parse_args(get_parser, argv)
+    """The arguments; what is not on the command line is of the run that is evaluated, or the protocol."""
+    args, _ = eval_flags.parse_args(get_parser(), argv)
     if "data_path" not in args.given:
         args.data_path = ""  # a run's is that of its training
-    plain = args.arch in ("alexnet", "vgg16")
-    if plain and args.sobel is None and not args.pretrained:
+    is_plain = args.arch in ("alexnet", "vgg16")
+    if is_plain and args.sobel is None and not args.pretrained:
         args.sobel = False  # ours, with batch norm, rather than torchvision's
     if args.protocol == "auto":
         args.protocol = "deepercluster" if args.arch == "vgg16" else "deepcluster"
     for name, value in PROTOCOLS[args.protocol].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    return args, run
+    return args
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,8 @@ this repository, a full training checkpoint, a released file. checkpoint_key: it
 "student"; the teacher unless given. Other keyword arguments go to the network. Weights that are
 missing or do not fit stop the loading. What is returned is the trunk in training mode, without a
 head: images (B, 3, H, W), normalised with the mean and standard deviation of ImageNet, to features
-(B, D). Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV), arXiv:1807.05520 (DeepCluster),
+(B, D). The entry `trunk` needs no name of a network, loads whatever the evaluations do, and is in
+evaluation mode: torch.hub.load("/path/to/this", "trunk", "runs/mine", source="local"). Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV), arXiv:1807.05520 (DeepCluster),
 arXiv:1905.01278 (DeeperCluster). The last two take the derivatives of a grey image first (Sobel);
 with rgb=True these are part of the first convolution, exactly but for DeepCluster's image border.
 
@@ -22,6 +23,8 @@ import importlib as _importlib
 import importlib.util as _importlib_util
 import os as _os
 import sys as _sys
+
+import torch as _torch
 
 dependencies = ["torch", "torchvision"]
 
@@ -122,6 +125,29 @@ def deepercluster_vgg16(pretrained=True, rgb=False, **options):
     return _of_clusters("vgg16", 2, pretrained, rgb, **options)
 
 
+# ============ whatever a run or a file holds ============
+def trunk(pretrained, checkpoint_key=None, **options):
+    """The trunk of a run's folder, a checkpoint, a released file or an address, in evaluation mode,
+    (B, 3, H, W) -> (B, D), or with as many channels as the run's images have. Normalise images with
+    model.mean and model.std; the run's largest crops have model.image_size pixels a side. options:
+    arch and other flags of the network, where neither the run nor the file says them."""
+    if not pretrained or isinstance(pretrained, bool):
+        raise ValueError(
+            f"pretrained={pretrained!r} must be a run's folder, or the path or address of a file"
+        )
+    network = _ours("nets.pretrained").open_pretrained(
+        pretrained, checkpoint_key=checkpoint_key, **options
+    )
+    # Where the run does not say it, images are normalised with the figures of the data's name.
+    datasets, small_sets = _ours("data.datasets"), _ours("data.small_sets")
+    normalisation = small_sets.STATISTICS.get(network.run_args.get("data_path"), datasets.IMAGENET)
+    images = datasets.ImageDataset([], "", network.in_chans, "", normalisation=normalisation)
+    model = network.model
+    model.mean, model.std = network.normalisation(images)
+    model.image_size = network.image_size
+    return model
+
+
 # ============ building and loading ============
 def _dino(arch, name, pretrained, **options):
     return _load(arch, f"dino/{name}_pretrain/{name}_pretrain.pth", pretrained, **options)
@@ -143,13 +169,14 @@ def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **op
             f"pretrained={pretrained!r} must be the path or address of a file, or False: no address "
             "of these weights is known here for sure"
         )
-    found = {"sobel": True}
+    said, weights = {"arch": arch, "sobel": True}, {}
     if pretrained is not False:
-        found |= _ours("evaluate.flags").file_defaults(pretrained, checkpoint_key, arch)
-    options = {**found, "sobel_padding": sobel_padding, **options}
-    model = _ours("nets.convnets").build_convnet(**{"arch": arch, **options})
+        weights = _ours("nets.weights").read_weights(pretrained, checkpoint_key)
+        said |= _ours("nets.recognise").recognise(weights, arch)
+    options = {**said, "sobel_padding": sobel_padding, **options}
+    model = _ours("nets.convnets").build_convnet(**options)
     if pretrained is not False:
-        _ours("nets.weights").load_weights(model, pretrained, checkpoint_key)
+        _ours("nets.weights").fit_weights(model, weights, pretrained)
     if rgb and model.sobel is not None:
         model.features[0] = _ours("nets.sobel").sobel_to_rgb(model.features[0], model.sobel.padding)
         model.sobel = None
@@ -160,24 +187,13 @@ def _load(arch, released, pretrained, checkpoint_key=None, **options):
     """The network `arch`, with the weights that `pretrained` asks for."""
     if pretrained is None or pretrained == "":
         raise ValueError(f"pretrained={pretrained!r} must be True, False, or the path of a file")
-    path = _RELEASED + released if pretrained is True else pretrained
-    if pretrained not in (True, False) and arch.startswith("vit"):
-        found = _ours("evaluate.flags").vit_defaults(path, checkpoint_key)
-        names = ("img_size", "num_registers")  # what the same arch and patches may differ in
-        options = {**{name: found[name] for name in names if name in found}, **options}
-    model = _ours("nets.backbones").build_backbone(arch, **options)
     if pretrained is False:
-        return model
-    if not arch.startswith("xcit"):
-        _ours("nets.weights").load_weights(model, path, checkpoint_key)
-        return model
-    from timm.models.xcit import checkpoint_filter_fn as with_names_of_timm
-
-    weights = _ours("nets.weights").read_weights(path, checkpoint_key)
-    weights = {name.removeprefix("backbone."): x for name, x in weights.items()}
-    trunk = {name: x for name, x in weights.items() if not name.startswith("head.")}
-    _ours("run.checkpoint").load_state(model, with_names_of_timm(trunk, model), path)
-    return model
+        return _ours("nets.backbones").build_backbone(arch, **options)
+    path = _RELEASED + released if pretrained is True else pretrained
+    network = _ours("nets.pretrained").open_pretrained(
+        path, arch, checkpoint_key=checkpoint_key, **options
+    )
+    return network.model.to(memory_format=_torch.contiguous_format).train()
 
 
 # ============ importing src under another name ============

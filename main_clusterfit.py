@@ -34,24 +34,25 @@ from torch import Tensor
 from src import dist
 from src.cluster.kmeans import euclidean_kmeans, initial_centroids
 from src.data.augment import Augment
-from src.data.datasets import open_dataset, usual_std
-from src.gradients import grad_norm
-from src.labels import pseudo_labels
+from src.data.datasets import EpochSampler, open_dataset, usual_std
+from src.data.multicrop import MultiCropDataset, generator, multicrop_loader
+from src.errors import CheckpointError, Stopped
 from src.labels.assignment_files import check_clusters, read_clusters, write_clusters
-from src.labels.features import raw_pixels
-from src.labels.pseudo_labels import PseudoLabels
-from src.labels.teacher import open_teacher
+from src.labels.features import extract_features, raw_pixels
+from src.labels.health import cluster_health
+from src.labels.pseudo_labels import PseudoLabels, report_predictions
 from src.nets.convnets import build_convnet
-from src.optim import parameter_groups
-from src.run import checkpoint, convnet_flags, flags, image_flags, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.metrics import cluster_health
-from src.run.run import Run
-from src.run.stop import Stopped, leave
+from src.nets.layers import forward_of_layer
+from src.nets.pretrained import open_pretrained, read_run_args
+from src.optim import build_optimizer, parameter_groups, step_lr
+from src.run import checkpoint, convnet_flags, flags, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network
+from src.run.stop import StopSignal, leave
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py; VISSL's jitter.
+# Changed defaults of the method on small data, beside those of src/run/flags.py; VISSL's jitter.
 JITTER = {"color_jitter": [0.4, 0.4, 0.4, 0.2], "jitter_prob": 1.0}
 SMALL = {**convnet_flags.SMALL, **JITTER, "batch_size": 128}
 CIFAR = {"nmb_cluster": 100, "dump_path": "runs/clusterfit_cifar"}
@@ -62,8 +63,18 @@ PRESETS = {
     "tiny": {**SMALL, **DIGITS, "color_jitter": [0.4, 0.4, 0.0, 0.0], "jitter_prob": 0.8},
 }
 # What clusters depend on, kept with them.
-SETTINGS = ("pretrained", "teacher_arch", "checkpoint_key", "layer", "nmb_cluster", "niter")
-SETTINGS += ("kmeans_backend", "data_path", "in_chans", "seed")
+SETTINGS = (
+    "pretrained",
+    "teacher_arch",
+    "checkpoint_key",
+    "layer",
+    "nmb_cluster",
+    "niter",
+    "kmeans_backend",
+    "data_path",
+    "in_chans",
+    "seed",
+)
 KMEANS_DRAW = 1  # sets the draw apart from those of photometry
 
 
@@ -90,48 +101,33 @@ def cluster_features(features, num_clusters, iterations, backend, seed, on_step=
 
 
 # ============ one epoch ============
-def train_one_epoch(run, loader, labels, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device, num_clusters = run.process.device, run.module.top_layer.out_features
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
-
+def train_one_epoch(run, loader, labels, epoch, start):
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    for _, crops, indices in run.iterate(loader, epoch, start):
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # of dropout
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             features, scores = run.network(crops)  # (V * B, F), (V * B, K)
 
         # ============ clusterfit loss ============
-        targets = labels.of(indices, device)[0]  # (B,)
+        targets = labels.of(indices, run.process.device)[0]  # (B,)
         loss = clusterfit_loss(scores, targets)
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        run.backward(loss)
+        run.step()
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            to_go = args.epochs * run.iters_per_epoch - iteration - 1
-            rates = stopwatch.rates(run.global_batch, to_go)
-            health = (scores, targets, features, rates, math.log(num_clusters))
-            flags = {"lr": "--lr", "clusters": "--nmb_cluster"}
-            pseudo_labels.report_predictions(run, epoch, iteration, *health, **flags)
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.is_log_step():
+            report_predictions(
+                run,
+                logits=scores,
+                labels=targets,
+                embedding=features,
+                lr="--lr",
+                clusters="--nmb_cluster",
+            )
+        if run.save_or_stop():
+            return
 
 
 # ============ main ============
@@ -146,56 +142,84 @@ def main(argv: list[str] | None = None) -> int:
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     folder = Path(args.clusters or Path(args.dump_path) / "clusters")
-    there, teacher = check_args(args, folder, len(dataset)), None
-    assignments, num_clusters = read_clusters(folder) if there else (None, args.nmb_cluster)
+    has_clusters = check_args(args, folder, len(dataset))
+    assignments, num_clusters = None, args.nmb_cluster
+    if has_clusters:
+        assignments, num_clusters = read_clusters(folder)
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
     augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
-    if args.pretrained and not there:
-        where = (args.teacher_arch, args.checkpoint_key, args.layer)
-        teacher = open_teacher(args.pretrained, dataset, *where)
+    extract = None
+    if args.pretrained and not has_clusters:
+        extract = open_teacher(
+            args.pretrained,
+            dataset,
+            arch=args.teacher_arch,
+            checkpoint_key=args.checkpoint_key,
+            layer=args.layer,
+        )
     torch.manual_seed(args.seed)  # every process starts from the same network
     model = build_convnet(args.arch, num_clusters, **convnet_flags.convnet_options(args))
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
-        checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
+        from src.nets.weights import load_weights
+
+        load_weights(model, args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
-    # ============ clusters ============
-    if not there:
-        stop = checkpoint.StopSignal()
+    # ============ step 1: clusters ============
+    if not has_clusters:
+        stop = StopSignal()
         try:
-            how = (process.device, precision, stop)
-            assignments = cluster_dataset(teacher, dataset, folder, *how, args)
+            assignments = cluster_dataset(extract, dataset, folder, process, stop, args)
         except Stopped:
             return leave(stop, "the same command begins the clustering again")
         stop.restore()
     if args.step == "cluster":
-        logger.info("%d clusters are in %s; the step fit trains on them", num_clusters, folder)
+        logger.info(f"{num_clusters} clusters are in {folder}; the step fit trains on them")
         dist.shutdown()
         return 0
+    return fit(args, process, dataset, model, augment, assignments, folder)
+
+
+def fit(args, process, dataset, model, augment, assignments, folder):
+    """Step 2: train on the clusters (N,) of the images, which are in `folder`. Returns the status."""
+    num_clusters = model.top_layer.out_features
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=args.seed,
+        groups=dataset.groups,
+    )
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
+    model = place_network(model, process, **flags.placement_options(args))
     groups = [{**group, "momentum": args.momentum} for group in parameter_groups(model)]
-    optimizer = setup.build_optimizer("sgd", groups, args.wd)
-    labels = PseudoLabels(1, len(dataset))
+    optimizer = build_optimizer("sgd", groups, args.wd)
+    labels = PseudoLabels(num_heads=1, num_images=len(dataset))
     labels.labels, labels.epoch = assignments[None], 0
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer),
-        *(len(dataset), global_batch, {"pseudo_labels": labels}),
+        args,
+        process,
         method="clusterfit",
+        precision=dist.resolve_precision(args.precision, process.device),
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=args.batch_size * process.world_size,
+        method_state={"pseudo_labels": labels},
     )
-    lr = args.lr * flags.lr_factor(args, global_batch)
-    setup.log_plan(run, crops, lr)
+    lr = args.lr * flags.lr_factor(args, run.global_batch)
+    log_plan(run, crops, peak_lr=lr)
     log_clusters(args, folder, num_clusters)
     first_epoch, start = run.resume()
     if not torch.equal(labels.labels[0], assignments):
@@ -209,27 +233,52 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = convnet_flags.step_lr(lr, epoch, args.decay_epochs, args.gamma)
+            group["lr"] = step_lr(lr, epoch, args.decay_epochs, args.gamma)
         sampler.set_epoch(epoch, start)
-        done = train_one_epoch(run, loader, labels, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(num_clusters)
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        train_one_epoch(run, loader, labels, epoch, start)
+        start = 0
+        if run.end_epoch(epoch, model, dataset, args.size_crops[0], num_clusters):
+            break
+    return run.leave()
 
 
-def cluster_dataset(teacher, dataset, folder, device, precision, stop, args):
-    """Step 1: features of all images, their clusters (N,), which it returns, and their files."""
+def open_teacher(pretrained, dataset, *, arch="", checkpoint_key=None, layer=""):
+    """The network whose features are clustered, on images as large and as normalised as its own were.
+
+    Returns extract(device, **options) -> features (n, D) of this process's share of the dataset and
+    their indices (n,), with options of extract_features. Raises ValueError and OSError.
+    """
+    try:
+        teacher = open_pretrained(pretrained, arch or None, checkpoint_key=checkpoint_key)
+    except CheckpointError as error:
+        if arch or read_run_args(pretrained):
+            raise
+        raise CheckpointError(f"{error}; for a teacher give --teacher_arch, not --arch") from error
+    forward, size = forward_of_layer(teacher.model, layer), teacher.image_size
+    if len(dataset.mean) != teacher.in_chans:
+        dataset = open_dataset(dataset.name, in_chans=teacher.in_chans)
+    mean, std = teacher.normalisation(dataset)
+
+    def extract(device, **options):
+        teacher.model.to(device)
+        return extract_features(
+            forward, dataset, size, mean=mean, std=std, device=device, **options
+        )
+
+    return extract
+
+
+def cluster_dataset(extract, dataset, folder, process, stop, args):
+    """Step 1: features of all images, their clusters (N,), which it returns, and their files.
+
+    extract: of open_teacher; None: the pixels themselves are clustered. Raises Stopped when a signal
+    asks to stop.
+    """
     began = time.perf_counter()
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
-    if teacher:
-        features, indices = teacher(device, precision=precision, **loading)
+    if extract is not None:
+        precision = dist.resolve_precision(args.precision, process.device)
+        features, indices = extract(process.device, precision=precision, **loading)
     else:
         logger.info(
             "no --pretrained: clusters of the pixels themselves, in place of a network's features"
@@ -241,28 +290,36 @@ def cluster_dataset(teacher, dataset, folder, device, precision, stop, args):
             raise Stopped
 
     leave_if_asked()
-    draw = setup.generator(args.seed, 0, 0, 0, KMEANS_DRAW).initial_seed()
-    how = (args.nmb_cluster, args.niter, args.kmeans_backend, draw, leave_if_asked)
-    centroids, clusters = cluster_features(features.to(device), *how)
+    centroids, clusters = cluster_features(
+        features.to(process.device),
+        num_clusters=args.nmb_cluster,
+        iterations=args.niter,
+        backend=args.kmeans_backend,
+        seed=generator(args.seed, 0, 0, 0, KMEANS_DRAW).initial_seed(),
+        on_step=leave_if_asked,
+    )
     assignments = torch.empty(len(dataset), dtype=torch.int64)
-    indices, clusters = (dist.all_gather_rows(x.cpu()) for x in (indices, clusters))
-    assignments[indices] = clusters
+    assignments[dist.all_gather_rows(indices.cpu())] = dist.all_gather_rows(clusters.cpu())
     leave_if_asked()
-    health = cluster_health(assignments[None], None, dataset.labels, [args.nmb_cluster])
+    values = cluster_health(assignments[None], None, dataset.labels, [args.nmb_cluster])
+    seconds = time.perf_counter() - began
     summary = {
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "num_images": len(dataset),
         "num_clusters": args.nmb_cluster,
-        **{name: health[name] for name in sorted(health)},
-        "seconds": time.perf_counter() - began,
+        **{name: values[name] for name in sorted(values)},
+        "seconds": seconds,
         "sizes": assignments.bincount(minlength=args.nmb_cluster).tolist(),
     }
     write_clusters(folder, assignments, centroids, summary)
-    text = "sizes {cluster_min:.0f} to {cluster_max:.0f}, median {cluster_median:.0f}"
-    text += ", NMI {nmi_labels:.2f} with the labels" if dataset.labels is not None else ""
+    text = (
+        f"sizes {values['cluster_min']:.0f} to {values['cluster_max']:.0f}, "
+        f"median {values['cluster_median']:.0f}"
+    )
+    if dataset.labels is not None:
+        text += f", NMI {values['nmi_labels']:.2f} with the labels"
     logger.info(
-        "clusters %d of %s images in %.1f s: %s",
-        *(args.nmb_cluster, f"{len(dataset):,}", summary["seconds"], text.format(**health)),
+        f"clusters {args.nmb_cluster} of {len(dataset):,} images in {seconds:.1f} s: {text}"
     )
     return assignments
 
@@ -270,8 +327,8 @@ def cluster_dataset(teacher, dataset, folder, device, precision, stop, args):
 def log_clusters(args, folder, num_clusters):
     """Say what will be predicted."""
     logger.info(
-        "clusters    %d of %s; ln(K) = %.3f is the loss of predicting nothing; %s",
-        *(num_clusters, folder, math.log(num_clusters), convnet_flags.describe_steps(args)),
+        f"clusters    {num_clusters} of {folder}; ln(K) = {math.log(num_clusters):.3f} is the loss of "
+        f"predicting nothing; {convnet_flags.describe_steps(args)}"
     )
 
 

@@ -3,8 +3,8 @@
 Caron, Bojanowski, Joulin, Douze: Deep Clustering for Unsupervised Learning of Visual Features, ECCV
 2018, arXiv:1807.05520; equations of Caron's thesis, section 3.2.
   Eq. 3.1         classification of pseudo-labels     deepcluster_loss
-  Eq. 3.2         k-means of the whitened features    cluster_features, src/cluster/pca.py, src/cluster/kmeans.py
-  section 3.1.1   power iteration clustering          cluster_features, src/cluster/pic.py
+  Eq. 3.2         k-means of the whitened features    cluster_features; pca.py and kmeans.py of src/cluster
+  section 3.1.1   power iteration clustering          cluster_features; src/cluster/pic.py
   section 3.2.1   sampling uniform over clusters      src/labels/sampling.py
   section 3.2.1   networks, Sobel filters             src/nets/alexnet.py, src/nets/vgg.py, src/nets/sobel.py
 
@@ -41,20 +41,20 @@ from src.cluster.pca import fit_whitening, whiten
 from src.cluster.pic import knn_graph, power_iteration_clustering
 from src.data.augment import Augment
 from src.data.datasets import open_dataset, usual_std
-from src.gradients import grad_norm
-from src.labels import pseudo_labels
+from src.data.multicrop import MultiCropDataset, generator, multicrop_loader
+from src.errors import Stopped
 from src.labels.features import extract_features, share
-from src.labels.pseudo_labels import PseudoLabels
+from src.labels.pseudo_labels import PseudoLabels, report_assignment, report_predictions
 from src.labels.sampling import PlannedSampler, uniform_over_clusters
 from src.nets.convnets import build_convnet
-from src.run import checkpoint, convnet_flags, flags, image_flags, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
-from src.run.stop import Stopped
+from src.optim import build_optimizer
+from src.run import checkpoint, convnet_flags, flags, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network, share_buffers
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {**convnet_flags.SMALL, "checkpoint_iters": 0, "wd": 5e-4, "dim_pca": 32}
 CIFAR = {"arch": "resnet18", "nmb_cluster": 100, "dump_path": "runs/deepcluster_cifar"}
 DIGITS = {"arch": "resnet10", "nmb_cluster": 60, "dump_path": "runs/deepcluster_digits"}
@@ -79,7 +79,7 @@ def deepcluster_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cluster_features(
-    features, method, num_clusters, dim_pca, iterations, backend, seed, device, on_step=None
+    features, *, method, num_clusters, dim_pca, iterations, backend, seed, device, on_step=None
 ):
     """Whiten the features and cluster them (Eq. 3.2).
 
@@ -90,57 +90,119 @@ def cluster_features(
     whitening = fit_whitening(features, dim_pca, device=device)
     rows = whiten(features, whitening, device=device).to(device)  # (n, d), unit rows
     if method == "PIC":
-        labels = power_iteration_clustering(*knn_graph(rows, NEIGHBOURS), SIGMA, ALPHA)  # (N,)
-        mine = share(len(labels))
-        return labels[mine.start : mine.stop], int(labels.max()) + 1
+        ids, distances = knn_graph(rows, NEIGHBOURS)
+        labels = power_iteration_clustering(ids, distances, sigma=SIGMA, alpha=ALPHA)  # (N,)
+        own_rows = share(len(labels))
+        return labels[own_rows.start : own_rows.stop], int(labels.max()) + 1
     centroids = initial_centroids(rows, num_clusters, seed)
-    _, labels = euclidean_kmeans(rows, centroids, iterations, "reseed", backend, on_step=on_step)
+    _, labels = euclidean_kmeans(
+        rows, centroids, iterations=iterations, empty="reseed", backend=backend, on_step=on_step
+    )
     return labels, num_clusters
 
 
 # ============ one epoch ============
-def train_one_epoch(run, loader, labels, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device, num_clusters = run.process.device, run.module.top_layer.out_features
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
-
+def train_one_epoch(run, loader, labels, epoch, start):
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    for _, crops, indices in run.iterate(loader, epoch, start):
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # of dropout
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             features, scores = run.network(crops)  # (V * B, F), (V * B, K)
 
         # ============ deepcluster loss ============
-        targets = labels.of(indices, device)[0]  # (B,)
+        targets = labels.of(indices, run.process.device)[0]  # (B,)
         loss = deepcluster_loss(scores, targets)
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        run.backward(loss)
+        run.step()
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            to_go = args.epochs * run.iters_per_epoch - iteration - 1
-            rates = stopwatch.rates(run.global_batch, to_go)
-            health = (scores, targets, features, rates, math.log(num_clusters))
-            flags = {"lr": "--lr", "clusters": "--nmb_cluster"}
-            pseudo_labels.report_predictions(run, epoch, iteration, *health, **flags)
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.is_log_step():
+            report_predictions(
+                run,
+                logits=scores,
+                labels=targets,
+                embedding=features,
+                lr="--lr",
+                clusters="--nmb_cluster",
+            )
+        if run.save_or_stop():
+            return
+
+
+def cluster_dataset(run, dataset, labels, epoch, args):
+    """The assignment phase: features of all images, their clusters, and a new top layer.
+
+    Raises Stopped when a signal asks the run to stop.
+    """
+    began = time.perf_counter()
+    features = features_of_share(run, dataset, args)
+
+    def leave_if_asked(*_):
+        if run.stop.agreed():
+            raise Stopped
+
+    leave_if_asked()
+    clusters, num_clusters = cluster_features(
+        features,
+        method=args.clustering,
+        num_clusters=args.nmb_cluster,
+        dim_pca=args.dim_pca,
+        iterations=args.niter,
+        backend=args.kmeans_backend,
+        seed=generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed(),
+        device=run.process.device,
+        on_step=leave_if_asked,
+    )
+    before = labels.replace(torch.tensor(share(len(dataset))), clusters[None], epoch)
+    draws = generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW)
+    run.module.top_layer.reset(num_clusters, draws)
+    report_assignment(
+        run,
+        labels.labels,
+        before,
+        dataset.labels,
+        num_clusters=[num_clusters],
+        epoch=epoch,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def features_of_share(run, dataset, args):
+    """Features (n, F) of this process's share of the images; not of all where a signal came."""
+    share_buffers(run.module)
+    run.module.eval()
+    features = torch.empty(len(share(len(dataset))), run.module.num_features)
+
+    def write(first, batch):
+        features[first : first + len(batch)] = batch
+        if run.stop.requested:
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        extract_features(
+            run.module.forward_backbone,
+            dataset,
+            size=args.size_crops[0],
+            mean=run.augment.mean.flatten().tolist(),
+            std=run.augment.std.flatten().tolist(),
+            device=run.process.device,
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            precision=run.precision,
+            interpolation=args.interpolation,
+            write=write,
+        )
+    return features
+
+
+def draw_epoch(run, labels, *, epoch, seed):
+    """The images of an epoch, uniform over clusters: (iterations, B) of this process."""
+    total = run.iters_per_epoch * run.global_batch
+    rng = np.random.default_rng([seed, epoch])
+    order = uniform_over_clusters(labels.labels[0].numpy(), total, rng)
+    return order.reshape(run.iters_per_epoch, run.process.world_size, -1)[:, run.process.rank]
 
 
 # ============ main ============
@@ -163,53 +225,55 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.resume or args.init_from:
-        checkpoint.load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
+        from src.nets.weights import load_weights
+
+        load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    sampler = PlannedSampler(args.batch_size, process.rank, process.world_size)
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(
-        dataset, resolutions, process, *loading, sampler
-    )
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = PlannedSampler(args.batch_size, rank=process.rank, world_size=process.world_size)
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
+    model = place_network(model, process, **flags.placement_options(args))
     trunk = [p for name, p in model.named_parameters() if not name.startswith("top_layer")]
-    top = {"params": list(model.top_layer.parameters()), "momentum": 0.0}
-    wd = convnet_flags.power_of_ten(args.wd)
-    groups = [{"params": [p for p in trunk if p.requires_grad], "momentum": args.momentum}, top]
-    optimizer = setup.build_optimizer("sgd", groups, wd)
-    labels = PseudoLabels(1, len(dataset))
+    groups = [
+        {"params": [p for p in trunk if p.requires_grad], "momentum": args.momentum},
+        {"params": list(model.top_layer.parameters()), "momentum": 0.0},
+    ]
+    optimizer = build_optimizer("sgd", groups, convnet_flags.power_of_ten(args.wd))
+    labels = PseudoLabels(num_heads=1, num_images=len(dataset))
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer),
-        *(len(dataset), global_batch, {"pseudo_labels": labels}),
+        args,
+        process,
         method="deepcluster",
+        precision=precision,
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=global_batch,
+        method_state={"pseudo_labels": labels},
     )
-    del network  # run.network is wrapped anew before each epoch
     run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
+    run.num_iterations = run.iters_per_epoch * args.epochs
     lr = args.lr * flags.lr_factor(args, global_batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    setup.log_plan(run, crops, lr)
+    log_plan(run, crops, peak_lr=lr)
     log_clusters(args, len(dataset))
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
-        first_epoch = (
-            checkpoint.epoch_of(args.resume, run.method) if args.resume else args.start_epoch
+        first_epoch = first_epoch_of(args, run.method)
+    num_clusters = model.top_layer.out_features
+    if start and args.clustering == "Kmeans" and num_clusters != args.nmb_cluster:
+        logger.info(
+            f"note: this epoch still has {num_clusters} clusters, the next {args.nmb_cluster}"
         )
-        if first_epoch >= args.epochs:
-            flag = f"--resume {args.resume}" if args.resume else f"--start_epoch {args.start_epoch}"
-            raise ValueError(
-                f"{flag} begins after epoch {first_epoch} of --epochs {args.epochs}: raise --epochs"
-            )
-    if start and args.clustering == "Kmeans" and model.top_layer.out_features != args.nmb_cluster:
-        number = model.top_layer.out_features
-        logger.info("note: this epoch still has %d clusters, the next %d", number, args.nmb_cluster)
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
 
@@ -221,78 +285,38 @@ def main(argv: list[str] | None = None) -> int:
             except Stopped:
                 return run.stopped()
             run.save(epoch, 0)
-        run.network = setup.average_gradients(model, process)  # the top layer has another size
-        sampler.set_epoch(epoch, draw_epoch(run, labels, epoch, args), start)
-        done = train_one_epoch(run, loader, labels, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(model.top_layer.out_features)
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        run.network = average_gradients(model, process)  # the top layer has another size
+        sampler.set_epoch(epoch, draw_epoch(run, labels, epoch=epoch, seed=args.seed), start)
+        train_one_epoch(run, loader, labels, epoch, start)
+        start = 0
+        if run.end_epoch(epoch, model, dataset, args.size_crops[0], model.top_layer.out_features):
+            break
+    return run.leave()
 
 
-def cluster_dataset(run, dataset, labels, epoch, args):
-    """The assignment phase: features of all images, their clusters, and a new top layer."""
-    began = time.perf_counter()
-    setup.share_buffers(run.module)
-    run.module.eval()
-    statistics = (run.augment.mean.flatten().tolist(), run.augment.std.flatten().tolist())
-    where = (args.size_crops[0], *statistics, run.process.device)
-    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
-    loading |= {"precision": run.precision, "interpolation": args.interpolation}
-    indices = torch.tensor(share(len(dataset)))
-    features = torch.empty(len(indices), run.module.num_features)
+def first_epoch_of(args, method):
+    """The epoch that a new run begins with. Raises ValueError where none is left."""
+    first_epoch, flag = args.start_epoch, f"--start_epoch {args.start_epoch}"
+    if args.resume:
+        from src.nets.weights import epoch_of
 
-    def write(first, batch):
-        features[first : first + len(batch)] = batch
-        if run.stop.requested:
-            raise Stopped
-
-    def leave_if_asked(*_):
-        if run.stop.agreed():
-            raise Stopped
-
-    with contextlib.suppress(Stopped):
-        forward = run.module.forward_backbone
-        extract_features(forward, dataset, *where, **loading, write=write)
-    leave_if_asked()
-    draw = setup.generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed()
-    how = (args.clustering, args.nmb_cluster, args.dim_pca, args.niter, args.kmeans_backend)
-    how = (*how, draw, run.process.device, leave_if_asked)
-    clusters, num_clusters = cluster_features(features, *how)
-    before = labels.replace(indices, clusters[None], epoch)
-
-    top_layer = run.module.top_layer
-    top_layer.reset(num_clusters, setup.generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW))
-    seconds = time.perf_counter() - began
-    how_many = [num_clusters]
-    pseudo_labels.report_assignment(
-        run, labels.labels, before, dataset.labels, how_many, epoch, seconds
-    )
-
-
-def draw_epoch(run, labels, epoch, args):
-    """The images of an epoch, uniform over clusters: (iterations, B) of this process."""
-    total = run.iters_per_epoch * run.global_batch
-    rng = np.random.default_rng([args.seed, epoch])
-    order = uniform_over_clusters(labels.labels[0].numpy(), total, rng)
-    return order.reshape(run.iters_per_epoch, run.process.world_size, -1)[:, run.process.rank]
+        first_epoch, flag = epoch_of(args.resume, method), f"--resume {args.resume}"
+    if first_epoch >= args.epochs:
+        raise ValueError(
+            f"{flag} begins after epoch {first_epoch} of --epochs {args.epochs}: raise --epochs"
+        )
+    return first_epoch
 
 
 def log_clusters(args, num_images):
     """Say what will be clustered."""
-    kmeans = f"{args.nmb_cluster:,} by {args.niter} iterations of k-means"
-    how = kmeans if args.clustering == "Kmeans" else "as many as PIC finds"
-    ceiling = f" = {math.log(args.nmb_cluster):.3f}" if args.clustering == "Kmeans" else ""
+    clusters, ceiling = "as many as PIC finds", "ln(K)"
+    if args.clustering == "Kmeans":
+        clusters = f"{args.nmb_cluster:,} by {args.niter} iterations of k-means"
+        ceiling = f"ln(K) = {math.log(args.nmb_cluster):.3f}"
     logger.info(
-        "clusters    of %s images, %s, before each epoch, which is %g times the data; "
-        "ln(K)%s is the loss of predicting nothing",
-        *(f"{num_images:,}", how, args.reassign, ceiling),
+        f"clusters    of {num_images:,} images, {clusters}, before each epoch, which is "
+        f"{args.reassign:g} times the data; {ceiling} is the loss of predicting nothing"
     )
 
 

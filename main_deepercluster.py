@@ -40,11 +40,10 @@ from torch import Tensor
 from src import dist
 from src.data.augment import Augment
 from src.data.datasets import open_dataset, usual_std
-from src.evaluate.linear_classifiers import fingerprint
-from src.gradients import grad_norm
-from src.labels import pseudo_labels
+from src.data.multicrop import MultiCropDataset, generator, multicrop_loader
+from src.errors import Stopped
 from src.labels.features import extract_features
-from src.labels.pseudo_labels import IGNORED, PseudoLabels
+from src.labels.pseudo_labels import IGNORED, PseudoLabels, report_assignment, report_predictions
 from src.labels.sampling import PlannedSampler, uniform_over_clusters
 from src.labels.super_classes import (
     Places,
@@ -55,14 +54,15 @@ from src.labels.super_classes import (
 )
 from src.labels.two_level import TwoLevelClustering
 from src.nets.convnets import build_convnet
-from src.run import checkpoint, convnet_flags, flags, image_flags, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
-from src.run.stop import Stopped
+from src.nets.weights import fingerprint, load_weights
+from src.optim import build_optimizer, grad_norm
+from src.run import checkpoint, convnet_flags, flags, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network, share_buffers
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {**convnet_flags.SMALL, "lr": 0.05, "wd": 5e-4, "super_classes": 8, "dim_pca": 32}
 CIFAR = {"arch": "resnet18", "k": 100, "dump_path": "runs/deepercluster_cifar"}
 DIGITS = {"arch": "resnet10", "k": 60, "dump_path": "runs/deepercluster_digits"}
@@ -72,8 +72,24 @@ PRESETS = {
     "tiny": {**SMALL, **DIGITS, "checkpoint_freq": 25, "reassignment": 10},  # of 10 iterations
 }
 # What a clustering depends on, besides weights and data.
-SETTINGS = ("dim_pca", "niter", "seed", "k", "super_classes", "rotnet", "warm_restart", "use_faiss")
-SETTINGS += ("data_path", "size_crops", "interpolation", "mean", "std", "sobel_padding", "in_chans")
+SETTINGS = (
+    "dim_pca",
+    "niter",
+    "seed",
+    "k",
+    "super_classes",
+    "rotnet",
+    "warm_restart",
+    "use_faiss",
+    "data_path",
+    "size_crops",
+    "interpolation",
+    "mean",
+    "std",
+    "sobel_padding",
+    "in_chans",
+)
+NUM_ROTATIONS = 4  # by 0, 90, 180 and 270 degrees
 KMEANS_DRAW, TOP_LAYER_DRAW = 1, 2  # set the draws apart from those of photometry
 
 
@@ -106,70 +122,177 @@ def rotate(crops: Tensor, rotations: Tensor) -> Tensor:
 
 
 # ============ one epoch ============
-def train_one_epoch(run, loader, places, heads, labels, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device, num_crops = run.process.device, sum(args.nmb_crops)
-    supers = places.supers.to(device)  # (B,)
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
+def train_one_epoch(run, loader, places, heads, labels, epoch, start):
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    supers = places.supers.to(run.process.device)  # (B,)
+    for _, crops, indices in run.iterate(loader, epoch, start, picture_crops=False):
+        crops = [rotate(crop, places.rotations) for crop in crops]
+        run.picture_crops(crops)
 
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # of dropout
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        crops = [rotate(crop, places.rotations) for crop in crops]
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             features, scores = run.network(crops)  # (V * B, F), (V * B, S)
-            inputs = run.module.before_top(features).unflatten(0, (num_crops, -1))  # (V, B, F)
+            inputs = run.module.before_top(features).unflatten(0, (len(crops), -1))  # (V, B, F)
             sub_scores = heads.scores(inputs)  # (V * n_s, k) for each super-class held
 
         # ============ deepercluster loss ============
-        targets = heads.targets(labels.of(indices, device)[1])  # (n_s,) for each of them
+        targets = heads.targets(labels.of(indices, run.process.device)[1])  # (n_s,) for each
         loss = hierarchical_loss(scores, supers, sub_scores, targets)
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        heads.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        heads.average_gradients(run.scaler.get_scale() if run.scaler.is_enabled() else 1.0)
-        if run.scaler.is_enabled() and heads.overflowed():
-            run.module.top_layer.bias.grad.fill_(math.inf)  # all processes skip the step together
-        run.scaler.unscale_(run.optimizer)
-        norm = grad_norm(run.module.parameters())  # heads are not the same on all processes:
-        run.last = (loss.detach(), norm + 0 * grad_norm(heads.parameters()))  # NaN if theirs is
+        backward(run, heads, loss)
+        norm, sub_norm = grad_norm(run.module.parameters()), grad_norm(heads.parameters())
         if not run.scaler.is_enabled() or norm.isfinite():
             heads.optimizer.step()
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        # Each process has classifiers of its own: where one is broken, NaN says so to all processes.
+        run.step(gradient_norm=norm.where(sub_norm.isfinite(), math.nan))
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            to_go = args.epochs * run.iters_per_epoch - iteration - 1
-            rates = stopwatch.rates(run.global_batch, to_go)
-            log_progress(
-                run, places, epoch, iteration, scores, features, sub_scores, targets, rates
-            )
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.is_log_step():
+            log_progress(run, scores, supers, features, sub_scores, targets)
+        if run.save_or_stop():
+            return
 
 
-def log_progress(run, places, epoch, iteration, scores, features, sub_scores, targets, rates):
+def backward(run, heads, loss):
+    """What run.backward does, for two optimizers that skip a step of fp16 together."""
+    run.loss = loss.detach()
+    run.optimizer.zero_grad()
+    heads.optimizer.zero_grad()
+    run.scaler.scale(loss).backward()
+    heads.average_gradients(run.scaler.get_scale() if run.scaler.is_enabled() else 1.0)
+    if run.scaler.is_enabled() and heads.overflowed():
+        run.module.top_layer.bias.grad.fill_(math.inf)  # which all processes have
+    run.scaler.unscale_(run.optimizer)
+
+
+def log_progress(run, scores, supers, features, sub_scores, targets):
     """Write a log line with the health of the predictions of both levels, and of the features."""
-    pairs = zip(sub_scores, targets, strict=True)
-    right = sum((s.argmax(1) == t.repeat(len(s) // len(t))).sum() for s, t in pairs)
-    agree = run.mean_over_processes(100 * right / len(scores))
-    ceiling = loss_of_nothing(places.num_super, sub_scores[0].shape[1])
-    health = (scores, places.supers.to(scores.device), features, rates, ceiling)
-    flags = {"lr": "--lr", "clusters": "--k", "more": {"sub_accuracy": agree}}
-    pseudo_labels.report_predictions(run, epoch, iteration, *health, **flags)
+    agreeing = 0
+    for s, labels in zip(sub_scores, targets, strict=True):
+        agreeing += (s.argmax(1) == labels.repeat(len(s) // len(labels))).sum()
+    sub_accuracy = run.mean_over_processes(100 * agreeing / len(scores))
+    report_predictions(
+        run,
+        logits=scores,
+        labels=supers,
+        embedding=features,
+        ceiling=loss_of_nothing(num_super=scores.shape[1], num_sub=sub_scores[0].shape[1]),
+        percentages={"sub_accuracy": sub_accuracy},
+        lr="--lr",
+        clusters="--k",
+    )
+
+
+def cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args):
+    """The assignment phase: features of all images, clusters in two levels, new classifiers.
+
+    start: the iteration of the epoch that the run goes on from. Raises Stopped when a signal asks
+    the run to stop.
+    """
+    began = time.perf_counter()
+    _, num_clusters, num_sub = class_counts(args)
+    order = np.random.default_rng(args.seed).permutation(len(dataset))
+    images = np.sort(order[: run.num_images])
+    share_buffers(run.module)
+    run.module.eval()
+
+    def extract(numbers, write):
+        extract_features(
+            run.module.forward_backbone,
+            dataset,
+            size=args.size_crops[0],
+            mean=run.augment.mean.flatten().tolist(),
+            std=run.augment.std.flatten().tolist(),
+            device=run.process.device,
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            precision=run.precision,
+            interpolation=args.interpolation,
+            indices=images[numbers],
+            write=write,
+        )
+
+    clustering = open_clustering(run, len(dataset), groups, epoch, args)
+    rows = clustering.whitened(extract, run.module.num_features, args.dim_pca)
+    before, previous = None, None
+    if labels.epoch >= 0:
+        before = one_label(labels.labels, num_sub)
+        if args.warm_restart:
+            previous = tuple(labels.labels[:, images])
+    levels = clustering.clusters(
+        rows,
+        num_super=num_clusters,
+        num_sub=num_sub,
+        iterations=args.niter,
+        seed=generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed(),
+        previous=previous,
+    )
+    labels.labels = torch.full_like(labels.labels, IGNORED)
+    labels.labels[:, images], labels.epoch = torch.stack(levels), epoch
+
+    # ============ new classifiers ============
+    top_layer = run.module.top_layer
+    if num_clusters > 1:  # else the super-classes are the rotations, as before
+        top_layer.reset(args.super_classes, generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW))
+        for p in top_layer.parameters():
+            run.optimizer.state.pop(p, None)
+    heads.reset(num_sub, args.seed, epoch)
+    run.save(epoch, start)
+    clustering.remove()
+    report_assignment(
+        run,
+        one_label(labels.labels, num_sub),
+        before,
+        dataset.labels,
+        num_clusters=[num_clusters * num_sub],
+        epoch=epoch,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def open_clustering(run, num_images, groups, epoch, args):
+    """The files of a clustering before `epoch`, which belong to these weights and settings.
+
+    num_images: of the data, of which run.num_images are in use.
+    """
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    settings["weights"] = fingerprint(run.module)
+    settings["epoch"] = epoch
+    settings["precision"] = run.precision
+    settings["images"] = [run.num_images, num_images]
+    _, num_clusters, _ = class_counts(args)
+    rank, world_size = run.process.rank, run.process.world_size
+    return TwoLevelClustering(
+        Path(args.dump_path) / "clustering",
+        settings,
+        num_images=run.num_images,
+        groups=groups,
+        member=rank * num_clusters // world_size,
+        device=run.process.device,
+        backend="faiss" if args.use_faiss and world_size == 1 else "torch",
+        stop=run.stop,
+    )
+
+
+def class_counts(args):
+    """Rotations, first-level clusters, and second-level clusters in each of these."""
+    num_rotations = NUM_ROTATIONS if args.rotnet else 1
+    num_clusters = args.super_classes // num_rotations
+    return num_rotations, num_clusters, args.k * num_rotations // args.super_classes
+
+
+def draw_epoch(run, places, labels, *, epoch, seed):
+    """The images of an epoch, uniform over the sub-classes of each super-class: (iterations, B)."""
+    iterations = run.iters_per_epoch
+    order = np.empty((iterations, len(places.supers)), dtype=np.int64)
+    for s in places.held:
+        inside = labels.labels[0] == places.cluster_of(s)
+        subs = torch.where(inside, labels.labels[1], IGNORED).numpy()
+        rng = np.random.default_rng([seed, epoch, s])
+        drawn = uniform_over_clusters(subs, iterations * places.quota[s], rng)
+        order[:, places.local(s)] = drawn.reshape(iterations, -1)[:, places.columns(s)]
+    return order
 
 
 # ============ main ============
@@ -192,145 +315,98 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
-        checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
+        load_weights(model, args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    sampler = PlannedSampler(args.batch_size, process.rank, process.world_size)
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(
-        dataset, resolutions, process, *loading, sampler
-    )
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = PlannedSampler(args.batch_size, rank=process.rank, world_size=process.world_size)
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
+    model = place_network(model, process, **flags.placement_options(args))
     lr = args.lr * flags.lr_factor(args, global_batch)
-    sgd = {"lr": lr, "momentum": 0.9, "weight_decay": args.wd}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = setup.build_optimizer("sgd", trained, args.wd)
+    optimizer = build_optimizer("sgd", trained, args.wd)
     optimizer.param_groups[0]["lr"] = lr
-    rotations = 4 if args.rotnet else 1
-    places = Places(
-        args.super_classes, rotations, args.batch_size, process.rank, process.world_size
-    )
-    num_sub = args.k * rotations // args.super_classes
-    heads = SubClassifiers(places, model.num_features, num_sub, process, **sgd)
-    labels = PseudoLabels(2, len(dataset))  # first- and second-level clusters
+    _, num_clusters, num_sub = class_counts(args)
+    places, heads = build_classifiers(args, model.num_features, process, lr)
+    labels = PseudoLabels(num_heads=2, num_images=len(dataset))  # of both levels
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer, num_images, global_batch),
-        {"pseudo_labels": labels, "sub_classifiers": heads},
+        args,
+        process,
         method="deepercluster",
+        precision=precision,
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=num_images,
+        global_batch=global_batch,
+        method_state={"pseudo_labels": labels, "sub_classifiers": heads},
     )
-    setup.log_plan(run, crops, lr)
-    log_clusters(args, num_images, num_sub)
+    log_plan(run, crops, peak_lr=lr)
+    log_clusters(args, num_images, process.world_size)
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
         first_epoch, start = args.epoch, args.start_iter
-    del network  # run.network is wrapped anew before each epoch
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
 
     # ============ epochs ============
-    groups = cluster_groups(args.super_classes // rotations)
+    groups = cluster_groups(num_clusters)
     if process.rank == 0 and labels.epoch >= first_epoch - first_epoch % args.reassignment:
         shutil.rmtree(Path(args.dump_path) / "clustering", ignore_errors=True)  # is in the labels
     for epoch in range(first_epoch, args.epochs):
         if labels.epoch < epoch - epoch % args.reassignment:
             try:
-                cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, start, args)
+                cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args)
             except Stopped:
                 return run.stopped()
-        run.network = setup.average_gradients(model, process)
-        sampler.set_epoch(epoch, draw_epoch(run, places, labels, epoch, args), start)
-        done = train_one_epoch(run, loader, places, heads, labels, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(math.exp(loss_of_nothing(args.super_classes, num_sub)))
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        run.network = average_gradients(model, process)  # the top layer may be a new one
+        order = draw_epoch(run, places, labels, epoch=epoch, seed=args.seed)
+        sampler.set_epoch(epoch, order, start)
+        train_one_epoch(run, loader, places, heads, labels, epoch, start)
+        start = 0
+        if run.end_epoch(epoch, model, dataset, args.size_crops[0], args.super_classes * num_sub):
+            break
+    return run.leave()
 
 
-def cluster_dataset(run, dataset, num_images, labels, heads, groups, epoch, start, args):
-    """The assignment phase: features of all images, clusters in two levels, new classifiers."""
-    began, rotations = time.perf_counter(), 4 if args.rotnet else 1
-    setup.share_buffers(run.module)
-    run.module.eval()
-    rng = np.random.default_rng(args.seed)
-    images = np.sort(rng.permutation(len(dataset))[:num_images])
-    statistics = (run.augment.mean.flatten().tolist(), run.augment.std.flatten().tolist())
-    where = (args.size_crops[0], *statistics, run.process.device)
-    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
-
-    def extract(numbers, write):
-        how = {**loading, "precision": run.precision, "interpolation": args.interpolation}
-        forward, some = run.module.forward_backbone, images[numbers]
-        extract_features(forward, dataset, *where, **how, indices=some, write=write)
-
-    num_super, num_sub = args.super_classes // rotations, args.k * rotations // args.super_classes
-    settings = {name: x for name, x in vars(args).items() if name in SETTINGS}
-    settings |= {"weights": fingerprint(run.module), "epoch": epoch, "precision": run.precision}
-    settings |= {"images": [num_images, len(dataset)]}
-    member = run.process.rank * num_super // run.process.world_size
-    backend = "faiss" if args.use_faiss and run.process.world_size == 1 else "torch"
-    clustering = TwoLevelClustering(
-        *(Path(args.dump_path) / "clustering", settings, num_images, groups, member),
-        *(run.process.device, backend, run.stop),
+def build_classifiers(args, num_features, process, lr):
+    """Which super-classes this process has images of, and the classifiers of their sub-classes."""
+    num_rotations, _, num_sub = class_counts(args)
+    places = Places(
+        args.super_classes,
+        num_rotations,
+        batch_size=args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
     )
-    rows = clustering.whitened(extract, run.module.num_features, args.dim_pca)
-    known = labels.epoch >= 0
-    previous = tuple(labels.labels[:, images]) if known and args.warm_restart else None
-    draw = setup.generator(args.seed, epoch, 0, 0, KMEANS_DRAW).initial_seed()
-    found = clustering.clusters(rows, num_super, num_sub, args.niter, draw, previous)
-    before = one_label(labels.labels, num_sub) if known else None
-    labels.labels = torch.full_like(labels.labels, IGNORED)
-    labels.labels[:, images], labels.epoch = torch.stack(found), epoch
-
-    # ============ new classifiers ============
-    top_layer = run.module.top_layer
-    if num_super > 1:  # else the super-classes are the rotations, as before
-        top_layer.reset(args.super_classes, setup.generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW))
-        for p in top_layer.parameters():
-            run.optimizer.state.pop(p, None)
-    heads.reset(num_sub, args.seed, epoch)
-    run.save(epoch, start)
-    clustering.remove()
-    seconds, number = time.perf_counter() - began, [num_super * num_sub]
-    after = one_label(labels.labels, num_sub)
-    pseudo_labels.report_assignment(run, after, before, dataset.labels, number, epoch, seconds)
+    heads = SubClassifiers(
+        places,
+        num_features=num_features,
+        num_classes=num_sub,
+        process=process,
+        lr=lr,
+        momentum=0.9,
+        weight_decay=args.wd,
+    )
+    return places, heads
 
 
-def draw_epoch(run, places, labels, epoch, args):
-    """The images of an epoch, uniform over the sub-classes of each super-class: (iterations, B)."""
-    order = np.empty((run.iters_per_epoch, args.batch_size), dtype=np.int64)
-    for s in places.held:
-        inside = labels.labels[0] == places.cluster_of(s)
-        subs = torch.where(inside, labels.labels[1], IGNORED).numpy()
-        rng = np.random.default_rng([args.seed, epoch, s])
-        drawn = uniform_over_clusters(subs, run.iters_per_epoch * places.quota[s], rng)
-        order[:, places.local(s)] = drawn.reshape(run.iters_per_epoch, -1)[:, places.columns(s)]
-    return order
-
-
-def log_clusters(args, num_images, num_sub):
+def log_clusters(args, num_images, world_size):
     """Say what will be clustered."""
-    rotations = "4 rotations x " if args.rotnet else ""
-    clusters = args.super_classes // (4 if args.rotnet else 1)
+    num_rotations, num_clusters, num_sub = class_counts(args)
+    factor = f"{num_rotations} rotations x " if args.rotnet else ""
     logger.info(
-        "clusters    %s%d clusters = %d super-classes of %s images, %s sub-classes in each, every %d "
-        "epochs; %.3f is the loss of predicting nothing",
-        *(rotations, clusters, args.super_classes, f"{num_images:,}", f"{num_sub:,}"),
-        *(args.reassignment, loss_of_nothing(args.super_classes, num_sub)),
+        f"clusters    {factor}{num_clusters} clusters = {args.super_classes} super-classes of "
+        f"{num_images:,} images, {num_sub:,} sub-classes in each, every {args.reassignment} epochs; "
+        f"{loss_of_nothing(args.super_classes, num_sub):.3f} is the loss of predicting nothing"
     )
-    if args.use_faiss and dist.world_size() > 1:
+    if args.use_faiss and world_size > 1:
         logger.info("note: faiss is for one process; ours does the same on several")
 
 
@@ -384,10 +460,10 @@ def check_args(args, global_batch: int, num_images: int) -> None:
             f"--super_classes {args.super_classes} must be a multiple of the 4 rotations: use "
             f"{4 * (args.super_classes // 4 + 1)}, or --rotnet false"
         )
-    num_super = args.super_classes // (4 if args.rotnet else 1)
-    if not num_super <= args.k <= num_images:
+    _, num_clusters, _ = class_counts(args)
+    if not num_clusters <= args.k <= num_images:
         raise ValueError(
-            f"--k {args.k} must be from {num_super}, the first-level clusters, to {num_images}, the "
+            f"--k {args.k} must be from {num_clusters}, the first-level clusters, to {num_images}, the "
             f"images of --data_path {args.data_path} in use"
         )
     if args.epoch >= args.epochs:

@@ -5,7 +5,7 @@ Vision Transformers, ICCV 2021, arXiv:2104.14294; equations as in chapter 5 of C
   Eq. 5.1-5.3    local-to-global cross-entropy, sharpening   DINOLoss.forward
   Eq. 5.4        centring                                    DINOLoss.update_center
   section 5.3.1  momentum teacher                            update_teacher
-  section 5.3.1  head with a weight-normalised last layer    src/nets/heads.py
+  section 5.3.1  head with a weight-normalised last layer    src/nets/dino_head.py
   Table 5.10     Sinkhorn-Knopp or batch softmax instead     TEACHER_OUTPUTS
 
   python main_dino.py                                    digits, two minutes on two cores
@@ -34,19 +34,19 @@ from torch import Tensor, nn
 from src import dist
 from src.cluster.sinkhorn import sinkhorn
 from src.data.augment import Augment
-from src.data.datasets import open_dataset, usual_std
-from src.gradients import clip_gradients
+from src.data.datasets import EpochSampler, open_dataset, usual_std
+from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.losses import swapped_cross_entropy
 from src.nets.backbones import build_backbone
-from src.nets.heads import DINOHead, MultiCropWrapper
-from src.optim import cosine_schedule, parameter_groups
-from src.run import checkpoint, diagnosis, flags, image_flags, metrics, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
+from src.nets.dino_head import DINOHead, MultiCropWrapper
+from src.optim import build_optimizer, clip_gradients, cosine_schedule, parameter_groups
+from src.run import checkpoint, flags, health, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {
     "patch_size": 4, "out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128, "use_bn_in_head": True,
     "optimizer": "adamw", "weight_decay_end": 0.04, "warmup_epochs": 4, "momentum_teacher": 0.99,
@@ -66,9 +66,6 @@ PRESETS = {
     },
 }  # fmt: skip
 NUM_GLOBAL = 2  # crops that the teacher sees
-HEALTH = "teacher H {teacher_entropy:.2f} of {ceiling:.2f}, KL to uniform {kl_to_uniform:.2f}, "
-HEALTH += "center {center_norm:.2f}, {prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, "
-HEALTH += "rank {rankme:.0f}"
 
 
 # ============ dino loss ============
@@ -152,75 +149,119 @@ def update_teacher(teacher: list[Tensor], student: list[Tensor], momentum: float
 
 # ============ one epoch ============
 def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device = run.process.device
-    students, teachers = list(run.module.parameters()), list(teacher.parameters())
-    last_layer, stopwatch = list(run.module.head.last_layer.parameters()), Stopwatch()
-    run.network.train()
-    for it, (batch, _) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
-        lr, weight_decay, momentum = (float(schedule[iteration]) for schedule in schedules)
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    student_parameters, teacher_parameters = (
+        list(run.module.parameters()),
+        list(teacher.parameters()),
+    )
+    for iteration, crops, _ in run.iterate(loader, epoch, start):
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.param_groups[0]["weight_decay"] = weight_decay  # biases and norms have none
+            group["lr"] = float(schedules["lr"][iteration])
+        # Biases and norms, the second group, are not decayed.
+        run.optimizer.param_groups[0]["weight_decay"] = float(schedules["weight_decay"][iteration])
 
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # stochastic depth
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             with torch.no_grad():
                 features = teacher.forward_backbone(torch.cat(crops[:NUM_GLOBAL]))  # (2 * B, D)
                 teacher_output = teacher.head(features)  # (2 * B, K)
             student_output = run.network(crops)  # (V * B, K)
 
         # ============ dino loss ============
-        done = it + 1
-        logged = done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0
-        targets = criterion.probabilities(teacher_output, epoch) if logged else None
+        targets = None
+        if run.is_log_step():
+            targets = criterion.probabilities(teacher_output, epoch)  # before the center moves
         loss = criterion(student_output, teacher_output, epoch)  # moves the center
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        norms = clip_gradients(students, args.clip_grad)
-        for parameter in last_layer if epoch < args.freeze_last_layer else ():
-            parameter.grad = None
-        run.last = (loss.detach(), torch.linalg.vector_norm(norms))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        update_teacher(teachers, students, momentum)
+        run.backward(loss)
+        norms = clip_gradients(student_parameters, args.clip_grad)
+        if epoch < args.freeze_last_layer:
+            for parameter in run.module.head.last_layer.parameters():
+                parameter.grad = None
+        run.step(gradient_norm=torch.linalg.vector_norm(norms))
+        momentum = float(schedules["momentum"][iteration])
+        update_teacher(teacher_parameters, student_parameters, momentum)
 
         # ============ log, save, stop ============
-        run.picture_crops(crops)
-        if logged:
-            rates = stopwatch.rates(run.global_batch, len(schedules[0]) - iteration - 1)
-            log_progress(run, epoch, iteration, targets, features, criterion.center, rates)
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if targets is not None:
+            log_progress(run, targets, features, criterion.center)
+        if run.save_or_stop():
+            return
 
 
-def log_progress(run, epoch, iteration, probabilities, features, center, rates):
+def log_progress(run, probabilities, features, center):
     """Write a log line with the health of the teacher: its output (N, K) and its features (N, D)."""
     num_outputs, features = probabilities.shape[1], nn.functional.normalize(features.float(), dim=1)
-    entropy = run.mean_over_processes(metrics.code_entropy(probabilities))
-    health = {
+    entropy = run.mean_over_processes(health.code_entropy(probabilities))
+    values = {
         "teacher_entropy": entropy,
-        "student_kl": run.mean_over_processes(run.last[0]) - entropy,
-        "kl_to_uniform": metrics.kl_to_uniform(probabilities).item(),
+        "student_kl": run.mean_over_processes(run.loss) - entropy,
+        "kl_to_uniform": kl_to_uniform(probabilities).item(),
         "center_norm": center.norm().item(),
-        "prototypes_used": metrics.prototype_usage(probabilities).item(),
-        "embedding_std": run.mean_over_processes(metrics.embedding_std(features)),
-        "rankme": metrics.rankme(features).item(),
+        "prototypes_used": health.prototype_usage(probabilities).item(),
+        "embedding_std": run.mean_over_processes(health.embedding_std(features)),
+        "rankme": health.rankme(features).item(),
     }
-    text = HEALTH.format(**health, ceiling=math.log(num_outputs), k=num_outputs)
-    line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: diagnosis.diagnose_teacher(lines, num_outputs))
+    text = (
+        f"teacher H {entropy:.2f} of {math.log(num_outputs):.2f}, "
+        f"KL to uniform {values['kl_to_uniform']:.2f}, center {values['center_norm']:.2f}, "
+        f"{values['prototypes_used']:.0f} of {num_outputs} in use, "
+        f"std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
+    )
+    line = run.report(values, text)
+    run.diagnose(line, lambda lines: diagnose(lines, num_outputs))
+
+
+@torch.no_grad()
+def kl_to_uniform(probabilities: torch.Tensor) -> torch.Tensor:
+    """KL divergence in nats from the mean of (B, K) probabilities over all processes to 1 / K.
+
+    0 when all outputs are equally likely over the batch, ln(K) when one of them takes all.
+    """
+    mean = probabilities.mean(0, dtype=torch.float32).cpu().double()  # (K,)
+    mean = dist.all_reduce_sum(mean) / dist.world_size()
+    return (math.log(len(mean)) - torch.special.entr(mean).sum()).clamp(min=0)
+
+
+def diagnose(history: list[dict], num_outputs: int) -> str | None:
+    """What is wrong with a run of self-distillation, in one sentence that names the flags that help, or None.
+
+    history: log lines with `teacher_entropy`, `student_kl`, `kl_to_uniform` (nats),
+    `prototypes_used` and `embedding_std`. Collapse has two forms (section 5.6.3 of the thesis):
+    uniform outputs, or one output that takes all; in both the student's KL to the teacher vanishes.
+    """
+    recent = history[-health.NUM_LINES :]
+    if len(recent) < health.NUM_LINES or num_outputs < 2:
+        return None
+    ceiling, last = math.log(num_outputs), recent[-1]
+    if all(line["teacher_entropy"] > 0.99 * ceiling for line in recent):
+        return (
+            f"collapse: the teacher's output is uniform (entropy {last['teacher_entropy']:.2f} of at "
+            f"most {ceiling:.2f}); lower --teacher_temp or --warmup_teacher_temp (0.02), or lower --lr"
+        )
+    if all(
+        line["kl_to_uniform"] > 0.9 * ceiling or line["prototypes_used"] < 1.5 for line in recent
+    ):
+        return (
+            f"collapse: one output takes all images (KL to uniform {last['kl_to_uniform']:.2f} of at "
+            f"most {ceiling:.2f}, {last['prototypes_used']:.1f} outputs in use); let the center follow "
+            "faster (--center_momentum 0.9), use a teacher with momentum (--momentum_teacher 0.996), "
+            "or raise --teacher_temp"
+        )
+    if all(line["student_kl"] < 1e-3 * ceiling for line in recent):
+        return (
+            f"collapse: student and teacher give all crops the same output (KL {last['student_kl']:.4f}"
+            "); use a teacher with momentum (--momentum_teacher 0.996 --momentum_teacher_end 1), "
+            "lower --teacher_temp, or lower --lr"
+        )
+    if all(line["embedding_std"] < 0.05 for line in recent):
+        return (
+            "collapse: all images have the same features (standard deviation "
+            f"{last['embedding_std']:.3f}); lower --lr, lower --teacher_temp, or use a teacher with "
+            "momentum (--momentum_teacher 0.996 --momentum_teacher_end 1)"
+        )
+    return None
 
 
 # ============ main ============
@@ -234,46 +275,73 @@ def main(argv: list[str] | None = None) -> int:
     global_batch = args.batch_size * launch.world_size
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
     flags.check_batch(args, global_batch, len(dataset))
-    resolutions = check_args(args)
+    check_args(args)
     num_crops = NUM_GLOBAL + args.local_crops_number
     augment = Augment(**image_flags.augment_options(args, dataset, num_crops))
     criterion = DINOLoss(
-        *(args.out_dim, num_crops, args.warmup_teacher_temp, args.teacher_temp),
-        *(args.warmup_teacher_temp_epochs, args.epochs, args.student_temp, args.center_momentum),
-        args.teacher_output,
+        out_dim=args.out_dim,
+        nmb_crops=num_crops,
+        warmup_teacher_temp=args.warmup_teacher_temp,
+        teacher_temp=args.teacher_temp,
+        warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs,
+        epochs=args.epochs,
+        student_temp=args.student_temp,
+        center_momentum=args.center_momentum,
+        teacher_output=args.teacher_output,
     )
     torch.manual_seed(args.seed)  # every process starts from the same network
-    student, teacher = (build_network(args, rate) for rate in (args.drop_path_rate, 0.0))
+    student = build_network(args, drop_path_rate=args.drop_path_rate)
+    teacher = build_network(args, drop_path_rate=0.0)
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
-    setup.start_teacher(student, teacher, args.init_from)
+    start_teacher(student, teacher, args.init_from)
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+    crops = MultiCropDataset(
+        dataset,
+        **resolutions(args),
+        seed=args.seed,
+        interpolation=args.interpolation,
+    )
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=args.seed,
+        groups=dataset.groups,
+    )
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    teacher = setup.place_network(teacher, *placing)
-    student, network = setup.wrap_network(student, *placing)
-    optimizer = setup.build_optimizer(args.optimizer, parameter_groups(student), args.weight_decay)
+    teacher = place_network(teacher, process, **flags.placement_options(args))
+    student = place_network(student, process, **flags.placement_options(args))
+    optimizer = build_optimizer(args.optimizer, parameter_groups(student), args.weight_decay)
     run = Run(
-        *(args, process, precision, student, network, augment, optimizer),
-        *(len(dataset), global_batch, {"dino_loss": criterion.to(process.device)}),
-        saved={"student": student, "teacher": teacher},
+        args,
+        process,
         method="dino",
+        precision=precision,
+        module=student,
+        network=average_gradients(student, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=global_batch,
+        method_state={"dino_loss": criterion.to(process.device)},
+        saved={"student": student, "teacher": teacher},
     )
-    peak = args.lr * flags.lr_factor(args, global_batch)
-    times = (args.epochs, run.iters_per_epoch)
-    schedules = (
-        cosine_schedule(peak, args.min_lr, *times, args.warmup_epochs),
-        cosine_schedule(args.weight_decay, args.weight_decay_end, *times),
-        cosine_schedule(args.momentum_teacher, args.momentum_teacher_end, *times),
-    )
-    setup.log_plan(run, crops, peak)
+    peak_lr = args.lr * flags.lr_factor(args, global_batch)
+    length = {"epochs": args.epochs, "iters_per_epoch": run.iters_per_epoch}
+    schedules = {
+        "lr": cosine_schedule(peak_lr, args.min_lr, **length, warmup_epochs=args.warmup_epochs),
+        "weight_decay": cosine_schedule(args.weight_decay, args.weight_decay_end, **length),
+        "momentum": cosine_schedule(args.momentum_teacher, args.momentum_teacher_end, **length),
+    }
+    log_plan(run, crops, peak_lr=peak_lr)
     log_teacher(args)
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
@@ -282,39 +350,75 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch, start)
-        done = train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(teacher, dataset, epoch, args.global_crops_size, args.workers)
-        run.plot(args.out_dim)
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, args)
+        start = 0
+        if run.end_epoch(epoch, teacher, dataset, args.global_crops_size, args.out_dim):
+            break
+    return run.leave()
 
 
 def build_network(args, drop_path_rate):
     """Backbone and head; student and teacher differ in stochastic depth alone."""
-    options = {**flags.backbone_options(args), **flags.vit_options(args, args.global_crops_size)}
-    backbone = build_backbone(args.arch, drop_path_rate=drop_path_rate, **options)
+    backbone = build_backbone(
+        args.arch,
+        drop_path_rate=drop_path_rate,
+        **flags.backbone_options(args),
+        **flags.vit_options(args, args.global_crops_size),
+    )
     head = DINOHead(
-        *(backbone.num_features, args.out_dim, args.use_bn_in_head, args.norm_last_layer),
-        *(args.head_layers, args.hidden_dim, args.bottleneck_dim, args.l2_bottleneck),
+        backbone.num_features,
+        args.out_dim,
+        use_bn=args.use_bn_in_head,
+        norm_last_layer=args.norm_last_layer,
+        nlayers=args.head_layers,
+        hidden_dim=args.hidden_dim,
+        bottleneck_dim=args.bottleneck_dim,
+        l2_bottleneck=args.l2_bottleneck,
     )
     return MultiCropWrapper(backbone, head)
 
 
+def start_teacher(student, teacher, init_from):
+    """Give both networks the weights of a file, if any; else the teacher starts as the student.
+
+    A file with the sections "student" and "teacher" fills both; the head may be missing. Raises as
+    src.nets.weights.load_weights. The teacher is not trained by gradients.
+    """
+    sections = []
+    if init_from:
+        from src.nets import weights
+
+        sections = weights.sections(init_from)
+        key = "student" if "student" in sections else None
+        weights.load_weights(student, init_from, key, allow_missing=("head.",))
+    teacher.load_state_dict(student.state_dict())
+    if "teacher" in sections:
+        weights.load_weights(teacher, init_from, "teacher", allow_missing=("head.",))
+    teacher.requires_grad_(False)
+
+
+def resolutions(args):
+    """The arguments of MultiCropDataset that say how many crops there are, and which."""
+    numbers = [NUM_GLOBAL, args.local_crops_number]
+    sizes = [args.global_crops_size, args.local_crops_size]
+    smallest, largest = zip(args.global_crops_scale, args.local_crops_scale, strict=True)
+    used = 2 if args.local_crops_number else 1
+    return {
+        "num_crops": numbers[:used],
+        "size_crops": sizes[:used],
+        "min_scale_crops": list(smallest[:used]),
+        "max_scale_crops": list(largest[:used]),
+    }
+
+
 def log_teacher(args):
     """Say what the teacher will be."""
-    text = (
-        "teacher     momentum {momentum_teacher:g} to {momentum_teacher_end:g}, {teacher_output}, "
+    logger.info(
+        f"teacher     momentum {args.momentum_teacher:g} to {args.momentum_teacher_end:g}, "
+        f"{args.teacher_output}, temperature {args.warmup_teacher_temp:g} to {args.teacher_temp:g} in "
+        f"{args.warmup_teacher_temp_epochs} epochs; K = {args.out_dim:,}, "
+        f"ln(K) = {math.log(args.out_dim):.3f} is the loss of uniform outputs"
     )
-    text += "temperature {warmup_teacher_temp:g} to {teacher_temp:g} in "
-    text += "{warmup_teacher_temp_epochs} epochs; K = {out_dim:,}, ln(K) = {0:.3f} is the loss of "
-    text += "uniform outputs"
-    logger.info(text.format(math.log(args.out_dim), **vars(args)))
 
 
 # ============ arguments ============
@@ -384,17 +488,12 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: on
 
 
-def check_args(args) -> list[list]:
-    """Raise ValueError on arguments that do not fit together; returns the lists of MultiCropDataset."""
+def check_args(args) -> None:
+    """Raise ValueError on arguments that do not fit together."""
     for name in ("global_crops_scale", "local_crops_scale"):
         values = list(getattr(args, name))
         if len(values) != 2 or not 0 < values[0] <= values[1] <= 1:
             raise ValueError(f"--{name} {values}: need two shares of the image, such as 0.4 1")
-    numbers = [NUM_GLOBAL, args.local_crops_number]
-    sizes = [args.global_crops_size, args.local_crops_size]
-    scales = zip(args.global_crops_scale, args.local_crops_scale, strict=True)  # smallest, largest
-    used = 2 if args.local_crops_number else 1
-    return [list(values[:used]) for values in (numbers, sizes, *scales)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Im
 2018, arXiv:1803.07728; Caron's thesis, section 2.2.3. DeeperCluster starts from such a network.
   Eq. 2           classification of rotations         rotation_loss
   section 3.2     four rotations of each image        rotations
-  section 3.1     learning rate in steps              src/run/convnet_flags.py
+  section 3.1     learning rate in steps              step_lr of src/optim.py
   thesis, 3.3.1   networks, Sobel filters             src/nets/alexnet.py, src/nets/vgg.py, src/nets/sobel.py
 
   python main_rotnet.py                                           digits, a minute on two cores
@@ -31,17 +31,18 @@ from torch import Tensor
 
 from src import dist
 from src.data.augment import Augment
-from src.data.datasets import open_dataset, usual_std
-from src.gradients import grad_norm
-from src.labels import pseudo_labels
+from src.data.datasets import EpochSampler, open_dataset, usual_std
+from src.data.multicrop import MultiCropDataset, multicrop_loader
+from src.labels.pseudo_labels import report_predictions
 from src.nets.convnets import build_convnet
-from src.run import checkpoint, convnet_flags, flags, image_flags, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
+from src.optim import build_optimizer, step_lr
+from src.run import checkpoint, convnet_flags, flags, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {**convnet_flags.SMALL, "batch_size": 128, "lr": 0.1, "gamma": 0.2}
 CIFAR = {"decay_epochs": [30, 60, 80], "dump_path": "runs/rotnet_cifar"}
 DIGITS = {"decay_epochs": [], "epochs": 30, "knn_freq": 10, "dump_path": "runs/rotnet_digits"}
@@ -79,49 +80,35 @@ def rotation_loss(scores: Tensor, num_images: int) -> Tensor:
 
 
 # ============ one epoch ============
-def train_one_epoch(run, loader, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device = run.process.device
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
+def train_one_epoch(run, loader, epoch, start):
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    for _, crops, indices in run.iterate(loader, epoch, start, picture_crops=False):
+        crops = rotations(crops)
+        run.picture_crops(crops)
 
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # of dropout
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        crops = rotations(crops)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             features, scores = run.network(crops)  # (V * 4 * B, F), (V * 4 * B, 4)
 
         # ============ rotation loss ============
         loss = rotation_loss(scores, len(indices))
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        run.backward(loss)
+        run.step()
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            to_go = args.epochs * run.iters_per_epoch - iteration - 1
-            rates = stopwatch.rates(run.global_batch, to_go)
-            health = (scores, rotation_labels(len(indices), device), features, rates)
-            pseudo_labels.report_predictions(
-                run, epoch, iteration, *health, lr="--lr", clusters=None
+        if run.is_log_step():
+            report_predictions(
+                run,
+                logits=scores,
+                labels=rotation_labels(len(indices), scores.device),
+                embedding=features,
+                lr="--lr",
+                clusters=None,
             )
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.save_or_stop():
+            return
 
 
 # ============ main ============
@@ -142,29 +129,44 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
-        checkpoint.load_weights(model, args.init_from, allow_missing=("top_layer",))
+        from src.nets.weights import load_weights
+
+        load_weights(model, args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=args.seed,
+        groups=dataset.groups,
+    )
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": parameters, "momentum": args.momentum}]
-    optimizer = setup.build_optimizer("sgd", groups, args.wd)
+    model = place_network(model, process, **flags.placement_options(args))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "momentum": args.momentum}]
+    optimizer = build_optimizer("sgd", groups, args.wd)
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer),
-        *(len(dataset), global_batch),
+        args,
+        process,
         method="rotnet",
+        precision=precision,
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=global_batch,
     )
     lr = args.lr * flags.lr_factor(args, global_batch)
-    setup.log_plan(run, crops, lr)
+    log_plan(run, crops, peak_lr=lr)
     log_rotations(args)
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
@@ -173,26 +175,21 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = convnet_flags.step_lr(lr, epoch, args.decay_epochs, args.gamma)
+            group["lr"] = step_lr(lr, epoch, decay_epochs=args.decay_epochs, gamma=args.gamma)
         sampler.set_epoch(epoch, start)
-        done = train_one_epoch(run, loader, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(NUM_ROTATIONS)
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        train_one_epoch(run, loader, epoch, start)
+        start = 0
+        if run.end_epoch(epoch, model, dataset, args.size_crops[0], NUM_ROTATIONS):
+            break
+    return run.leave()
 
 
 def log_rotations(args):
     """Say what will be predicted."""
     logger.info(
-        "rotations   4 of each crop in a batch; ln(4) = %.3f is the loss of predicting nothing; %s",
-        *(math.log(NUM_ROTATIONS), convnet_flags.describe_steps(args)),
+        f"rotations   {NUM_ROTATIONS} of each crop in a batch; ln({NUM_ROTATIONS}) = "
+        f"{math.log(NUM_ROTATIONS):.3f} is the loss of predicting nothing; "
+        f"{convnet_flags.describe_steps(args)}"
     )
 
 

@@ -4,7 +4,8 @@ Caron, Misra, Mairal, Goyal, Bojanowski, Joulin: Unsupervised Learning of Visual
 Contrasting Cluster Assignments, NeurIPS 2020, arXiv:2006.09882, appendix D; after Asano, Rupprecht,
 Vedaldi: Self-labelling via simultaneous clustering and representation learning, arXiv:1911.05371.
   Eq. 8, 10    classification of pseudo-labels    sela_loss
-  Eq. 12, D.2  Sinkhorn-Knopp on a memory bank    assign_labels, src/cluster/self_label.py, src/labels/memory_bank.py
+  Eq. 12       Sinkhorn-Knopp, shares rounded     assign_labels, src/cluster/self_label.py
+  D.2          memory bank of the last epoch      src/labels/memory_bank.py
   section 3.2  multi-crop                         src/data/multicrop.py, src/data/augment.py
 
   python main_selav2.py                                    digits, two minutes on two cores
@@ -35,20 +36,25 @@ from torch import Tensor
 from src import dist
 from src.cluster.self_label import reassignment_epochs, self_labels
 from src.data.augment import Augment
-from src.data.datasets import open_dataset
-from src.gradients import grad_norm
-from src.labels import memory_bank, pseudo_labels
-from src.labels.memory_bank import MemoryBank
-from src.labels.pseudo_labels import IGNORED, PseudoLabels, loss_of_nothing
+from src.data.datasets import EpochSampler, open_dataset
+from src.data.multicrop import MultiCropDataset, multicrop_loader
+from src.labels.memory_bank import MemoryBank, fill_memory
+from src.labels.pseudo_labels import (
+    IGNORED,
+    PseudoLabels,
+    loss_of_nothing,
+    report_assignment,
+    report_predictions,
+)
 from src.nets.resnet import build_model
-from src.optim import cosine_schedule
-from src.run import checkpoint, flags, image_flags, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
+from src.optim import build_optimizer, cosine_schedule
+from src.run import checkpoint, flags, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {"temperature": 0.2, "freeze_prototypes_niters": 100}
 PRESETS = {
     "imagenet": {},
@@ -78,7 +84,7 @@ def sela_loss(scores: list[Tensor], labels: Tensor, temperature: float) -> Tenso
 
 
 @torch.no_grad()
-def assign_labels(bank, prototypes, temperature, epsilon, tolerance):
+def assign_labels(bank, prototypes, *, temperature, epsilon, tolerance):
     """Equal shares of all images for all prototypes by Sinkhorn-Knopp, rounded to one (Eq. 12).
 
     prototypes: one (K, D) for each head, rows of norm 1. Head h assigns the embeddings of the bank's
@@ -87,9 +93,11 @@ def assign_labels(bank, prototypes, temperature, epsilon, tolerance):
     assignments = []
     for head, weight in enumerate(prototypes):
         embedding = bank.embeddings[head % len(bank.embeddings)]  # (n, D)
-        found = self_labels(embedding, weight, temperature, epsilon, tolerance)
-        logger.debug("head %d: %d iterations, change %.3g", head, found.iterations, found.error)
-        assignments.append(found.labels)
+        result = self_labels(
+            embedding, weight, temperature=temperature, epsilon=epsilon, tolerance=tolerance
+        )
+        logger.debug(f"head {head}: {result.iterations} iterations, change {result.error:.3g}")
+        assignments.append(result.labels)
     return torch.stack(assignments)
 
 
@@ -102,56 +110,74 @@ def normalize_prototypes(prototypes):
 
 # ============ one epoch ============
 def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device, num_crops = run.process.device, sum(args.nmb_crops)
-    heads = [p for name, p in run.module.named_parameters() if name.startswith("prototypes")]
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, indices) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    num_crops = sum(args.nmb_crops)
+    heads = prototypes_of(run.module)
+    for iteration, crops, indices in run.iterate(loader, epoch, start):
         for group in run.optimizer.param_groups:
             group["lr"] = float(schedule[iteration])
         normalize_prototypes(heads)
 
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             embedding, scores = run.network(crops)  # (V * B, D), (V * B, K) for each head
         embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
+        scores = scores if len(heads) > 1 else [scores]
 
         # ============ sela-v2 loss ============
-        scores = scores if len(heads) > 1 else [scores]
-        targets = labels.of(indices, device)  # (heads, B)
+        targets = labels.of(indices, run.process.device)  # (heads, B)
         loss = sela_loss(scores, targets, args.temperature)
-        bank.push(indices, torch.stack([embedding[crop] for crop in args.crops_for_assign]))
+        assigned = embedding[args.crops_for_assign]  # (crops, B, D)
+        bank.push(indices, assigned)
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        for prototypes in heads if iteration < args.freeze_prototypes_niters else ():
-            prototypes.grad = None
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        run.backward(loss)
+        if iteration < args.freeze_prototypes_niters:
+            for prototypes in heads:
+                prototypes.grad = None
+        run.step()
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            assigned = embedding[args.crops_for_assign].flatten(0, 1)  # (crops * B, D)
-            rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
-            head = (scores[0] / args.temperature, targets[0], assigned, rates)
-            ceiling = loss_of_nothing(args.nmb_prototypes)
-            pseudo_labels.report_predictions(run, epoch, iteration, *head, ceiling)
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.is_log_step():
+            report_predictions(
+                run,
+                logits=scores[0] / args.temperature,
+                labels=targets[0],
+                embedding=assigned.flatten(0, 1),
+                ceiling=loss_of_nothing(args.nmb_prototypes),
+            )
+        if run.save_or_stop():
+            return
+
+
+def assign_memory(run, bank, labels, truth, epoch, args):
+    """The assignment phase: new pseudo-labels for `epoch` and those that follow."""
+    began = time.perf_counter()
+    heads = prototypes_of(run.module)
+    normalize_prototypes(heads)
+    assignments = assign_labels(
+        bank,
+        heads,
+        temperature=args.temperature,
+        epsilon=args.epsilon,
+        tolerance=args.sinkhorn_tolerance,
+    )
+    assignments[:, ~bank.has_embedding] = IGNORED
+    before = labels.replace(bank.indices, assignments, epoch)
+    report_assignment(
+        run,
+        labels.labels,
+        before,
+        truth,
+        num_clusters=args.nmb_prototypes,
+        epoch=epoch,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def prototypes_of(model):
+    """The prototypes of each head: a list of (K, D) parameters."""
+    return [p for name, p in model.named_parameters() if name.startswith("prototypes")]
 
 
 # ============ main ============
@@ -168,42 +194,61 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args, global_batch, len(dataset))
     augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
-    sets = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
-    options = flags.model_options(args)
-    model = build_model(args.arch, normalize=True, nmb_prototypes=sets, **options)
+    num_prototypes = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
+    model = build_model(
+        args.arch, normalize=True, nmb_prototypes=num_prototypes, **flags.model_options(args)
+    )
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
-        head = ("projection_head", "prototypes")
-        checkpoint.load_weights(model, args.init_from, allow_missing=head)
+        from src.nets.weights import load_weights
+
+        load_weights(model, args.init_from, allow_missing=("projection_head", "prototypes"))
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=args.seed,
+        groups=dataset.groups,
+    )
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
-    optimizer = setup.build_optimizer(args.optimizer, list(model.parameters()), args.wd)
-    capacity = (len(dataset) // global_batch + 1) * args.batch_size
-    dim = args.head_dims[-1] if args.head_dims else args.feat_dim
-    shape = (len(args.crops_for_assign), capacity, args.batch_size, dim)
-    bank = MemoryBank(*shape, process.device)
-    labels = PseudoLabels(len(args.nmb_prototypes), len(dataset))
+    model = place_network(model, process, **flags.placement_options(args))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(args.optimizer, trained, args.wd)
+    num_batches = len(dataset) // global_batch + 1
+    bank, labels = build_memory(args, len(dataset), num_batches, process.device)
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer),
-        *(len(dataset), global_batch, {"memory_bank": bank, "pseudo_labels": labels}),
+        args,
+        process,
         method="selav2",
+        precision=precision,
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=global_batch,
+        method_state={"memory_bank": bank, "pseudo_labels": labels},
     )
     factor = flags.lr_factor(args, global_batch)
-    peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
-    times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
-    schedule = cosine_schedule(peak, end, *times, begin)
-    setup.log_plan(run, crops, peak)
+    schedule = cosine_schedule(
+        args.base_lr * factor,
+        args.final_lr * factor,
+        args.epochs,
+        run.iters_per_epoch,
+        warmup_epochs=args.warmup_epochs,
+        start_value=args.start_warmup * factor,
+    )
+    log_plan(run, crops, peak_lr=args.base_lr * factor)
     reassigned = reassignment_epochs(args.epochs, args.nmb_reassignments)
     log_assignments(args, len(dataset), len(reassigned))
     first_epoch, start = run.resume()
@@ -213,50 +258,46 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     if labels.epoch < 0 and not bank.num_rows:
         sampler.set_epoch(args.epochs)  # crops that training does not see
-        memory_bank.fill_memory(run, bank, loader, args.crops_for_assign, args.seed, args.epochs)
+        fill_memory(run, bank, loader, args.crops_for_assign, seed=args.seed, epoch=args.epochs)
         if run.stopping:
-            return run.stopped()
+            return run.leave()
         run.save(0, 0)
     for epoch in range(first_epoch, args.epochs):
         if start == 0 and labels.epoch < epoch and epoch in reassigned:
             assign_memory(run, bank, labels, dataset.labels, epoch, args)
         bank.keep(start * args.batch_size)  # the rows of this epoch
         sampler.set_epoch(epoch, start)
-        done = train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(math.exp(loss_of_nothing(args.nmb_prototypes)))
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args)
+        start = 0
+        if run.end_epoch(epoch, model, dataset, args.size_crops[0], mean_prototypes(args)):
+            break
+    return run.leave()
 
 
-def assign_memory(run, bank, labels, truth, epoch, args):
-    """The assignment phase: new pseudo-labels for `epoch` and those that follow."""
-    began = time.perf_counter()
-    heads = [p for name, p in run.module.named_parameters() if name.startswith("prototypes")]
-    normalize_prototypes(heads)
-    sinkhorn = (args.temperature, args.epsilon, args.sinkhorn_tolerance)
-    assignments = assign_labels(bank, heads, *sinkhorn)
-    assignments[:, ~bank.known] = IGNORED
-    before = labels.replace(bank.indices, assignments, epoch)
-    seconds = time.perf_counter() - began
-    pseudo_labels.report_assignment(
-        run, labels.labels, before, truth, args.nmb_prototypes, epoch, seconds
+def build_memory(args, num_images, num_batches, device):
+    """The memory bank of a process, for that many of its batches, and the labels of all images."""
+    bank = MemoryBank(
+        num_crops=len(args.crops_for_assign),
+        capacity=num_batches * args.batch_size,
+        batch_size=args.batch_size,
+        dim=args.head_dims[-1] if args.head_dims else args.feat_dim,
+        device=device,
     )
+    return bank, PseudoLabels(num_heads=len(args.nmb_prototypes), num_images=num_images)
 
 
-def log_assignments(args, num_images, times):
+def mean_prototypes(args):
+    """K, or the geometric mean of the K of several heads."""
+    return math.exp(loss_of_nothing(args.nmb_prototypes))
+
+
+def log_assignments(args, num_images, num_assignments):
     """Say what will be assigned, and when."""
+    sizes = " + ".join(f"{k:,}" for k in args.nmb_prototypes)
     logger.info(
-        "labels      K = %s prototypes share %s images, assigned anew before %d of %d epochs; epsilon "
-        "%g; ln(K) = %.3f is the loss of predicting nothing",
-        *(" + ".join(f"{k:,}" for k in args.nmb_prototypes), f"{num_images:,}"),
-        *(times, args.epochs, args.epsilon, loss_of_nothing(args.nmb_prototypes)),
+        f"labels      K = {sizes} prototypes share {num_images:,} images, assigned anew before "
+        f"{num_assignments} of {args.epochs} epochs; epsilon {args.epsilon:g}; "
+        f"ln(K) = {loss_of_nothing(args.nmb_prototypes):.3f} is the loss of predicting nothing"
     )
 
 
@@ -310,10 +351,10 @@ def check_args(args, global_batch: int, num_images: int) -> None:
         raise ValueError(
             "--batch_size 1: batch norm needs 2 images on each process, so use at least 2"
         )
-    held = num_images - num_images % global_batch
-    if max(args.nmb_prototypes) > held:
+    num_labelled = num_images - num_images % global_batch
+    if max(args.nmb_prototypes) > num_labelled:
         raise ValueError(
-            f"--nmb_prototypes {max(args.nmb_prototypes)} is more than the {held} images of an "
+            f"--nmb_prototypes {max(args.nmb_prototypes)} is more than the {num_labelled} images of an "
             f"epoch's whole batches of --data_path {args.data_path}: use fewer"
         )
 

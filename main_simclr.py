@@ -4,7 +4,7 @@ Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of
 Representations, ICML 2020, arXiv:2002.05709; with several crops as in appendix A.8 of the SwAV
 paper, arXiv:2006.09882, and Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
   Eq. 7 (SwAV)   each positive against all negatives   nt_xent
-  appendix A.8   negatives of all processes            src/dist/gather.py
+  appendix A.8   negatives of all processes            dist.all_gather_with_gradient
   section 3.2    multi-crop                            src/data/multicrop.py, src/data/augment.py
 
   python main_simclr.py                                    digits, a minute on two cores
@@ -33,18 +33,17 @@ import torch.nn.functional as F
 
 from src import dist
 from src.data.augment import Augment
-from src.data.datasets import open_dataset
-from src.dist.gather import gather_rows_with_gradient
-from src.gradients import grad_norm
+from src.data.datasets import EpochSampler, open_dataset
+from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.nets.resnet import build_model
-from src.optim import cosine_schedule
-from src.run import checkpoint, diagnosis, flags, image_flags, metrics, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
+from src.optim import build_optimizer, cosine_schedule
+from src.run import checkpoint, flags, health, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {"temperature": 0.5}
 PRESETS = {
     "imagenet": {},
@@ -66,7 +65,7 @@ def nt_xent(embedding: torch.Tensor, num_crops: int, temperature: float) -> torc
     """
     with torch.autocast(embedding.device.type, enabled=False):
         own = embedding.float().unflatten(0, (num_crops, -1))  # (M, B, D)
-        images = gather_rows_with_gradient(own.transpose(0, 1))  # (W * B, M, D), by rank
+        images = dist.all_gather_with_gradient(own.transpose(0, 1))  # (W * B, M, D), by rank
         s = (own / temperature).flatten(0, 1) @ images.flatten(0, 1).t()  # (M * B, W * B * M)
         s = s.view(*own.shape[:2], *images.shape[:2])  # (M, B, W * B, M)
         same_image = s.diagonal(dist.rank() * own.shape[1], 1, 2)  # (M, M, B), a view of s
@@ -80,20 +79,14 @@ def nt_xent(embedding: torch.Tensor, num_crops: int, temperature: float) -> torc
 
 # ============ one epoch ============
 def train_one_epoch(run, loader, schedule, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device, num_crops = run.process.device, sum(args.nmb_crops)
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, _) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    num_crops = sum(args.nmb_crops)
+    for iteration, crops, _ in run.iterate(loader, epoch, start):
         for group in run.optimizer.param_groups:
             group["lr"] = float(schedule[iteration])
 
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             embedding = run.network(crops)  # (V * B, D)
 
         # ============ simclr loss ============
@@ -101,45 +94,75 @@ def train_one_epoch(run, loader, schedule, epoch, start, args):
         embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        run.backward(loss)
+        run.step()
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
-            log_progress(run, epoch, iteration, embedding, rates, args)
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.is_log_step():
+            log_progress(run, embedding, args)
+        if run.save_or_stop():
+            return
 
 
-def log_progress(run, epoch, iteration, embedding, rates, args):
+def log_progress(run, embedding, args):
     """Write a log line with the health of the embeddings (V, B, D)."""
     largest = embedding[: args.nmb_crops[0]].flatten(0, 1)  # crops of the first resolution
-    positive, negative = metrics.pair_cosines(embedding)
-    health = {
+    positive, negative = pair_cosines(embedding)
+    values = {
         "positive_cosine": positive,
         "negative_cosine": negative,
-        "embedding_std": run.mean_over_processes(metrics.embedding_std(largest)),
-        "rankme": metrics.rankme(largest).item(),
+        "embedding_std": run.mean_over_processes(health.embedding_std(largest)),
+        "rankme": health.rankme(largest).item(),
     }
     num_negatives = count_negatives(args, run.global_batch)
     text = (
-        "at most {ceiling:.2f}, positives {positive_cosine:.2f}, negatives {negative_cosine:.2f}, "
+        f"at most {math.log(1 + num_negatives):.2f}, positives {positive:.2f}, "
+        f"negatives {negative:.2f}, std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
     )
-    text += "std {embedding_std:.2f}, rank {rankme:.0f}"
-    text = text.format(**health, ceiling=math.log(1 + num_negatives))
-    line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: diagnosis.diagnose_contrastive(lines, num_negatives))
+    line = run.report(values, text)
+    run.diagnose(line, lambda lines: diagnose(lines, num_negatives))
+
+
+@torch.no_grad()
+def pair_cosines(embedding: torch.Tensor) -> tuple[float, float]:
+    """Mean cosine of pairs of crops of one image, and of pairs of crops of different images.
+
+    embedding: (M, B, D), M >= 2 crops of B images, L2-normalised; with a process group, this process's
+    images, the same number on each. All pairs of all processes count; there must be two images. From
+    sums of embeddings alone: the cosines of all pairs of a set add up to |sum of the set|^2.
+    """
+    z = embedding.cpu().double()
+    images = z.sum(0)  # (B, D)
+    # of all pairs in an image, of every crop with itself
+    squares = torch.stack([images.square().sum(), z.square().sum()])
+    within, selves = dist.all_reduce_sum(squares).tolist()
+    everything = dist.all_reduce_sum(images.sum(0)).square().sum().item()
+    num_crops, crops_of_image = z[..., 0].numel() * dist.world_size(), len(z)
+    positive = (within - selves) / (num_crops * (crops_of_image - 1))
+    negative = (everything - within) / (num_crops * (num_crops - crops_of_image))
+    return positive, negative
+
+
+def diagnose(history: list[dict], num_negatives: int) -> str | None:
+    """What is wrong with a run, in one sentence that names the flags that help, or None.
+
+    history: the latest log lines, oldest first, with `loss` and `embedding_std`. num_negatives: of a
+    crop. Needs 10 lines, all of them in trouble. Identical embeddings give ln(1 + num_negatives).
+    """
+    recent = history[-health.NUM_LINES :]
+    if len(recent) < health.NUM_LINES:
+        return None
+    ceiling = math.log(1 + num_negatives)
+    remedies = "lower --base_lr, lengthen --warmup_epochs, or lower --temperature (0.1)"
+    found = health.same_embedding(recent, remedies)
+    if found:
+        return found
+    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
+        return (
+            f"the loss stays at ln(1 + {num_negatives}) = {ceiling:.3f}, what identical embeddings "
+            "give; lower --temperature (0.1), or change --base_lr"
+        )
+    return None
 
 
 # ============ main ============
@@ -156,37 +179,55 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args, global_batch)
     augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
-    options = flags.model_options(args)
-    model = build_model(args.arch, normalize=True, nmb_prototypes=0, **options)
+    model = build_model(args.arch, normalize=True, nmb_prototypes=0, **flags.model_options(args))
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
-        head = ("projection_head",)
-        checkpoint.load_weights(model, args.init_from, allow_missing=head)
+        from src.nets.weights import load_weights
+
+        load_weights(model, args.init_from, allow_missing=("projection_head",))
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=args.seed,
+        groups=dataset.groups,
+    )
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
+    model = place_network(model, process, **flags.placement_options(args))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = setup.build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
+    optimizer = build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer),
-        *(len(dataset), global_batch),
+        args,
+        process,
         method="simclr",
+        precision=precision,
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=global_batch,
     )
     factor = flags.lr_factor(args, global_batch)
-    peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
-    times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
-    schedule = cosine_schedule(peak, end, *times, begin)
-    setup.log_plan(run, crops, peak)
+    schedule = cosine_schedule(
+        args.base_lr * factor,
+        args.final_lr * factor,
+        args.epochs,
+        run.iters_per_epoch,
+        warmup_epochs=args.warmup_epochs,
+        start_value=args.start_warmup * factor,
+    )
+    log_plan(run, crops, peak_lr=args.base_lr * factor)
     log_contrast(args, global_batch)
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
@@ -195,17 +236,13 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch, start)
-        done = train_one_epoch(run, loader, schedule, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(1 + count_negatives(args, global_batch))
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        train_one_epoch(run, loader, schedule, epoch, start, args)
+        start = 0
+        if run.end_epoch(
+            epoch, model, dataset, args.size_crops[0], 1 + count_negatives(args, global_batch)
+        ):
+            break
+    return run.leave()
 
 
 def count_negatives(args, global_batch):
@@ -217,10 +254,9 @@ def log_contrast(args, global_batch):
     """Say what a crop is compared with."""
     num_negatives = count_negatives(args, global_batch)
     logger.info(
-        "contrast    %d positives and %s negatives for each crop, temperature %g; "
-        "ln(1 + %s) = %.3f is the loss of identical embeddings",
-        *(sum(args.nmb_crops) - 1, f"{num_negatives:,}", args.temperature),
-        *(f"{num_negatives:,}", math.log(1 + num_negatives)),
+        f"contrast    {sum(args.nmb_crops) - 1} positives and {num_negatives:,} negatives for each crop, "
+        f"temperature {args.temperature:g}; ln(1 + {num_negatives:,}) = "
+        f"{math.log(1 + num_negatives):.3f} is the loss of identical embeddings"
     )
 
 

@@ -33,18 +33,17 @@ import torch.nn.functional as F
 from src import dist
 from src.cluster.sinkhorn import sinkhorn
 from src.data.augment import Augment
-from src.data.datasets import open_dataset
-from src.gradients import grad_norm
-from src.losses import swapped_cross_entropy
+from src.data.datasets import EpochSampler, open_dataset
+from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.nets.resnet import build_model
-from src.optim import cosine_schedule
-from src.run import checkpoint, diagnosis, flags, image_flags, metrics, setup
-from src.run.log import Stopwatch, describe_run, setup_logging
-from src.run.run import Run
+from src.optim import build_optimizer, cosine_schedule
+from src.run import checkpoint, flags, health, image_flags
+from src.run.log import describe_run, setup_logging
+from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/presets.py.
+# Changed defaults of the method on small data, beside those of src/run/flags.py.
 SMALL = {"temperature": 0.2, "freeze_prototypes_niters": 100}
 PRESETS = {
     "imagenet": {},
@@ -68,11 +67,15 @@ def swav_loss(
     (B, K) for each of crops_for_assign, constants. Returns the mean over images, over the assigned
     crops i and over the other crops v of - sum_k q_i^(k) log softmax(scores_v / temperature)^(k).
     """
-    num_crops = sum(nmb_crops)
-    views = scores.view(num_crops, -1, scores.shape[-1])  # (V, B, K)
-    num_pairs = len(crops_for_assign) * (num_crops - 1)
-    pairs = (views, assignments, crops_for_assign)
-    return swapped_cross_entropy(*pairs, temperature, weight=1 / num_pairs)
+    num_crops, num_prototypes = sum(nmb_crops), scores.shape[1]
+    log_p = F.log_softmax(scores.float() / temperature, dim=1)
+    log_p = log_p.view(num_crops, -1, num_prototypes)  # (V, B, K)
+    loss = 0.0
+    for crop, q in zip(crops_for_assign, assignments, strict=True):
+        for other in range(num_crops):
+            if other != crop:
+                loss = loss - (q * log_p[other]).sum(dim=1).mean()  # Eq. 2
+    return loss / (len(crops_for_assign) * (num_crops - 1))
 
 
 @torch.no_grad()
@@ -142,80 +145,114 @@ def normalize_prototypes(prototypes):
 
 # ============ one epoch ============
 def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
-    """One pass over the loader, from iteration `start`; returns the iterations of the epoch done."""
-    device, num_crops = run.process.device, sum(args.nmb_crops)
-    heads = [p for name, p in run.module.named_parameters() if name.startswith("prototypes")]
-    stopwatch = Stopwatch()
-    run.network.train()
-    for it, (batch, _) in enumerate(stopwatch.watch(loader), start):
-        iteration = epoch * run.iters_per_epoch + it
+    """One pass over the loader, from iteration `start` of the epoch on."""
+    num_crops = sum(args.nmb_crops)
+    heads = prototypes_of(run.module)
+    for iteration, crops, _ in run.iterate(loader, epoch, start):
         for group in run.optimizer.param_groups:
             group["lr"] = float(schedule[iteration])
         normalize_prototypes(heads)
 
         # ============ multi-crop forward ============
-        draws = setup.generator(args.seed, epoch, it, run.process.rank)
-        torch.manual_seed(draws.initial_seed())  # dropout and the like of a trunk, if it has any
-        crops = run.augment([crop.to(device, non_blocking=True) for crop in batch], draws)
-        with dist.autocast(device, run.precision):
+        with run.autocast():
             embedding, scores = run.network(crops)  # (V * B, D), (V * B, K) for each head
         embedding = embedding.detach().unflatten(0, (num_crops, -1))  # (V, B, D)
+        scores = scores if len(heads) > 1 else [scores]
 
         # ============ swav loss ============
         loss, codes_of_heads = 0.0, []
-        for prototypes, s in zip(heads, scores if len(heads) > 1 else [scores], strict=True):
+        for prototypes, s in zip(heads, scores, strict=True):
             codes = assign_codes(
-                *(s.detach().unflatten(0, (num_crops, -1)), prototypes, args.crops_for_assign),
-                *(queue, iteration < args.hard_assignment_iters),
+                s.detach().unflatten(0, (num_crops, -1)),
+                prototypes,
+                args.crops_for_assign,
+                queue,
+                hard=iteration < args.hard_assignment_iters,
                 epsilon=args.epsilon,
                 iterations=args.sinkhorn_iterations,
                 dtype=torch.float64 if args.sinkhorn_float64 else torch.float32,
             )
             codes_of_heads.append(codes)
-            swapped = (args.nmb_crops, args.crops_for_assign, args.temperature)
-            loss = loss + swav_loss(s, codes, *swapped) / len(heads)
+            swapped = swav_loss(s, codes, args.nmb_crops, args.crops_for_assign, args.temperature)
+            loss = loss + swapped / len(heads)
+        assigned = embedding[args.crops_for_assign]  # (crops, B, D)
         if queue is not None:
-            queue.push(torch.stack([embedding[crop] for crop in args.crops_for_assign]))
+            queue.push(assigned)
 
         # ============ backward and optim step ============
-        run.optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        for prototypes in heads if iteration < args.freeze_prototypes_niters else ():
-            prototypes.grad = None
-        run.last = (loss.detach(), grad_norm(run.module.parameters()))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        run.backward(loss)
+        if iteration < args.freeze_prototypes_niters:
+            for prototypes in heads:
+                prototypes.grad = None
+        run.step()
 
         # ============ log, save, stop ============
-        done = it + 1
-        run.picture_crops(crops)
-        if done % args.log_freq == 0 or done == run.iters_per_epoch or iteration == 0:
-            assigned = embedding[args.crops_for_assign].flatten(0, 1)  # (crops * B, D)
-            rates = stopwatch.rates(run.global_batch, len(schedule) - iteration - 1)
-            log_progress(run, epoch, iteration, codes_of_heads[0][0], assigned, rates, args)
-        if done < run.iters_per_epoch and run.must_stop(done):
-            run.save(epoch, done)
-            return done
-        if args.checkpoint_iters and done % args.checkpoint_iters == 0 < run.iters_per_epoch - done:
-            run.save(epoch, done)
-    return run.iters_per_epoch
+        if run.is_log_step():
+            log_progress(run, codes_of_heads[0][0], assigned.flatten(0, 1))
+        if run.save_or_stop():
+            return
 
 
-def log_progress(run, epoch, iteration, codes, embedding, rates, args):
+def log_progress(run, codes, embedding):
     """Write a log line with the health of the codes (B, K) and of the embeddings (N, D)."""
     num_prototypes = codes.shape[1]
-    health = {
-        "code_entropy": run.mean_over_processes(metrics.code_entropy(codes)),
-        "prototypes_used": metrics.prototype_usage(codes).item(),
-        "embedding_std": run.mean_over_processes(metrics.embedding_std(embedding)),
-        "rankme": metrics.rankme(embedding).item(),
+    values = {
+        "code_entropy": run.mean_over_processes(health.code_entropy(codes)),
+        "prototypes_used": health.prototype_usage(codes).item(),
+        "embedding_std": run.mean_over_processes(health.embedding_std(embedding)),
+        "rankme": health.rankme(embedding).item(),
     }
-    text = "codes H {code_entropy:.2f} of {ceiling:.2f}, {prototypes_used:.0f} of {k} in use, "
-    text += "std {embedding_std:.2f}, rank {rankme:.0f}"
-    text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
-    line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: diagnosis.diagnose(lines, num_prototypes))
+    text = (
+        f"codes H {values['code_entropy']:.2f} of {math.log(num_prototypes):.2f}, "
+        f"{values['prototypes_used']:.0f} of {num_prototypes} in use, "
+        f"std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
+    )
+    line = run.report(values, text)
+    run.diagnose(line, lambda lines: diagnose(lines, num_prototypes))
+
+
+def diagnose(history: list[dict], num_prototypes: int) -> str | None:
+    """What is wrong with a run, in one sentence that names the flags that help, or None.
+
+    history: the latest log lines, oldest first, with `loss`, `code_entropy` (nats), `prototypes_used`,
+    `embedding_std` and `batch` (samples that share one assignment problem). The remedies are the
+    published ones ("Common issues" of the SwAV repository): a lower epsilon, prototypes frozen for
+    longer, a queue that is shorter or starts later. Needs 10 lines, all of them in trouble, because a
+    healthy run passes ln(K) too.
+    """
+    recent = history[-health.NUM_LINES :]
+    if len(recent) < health.NUM_LINES or num_prototypes < 2:
+        return None
+    ceiling = math.log(num_prototypes)
+    remedies = "lower --epsilon (0.03), lower --base_lr, or freeze the prototypes for longer "
+    found = health.same_embedding(recent, remedies + "(--freeze_prototypes_niters)")
+    if found:
+        return found
+    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
+        return (
+            f"the loss stays at ln(K) = {ceiling:.3f}, what constant codes give; lower --epsilon "
+            "(0.03), freeze the prototypes for longer (--freeze_prototypes_niters), use fewer "
+            "prototypes (--nmb_prototypes), or a shorter or later queue (--queue_length, "
+            "--epoch_queue_starts)"
+        )
+    if all(line["code_entropy"] > 0.99 * ceiling for line in recent):
+        return (
+            f"the codes are uniform (entropy {recent[-1]['code_entropy']:.2f} of at most "
+            f"{ceiling:.2f}) and carry no signal; lower --epsilon (0.03)"
+        )
+    possible = min(num_prototypes, recent[-1]["batch"])
+    if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
+        return (
+            f"only {recent[-1]['prototypes_used']:.1f} of {possible} possible prototypes are in use; "
+            "freeze the prototypes for longer (--freeze_prototypes_niters), lower --base_lr, or "
+            "start the queue later (--epoch_queue_starts)"
+        )
+    return None
+
+
+def prototypes_of(model):
+    """The prototypes of each head: a list of (K, D) parameters."""
+    return [p for name, p in model.named_parameters() if name.startswith("prototypes")]
 
 
 # ============ main ============
@@ -232,46 +269,63 @@ def main(argv: list[str] | None = None) -> int:
     queue_length = check_args(args, global_batch)
     augment = Augment(**image_flags.augment_options(args, dataset, sum(args.nmb_crops)))
     torch.manual_seed(args.seed)  # every process starts from the same network
-    sets = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
-    options = flags.model_options(args)
-    model = build_model(args.arch, normalize=True, nmb_prototypes=sets, **options)
+    num_prototypes = args.nmb_prototypes if len(args.nmb_prototypes) > 1 else args.nmb_prototypes[0]
+    model = build_model(
+        args.arch, normalize=True, nmb_prototypes=num_prototypes, **flags.model_options(args)
+    )
     checkpoint.check_writable(args.dump_path)
     setup_logging(args.dump_path, launch.rank == 0)
     if args.init_from:
-        head = ("projection_head", "prototypes")
-        checkpoint.load_weights(model, args.init_from, allow_missing=head)
+        from src.nets.weights import load_weights
+
+        load_weights(model, args.init_from, allow_missing=("projection_head", "prototypes"))
     if args.fixed_prototypes:  # appendix C.2
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(not name.startswith("prototypes"))
+        for prototypes in prototypes_of(model):
+            prototypes.requires_grad_(False)
 
     process = dist.init(args.device)
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
-    resolutions = [args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops]
-    loading = (args.batch_size, args.workers, args.seed, args.interpolation)
-    crops, sampler, loader = setup.multicrop_loading(dataset, resolutions, process, *loading)
+    crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=args.seed,
+        groups=dataset.groups,
+    )
+    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
 
     # ============ model and optimizer ============
-    placing = (process, args.sync_bn, args.syncbn_process_group_size, args.compile)
-    model, network = setup.wrap_network(model, *placing)
+    model = place_network(model, process, **flags.placement_options(args))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = setup.build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
-    queue = None
-    if queue_length:
-        dim = args.head_dims[-1] if args.head_dims else args.feat_dim
-        shape = (len(args.crops_for_assign), queue_length, dim)
-        queue = Queue(*shape, args.batch_size, process.device)
+    optimizer = build_optimizer(args.optimizer, trained, args.wd)  # appendix A.1
+    queue = build_queue(args, queue_length, process.device) if queue_length else None
     run = Run(
-        *(args, process, precision, model, network, augment, optimizer),
-        *(len(dataset), global_batch, {"queue": queue} if queue else {}),
+        args,
+        process,
         method="swav",
+        precision=precision,
+        module=model,
+        network=average_gradients(model, process),
+        augment=augment,
+        optimizer=optimizer,
+        num_images=len(dataset),
+        global_batch=global_batch,
+        method_state={"queue": queue} if queue else {},
     )
     factor = flags.lr_factor(args, global_batch)
-    peak, end, begin = (lr * factor for lr in (args.base_lr, args.final_lr, args.start_warmup))
-    times = (args.epochs, run.iters_per_epoch, args.warmup_epochs)
-    schedule = cosine_schedule(peak, end, *times, begin)
-    setup.log_plan(run, crops, peak)
+    schedule = cosine_schedule(
+        args.base_lr * factor,
+        args.final_lr * factor,
+        args.epochs,
+        run.iters_per_epoch,
+        warmup_epochs=args.warmup_epochs,
+        start_value=args.start_warmup * factor,
+    )
+    log_plan(run, crops, peak_lr=args.base_lr * factor)
     log_codes(args, global_batch, queue_length)
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
@@ -281,30 +335,34 @@ def main(argv: list[str] | None = None) -> int:
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch, start)
         active = queue if epoch >= args.epoch_queue_starts else None
-        done = train_one_epoch(run, loader, schedule, active, epoch, start, args)
-        if run.stopping:
-            return run.stopped()
-        last, start = epoch + 1 == args.epochs, 0
-        run.save(epoch, done, keep=last or (epoch + 1) % args.checkpoint_freq == 0)
-        if args.knn_freq and (last or (epoch + 1) % args.knn_freq == 0):
-            run.probe(model, dataset, epoch, args.size_crops[0], args.workers)
-        run.plot(args.nmb_prototypes[0])
-        if not last and run.must_stop(done):
-            return run.stopped()
-    return run.finished()
+        train_one_epoch(run, loader, schedule, active, epoch, start, args)
+        start = 0
+        if run.end_epoch(epoch, model, dataset, args.size_crops[0], args.nmb_prototypes[0]):
+            break
+    return run.leave()
+
+
+def build_queue(args, queue_length, device):
+    """The queue of --queue_length embeddings, rounded down to whole batches."""
+    return Queue(
+        num_crops=len(args.crops_for_assign),
+        length=queue_length,
+        dim=args.head_dims[-1] if args.head_dims else args.feat_dim,
+        batch_size=args.batch_size,
+        device=device,
+    )
 
 
 def log_codes(args, global_batch, queue_length):
     """Say what the assignment problem will be; too few samples for the prototypes is a known trap."""
     num_prototypes = args.nmb_prototypes[0]
     logger.info(
-        "codes       K = %s prototypes share %s images and a queue of %s; ln(K) = %.3f is the loss of "
-        "constant codes; epsilon %g, %d iterations",
-        *(f"{num_prototypes:,}", f"{global_batch:,}", f"{queue_length:,}"),
-        *(math.log(num_prototypes), args.epsilon, args.sinkhorn_iterations),
+        f"codes       K = {num_prototypes:,} prototypes share {global_batch:,} images and a queue of "
+        f"{queue_length:,}; ln(K) = {math.log(num_prototypes):.3f} is the loss of constant codes; "
+        f"epsilon {args.epsilon:g}, {args.sinkhorn_iterations} iterations"
     )
     if queue_length < args.queue_length:
-        logger.info("note: --queue_length %d rounded down to whole batches", args.queue_length)
+        logger.info(f"note: --queue_length {args.queue_length} rounded down to whole batches")
     if global_batch + queue_length < num_prototypes:
         logger.info("note: less than one sample each; the paper adds a queue of about K rows")
 

@@ -32,6 +32,7 @@ import argparse
 import itertools
 import logging
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -42,39 +43,19 @@ from PIL import Image
 from src import dist
 from src.data.augment import Augment
 from src.data.datasets import IMAGENET, open_dataset, usual_std
-from src.data.multicrop import MultiCropDataset, collate_crops
-from src.evaluate.evaluation import (
-    build_network,
-    is_dino,
-    is_transformer,
-    run_arguments,
-    statistics,
-)
-from src.evaluate.flags import check_images
+from src.data.multicrop import MultiCropDataset, collate_crops, generator
+from src.evaluate import flags as eval_flags
 from src.nets.backbones import is_vit
-from src.pictures import (
-    activations as activation_pictures,
-)
-from src.pictures import (
-    attention as attention_maps,
-)
-from src.pictures import (
-    cluster_tables,
-    curves,
-    responses,
-)
-from src.pictures import (
-    filters as filter_pictures,
-)
-from src.pictures import (
-    flags as picture_flags,
-)
+from src.pictures import activations as activation_pictures
+from src.pictures import attention as attention_maps
+from src.pictures import cluster_tables, curves, responses
+from src.pictures import filters as filter_pictures
+from src.pictures import flags as picture_flags
 from src.pictures.clusters import add_cluster_args, check_folders, draw_clusters, image_names
 from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
 from src.run import checkpoint, flags, image_flags
 from src.run.log import duration, setup_logging
-from src.run.setup import generator
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +66,7 @@ CLUSTER_SETTINGS = ("pretrained", "data_path", "split", "head", "num_clusters", 
 
 # ============ attention ============
 @torch.no_grad()
-def attention(args, run):
+def attention(args):
     """Write the pictures of every image to --dump_path."""
     if not is_vit(args.arch):
         raise ValueError(
@@ -93,28 +74,30 @@ def attention(args, run):
             "vit_small or vit_base"
         )
     device = dist.resolve_device(args.device)
-    frames, count, statistics = open_images(args)
-    options = {"in_chans": args.in_chans, "width": args.width, **flags.vit_options(args)}
-    network = (args.pretrained, run, "backbone", args.checkpoint_key, args.seed)
-    model = build_network(args.arch, options, *network).to(device)
+    frames, count, normalisation = open_images(args)
+    model = eval_flags.open_network(args).model.to(device)
     if not args.pretrained:
         logger.warning(
             "WARNING: no --pretrained: the network is UNTRAINED, its maps show nothing learned"
         )
-    mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in statistics)
-    fit = (args.image_size, args.patch_size)
+    mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in normalisation)
     at_once = partial(attention_maps.images_at_once, model)
     folder, several = Path(args.dump_path), count != 1
     checkpoint.check_writable(folder)
 
     animation, rows, done = attention_maps.Animation(), [], 0
     start = logged = time.perf_counter()
-    frames = ((name, attention_maps.fit_image(x, *fit)) for name, x in frames)
+    frames = (
+        (name, attention_maps.fit_image(x, args.image_size, args.patch_size)) for name, x in frames
+    )
     for names, images in in_batches(frames, at_once):
         x = (torch.stack(images).to(device).float() / 255 - mean) / std  # (B, C, H, W)
-        grid = [side // args.patch_size for side in x.shape[2:]]
+        rows_of_patches, columns = (side // args.patch_size for side in x.shape[2:])
         weights = model.get_last_selfattention(x)  # (B, heads, T, T)
-        maps = attention_maps.class_attention(weights, *grid, args.num_registers).float().cpu()
+        maps = attention_maps.class_attention(
+            weights, rows_of_patches, columns, num_registers=args.num_registers
+        )
+        maps = maps.float().cpu()
         if not maps.isfinite().all():
             raise ValueError(f"--pretrained {args.pretrained} makes attention that is not finite")
         for name, image, heads in zip(names, images, maps, strict=True):
@@ -130,15 +113,15 @@ def attention(args, run):
         if now - logged > LOG_SECONDS:
             logged, rate = now, done / (now - start)
             left = duration((count - done) / rate) if count else "?"
-            logger.info("image %d of %s, %.2g images/s, ETA %s", done, count or "?", rate, left)
+            logger.info(f"image {done} of {count or '?'}, {rate:.2g} images/s, ETA {left}")
 
     if several:
         attention_maps.make_sheet(rows).save(folder / "sheet.png")
     if animation.frames:
         animation.save(folder / "attention.gif", args.fps)
     if animation.left_out:
-        logger.info("attention.gif ends after %d frames", len(animation.frames))
-    logger.info("%d images, written to %s; look at %s", done, folder, folder / "sheet.png")
+        logger.info(f"attention.gif ends after {len(animation.frames)} frames")
+    logger.info(f"{done} images, written to {folder}; look at {folder / 'sheet.png'}")
 
 
 def open_images(args):
@@ -175,14 +158,18 @@ def spread(total, number):
 
 
 # ============ crops ============
-def crops(args, run):
+def crops(args):
     """Draw the crops of a few images, those of epoch --epoch; the colours are drawn anew."""
     args.preset = flags.preset_of(args.data_path) if args.preset == "auto" else args.preset
     image_flags.fill_in_crops(args)
     dataset = open_dataset(args.data_path, in_chans=args.in_chans)
     options = image_flags.augment_options(args, dataset, sum(args.nmb_crops))
     multicrop = MultiCropDataset(
-        *(dataset, args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops),
+        dataset,
+        args.nmb_crops,
+        args.size_crops,
+        args.min_scale_crops,
+        args.max_scale_crops,
         seed=args.seed,
         interpolation=args.interpolation,
     )
@@ -195,13 +182,14 @@ def crops(args, run):
     path = Path(args.dump_path) / "plots" / "multicrop.png"
     draw_crops(multicrop, args.epoch, indices, views, path)
     for number, size, scale in zip(args.nmb_crops, args.size_crops, multicrop.scales, strict=True):
-        logger.info("%d x %d px, %g to %g of the image's area", number, size, *scale)
-    logger.info("%d images with their crops, drawn to %s", len(indices), path)
+        smallest, largest = scale
+        logger.info(f"{number} x {size} px, {smallest:g} to {largest:g} of the image's area")
+    logger.info(f"{len(indices)} images with their crops, drawn to {path}")
 
 
 # ============ clusters ============
 @torch.no_grad()
-def clusters(args, run):
+def clusters(args):
     """Write which cluster each image is in to --dump_path, and draw clusters."""
     weights = "" if args.num_clusters else args.pretrained
     heads, dino = cluster_tables.read_heads(weights, args.checkpoint_key)
@@ -211,24 +199,36 @@ def clusters(args, run):
     check_folders(folder, args.folders)
     checkpoint.check_writable(folder)
     feature = args.feature if args.num_clusters else "backbone" if dino else "embedding"
-    model = open_network(args, run, feature)
-    usual = is_transformer(args.arch) or is_dino(run) or dino is not None
-    normalise = statistics(args, dataset, usual)
-    features = cluster_tables.features_of(model, feature, dino, dataset, normalise, args)
+    network = eval_flags.open_network(args, feature)
+    features = cluster_tables.features_of(network, dino, dataset, args)
 
     names, readable = image_names(dataset)
-    by_head = cluster_tables.group(features, heads, readable, args.num_clusters, args.seed)
-    found = cluster_tables.Clusters(*by_head[args.head], dataset.labels, dataset.classes)
-    settings = {**{name: getattr(args, name) for name in CLUSTER_SETTINGS}, "feature": feature}
-    cluster_tables.write_files(folder, found, names, [x for x, *_ in by_head], settings)
+    by_head = cluster_tables.group(
+        features, heads, readable, num_clusters=args.num_clusters, seed=args.seed
+    )
+    assignments, cosines, centroids = by_head[args.head]
+    found = cluster_tables.Clusters(
+        assignments, cosines, centroids, labels=dataset.labels, classes=dataset.classes
+    )
+    cluster_tables.write_files(
+        folder,
+        found,
+        names,
+        heads=[by_one_head for by_one_head, _, _ in by_head],
+        settings={**{name: getattr(args, name) for name in CLUSTER_SETTINGS}, "feature": feature},
+    )
     draw_clusters(folder, found, dataset, names, args)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, clusters mean little")
-    text = "{images} images, {empty} of {num_clusters} clusters empty, the largest of {size_max}"
+    numbers = found.summary()
+    agreement = ""
     if found.labels is not None:
-        text += "; purity {purity:.1%}, NMI {nmi:.3f} with the labels"
-    text = text.format(**found.summary())
-    logger.info("%s; written to %s, look at %s", text, folder, folder / "clusters.png")
+        agreement = f"; purity {numbers['purity']:.1%}, NMI {numbers['nmi']:.3f} with the labels"
+    logger.info(
+        f"{numbers['images']} images, {numbers['empty']} of {numbers['num_clusters']} clusters empty, "
+        f"the largest of {numbers['size_max']}{agreement}; written to {folder}, "
+        f"look at {folder / 'clusters.png'}"
+    )
     if 2 * (found.sizes == 0).sum() > len(found.sizes):
         logger.info("note: most prototypes are nearest to no image, as in a run that is young")
 
@@ -240,112 +240,129 @@ def open_split(args):
     return open_dataset(path or args.data_path, args.split, args.in_chans, flag)
 
 
-def open_network(args, run, feature="backbone"):
-    """The network of the flags with its weights, in evaluation mode."""
-    options = {**flags.model_options(args), **flags.vit_options(args, args.size)}
-    network = (args.pretrained, run, feature, args.checkpoint_key, args.seed)
-    return build_network(args.arch, options, *network)
-
-
 # ============ filters, activations ============
-def filters(args, run):
+def filters(args):
     """Draw the first layer's filters; with --conv, --layer or --filters what a layer looks for."""
-    model, calls = trace_network(args, run)
-    folder = Path(args.dump_path)
+    network, calls = trace_network(args)
+    model, folder = network.model, Path(args.dump_path)
     if all(getattr(args, name) is None for name in ("conv", "layer", "filters", "num_filters")):
         first, path = responses.convolutions(model, calls)[0].module, folder / "filters.png"
         checkpoint.check_writable(folder)
         filter_pictures.draw_first_layer(first, getattr(model, "sobel", None), path)
-        text = "%d filters, drawn to %s; --conv, --layer or --filters show what a layer looks for"
-        logger.info(text, first.out_channels, path)
+        logger.info(
+            f"{first.out_channels} filters, drawn to {path}; --conv, --layer or --filters show what "
+            "a layer looks for"
+        )
         return
-    layer, dataset, normalise, chosen, top = rank_images(args, run, model, calls)
-    settings = ("steps", "step_size", "decay", "blur_every", "blur_sigma", "clip", "seed")
-    settings = {name: getattr(args, name) for name in settings}
+    layer, dataset, chosen, top = rank_images(args, network, calls)
     samples = (dataset.load(index) for index in spread(len(dataset), 16))
-    settings["grey"] = all(bool((image == image[:1]).all()) for image in samples)
-    found = filter_pictures.ascend(model, layer, chosen, args.size, normalise, **settings)
+    images, responses_before, responses_after = filter_pictures.ascend(
+        model,
+        layer,
+        chosen,
+        args.size,
+        normalisation=network.normalisation(dataset),
+        steps=args.steps,
+        step_size=args.step_size,
+        decay=args.decay,
+        blur_every=args.blur_every,
+        blur_sigma=args.blur_sigma,
+        clip=args.clip,
+        grey=all(bool((image == image[:1]).all()) for image in samples),
+        seed=args.seed,
+    )
     name = f"filters_{layer.name}"
     (folder / name).mkdir(exist_ok=True)
-    for number, image, before, after in zip(chosen, *found, strict=True):
+    for number, image, before, after in zip(
+        chosen, images, responses_before, responses_after, strict=True
+    ):
         picture = activation_pictures.as_picture(image)
         Image.fromarray(picture).save(folder / name / f"filter_{number:04}.png")
         natural = max((value for _, value in top.of_filter(number)), default=math.nan)
-        text = "filter %d: noise %.3g, after ascent %.3g, best image %.3g"
-        logger.info(text, number, before, after, natural)
-    synthetic = list(zip(found[0], found[2].tolist(), strict=True))
+        logger.info(
+            f"filter {number}: noise {before:.3g}, after ascent {after:.3g}, best image {natural:.3g}"
+        )
+    synthetic = list(zip(images, responses_after.tolist(), strict=True))
     path = folder / f"{name}.png"
     activation_pictures.draw_sheet(top, chosen, dataset, path, synthetic)
-    logger.info("%d filters, drawn to %s", len(chosen), path)
+    logger.info(f"{len(chosen)} filters, drawn to {path}")
 
 
-def activations(args, run):
+def activations(args):
     """Write which images the filters of a layer respond to most, and draw them."""
-    model, calls = trace_network(args, run)
-    layer, dataset, _, chosen, top = rank_images(args, run, model, calls)
+    network, calls = trace_network(args)
+    layer, dataset, chosen, top = rank_images(args, network, calls)
     folder = Path(args.dump_path)
-    table, listed = folder / "activations.csv", chosen if args.filters else range(layer.num_filters)
+    table = folder / "activations.csv"
+    listed = chosen if args.filters else range(layer.num_filters)
     activation_pictures.write_table(top, listed, dataset, table)
     activation_pictures.draw_sheet(top, chosen, dataset, folder / "activations.png")
-    text = "%s has %d filters of %d x %d cells; written to %s, look at %s"
-    shape = (layer.name, layer.num_filters, *layer.cells)
-    logger.info(text, *shape, table, folder / "activations.png")
+    rows, columns = layer.cells
+    logger.info(
+        f"{layer.name} has {layer.num_filters} filters of {rows} x {columns} cells; written to "
+        f"{table}, look at {folder / 'activations.png'}"
+    )
 
 
-def trace_network(args, run):
+def trace_network(args):
     """The network, frozen, on the device, and the use of its modules."""
-    model = open_network(args, run).requires_grad_(False)
+    network = eval_flags.open_network(args)
+    model = network.model.requires_grad_(False)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, as its filters are")
     model.to(dist.resolve_device(args.device))
-    return model, responses.trace(model, args.size, args.in_chans)
+    return network, responses.trace(model, args.size, args.in_chans)
 
 
-def rank_images(args, run, model, calls):
-    """(layer, images, (mean, std), filters to draw, what each filter responds to most)."""
-    layer = responses.find_layer(model, calls, args.conv, args.layer)
+def rank_images(args, network, calls):
+    """(layer, images, filters to draw, what each filter responds to most)."""
+    layer = responses.find_layer(network.model, calls, conv=args.conv, name=args.layer)
     dataset, device = open_split(args), dist.resolve_device(args.device)
     picture_flags.check_filters(args, layer, len(dataset))
     checkpoint.check_writable(args.dump_path)
-    normalise = statistics(args, dataset, is_dino(run) or args.sobel is not None)
     precision = "fp32" if args.use_fp16 is False else args.precision
     precision = dist.resolve_precision(precision, device)
-    how = {"device": device, "precision": precision}
-    how |= {"batch_size": args.batch_size, "num_workers": args.workers}
-    images = (dataset, args.top, args.size, normalise)
-    top = activation_pictures.find_top_images(model, layer, *images, **how)
+    top = activation_pictures.find_top_images(
+        network.model,
+        layer,
+        dataset,
+        number=args.top,
+        size=args.size,
+        normalisation=network.normalisation(dataset),
+        device=device,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        precision=precision,
+    )
     chosen = list(dict.fromkeys(args.filters or [])) or top.most_active(args.num_filters or 8)
-    return layer, dataset, normalise, chosen, top
+    return layer, dataset, chosen, top
 
 
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Draw; returns 0."""
-    args, run = parse_args(argv)
+    args = parse_args(argv)
     setup_logging(None, True)
     check_args(args)
     draw, _, _ = COMMANDS[args.picture]
-    draw(args, run)
+    draw(args)
     return 0
 
 
 # ============ arguments ============
 def parse_args(argv):
-    """The arguments, and those of the run of --pretrained ({} if it is not a run).
+    """The arguments; the command line wins over the run, this over the preset, that over the defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = get_parser()
+    picture = parser.parse_args(argv).picture
+    command = next(x for x in parser._actions if x.dest == "picture").choices[picture]
+    explicit = eval_flags.explicit_flags(command, argv[1:]) | {"picture": picture}
+    _, _, defaults_of = COMMANDS[picture]
+    said = defaults_of(eval_flags.with_defaults(command, explicit), explicit)
+    return eval_flags.with_defaults(command, explicit, said)
 
-    The command line wins over the run, the run over the preset of the data, that over the defaults.
-    """
-    args = get_parser().parse_args(argv)
-    blank = get_parser(dict.fromkeys(vars(args))).parse_args(argv)
-    given = {name for name, x in vars(blank).items() if x is not None}
-    run = run_arguments(args.pretrained) if args.pretrained else {}
-    _, _, defaults = COMMANDS[args.picture]
-    return get_parser(defaults(args, run, given)).parse_args(argv), run
 
-
-def get_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
-    """defaults: by name of a flag, instead of those that the flags have themselves."""
-
+def get_parser() -> argparse.ArgumentParser:
     def command_parser(prog, doc, **_):
         parser = flags.Parser(doc)
         parser.prog = prog
@@ -361,10 +378,7 @@ def get_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         parser_class=command_parser,
     )
     for name, (draw, add_flags, _) in COMMANDS.items():
-        command = commands.add_parser(name, doc=draw.__doc__, help=draw.__doc__)
-        add_flags(command)
-        known = {action.dest for action in command._actions}
-        command.set_defaults(**{key: x for key, x in (defaults or {}).items() if key in known})
+        add_flags(commands.add_parser(name, doc=draw.__doc__, help=draw.__doc__))
     return parser
 
 
@@ -383,7 +397,7 @@ COMMANDS = {
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
-    check_images(args)
+    eval_flags.check_images(args)
     if args.picture in ("filters", "activations") and args.conv and args.layer:
         raise ValueError(f"--conv {args.conv} and --layer {args.layer}: give one of them")
     if args.picture == "attention":

@@ -21,14 +21,13 @@ from bench.dino_loss import published as published_loss
 from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
 from bench.teacher_update import published as published_update
 from bench.train_step import published_precision, unmarked
-from main_dino import NUM_GLOBAL, update_teacher
+from main_dino import NUM_GLOBAL, start_teacher, update_teacher
 from src import dist
-from src.gradients import clip_gradients
 from src.nets.backbones import build_backbone
-from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.vision_transformer import Attention
-from src.optim import parameter_groups
-from src.run import setup
+from src.optim import build_optimizer, clip_gradients, parameter_groups
+from src.run.run import place_network
 
 CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 1e-5, 0.04
 SMOKE = {"arch": "vit_micro", "patch_size": 4, "batch": 2, "sizes": [16, 8], "out_dim": 64}
@@ -114,7 +113,7 @@ def build_networks(arch, patch_size, img_size, out_dim, drop_path_rate):
         return MultiCropWrapper(backbone, DINOHead(backbone.num_features, out_dim))
 
     student, teacher = network(drop_path_rate), network(0.0)
-    setup.start_teacher(student, teacher, None)
+    start_teacher(student, teacher, None)
     return student, teacher
 
 
@@ -123,7 +122,7 @@ def published_adamw(student):
 
 
 def our_adamw(student):
-    optimizer = setup.build_optimizer("adamw", parameter_groups(student), WEIGHT_DECAY)
+    optimizer = build_optimizer("adamw", parameter_groups(student), WEIGHT_DECAY)
     for group in optimizer.param_groups:
         group["lr"] = LR
     return optimizer
@@ -154,7 +153,10 @@ def main(argv=None):
         write_out(copy.deepcopy(x)).to(device) for x in (student, teacher)
     )
     student, teacher = (
-        setup.place_network(x, process, "none", 0, args.compile) for x in (student, teacher)
+        place_network(
+            x, process, sync_bn="none", syncbn_process_group_size=0, compiled=args.compile
+        )
+        for x in (student, teacher)
     )
     numbers = [NUM_GLOBAL, args.local_crops]
     crops = [

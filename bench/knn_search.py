@@ -54,7 +54,7 @@ def main(argv=None):
         return [published_votes(train, labels, queries, k) for k in KS]
 
     def ours():
-        return knn_votes(train, labels, queries, KS, TEMPERATURE, NUM_CLASSES)
+        return list(knn_votes(train, labels, queries, KS, TEMPERATURE, NUM_CLASSES))
 
     def searches():
         for k in KS:

@@ -30,7 +30,7 @@ from bench.measure import get_parser, parse_args, print_table, waiting
 from main_dino import NUM_GLOBAL
 from src import dist
 from src.data.augment import Augment
-from src.run import setup
+from src.run.run import place_network
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # Flags of each method's published run that the step depends on, and what --smoke makes of them.
@@ -141,7 +141,13 @@ def swav_forms(args, process, precision, compiled):
         )
 
     def our_form(compiled):
-        model = setup.place_network(copy.deepcopy(network), process, "none", 0, compiled)
+        model = place_network(
+            copy.deepcopy(network),
+            process,
+            sync_bn="none",
+            syncbn_process_group_size=0,
+            compiled=compiled,
+        )
         optimizer = train_step.our_larc(model.parameters())
         scaler = dist.grad_scaler(device, precision)
         return lambda mark: train_step.our_step(
@@ -176,7 +182,14 @@ def dino_forms(args, process, precision, compiled):
 
     def our_form(compiled):
         student, teacher = (
-            setup.place_network(copy.deepcopy(x), process, "none", 0, compiled) for x in networks
+            place_network(
+                copy.deepcopy(x),
+                process,
+                sync_bn="none",
+                syncbn_process_group_size=0,
+                compiled=compiled,
+            )
+            for x in networks
         )
         criterion = build_criterion(args.outputs, NUM_GLOBAL + args.local_crops, device)
         optimizer = dino_step.our_adamw(student)

@@ -13,7 +13,7 @@ import torch
 from bench.measure import get_parser, median_seconds, parse_args, print_table
 from main_dino import update_teacher
 from src.nets.backbones import build_backbone
-from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.dino_head import DINOHead, MultiCropWrapper
 
 MOMENTUM = 0.996
 

@@ -20,7 +20,8 @@ from bench.swav_loss import published as published_loss
 from main_swav import assign_codes, normalize_prototypes, swav_loss
 from src import dist
 from src.nets.resnet import build_model
-from src.run.setup import build_optimizer, place_network
+from src.optim import build_optimizer
+from src.run.run import place_network
 
 CROPS, ASSIGN = [2, 6], [0, 1]
 SMOKE = {"arch": "resnet10", "batch": 2, "sizes": [32, 16], "prototypes": 30}
@@ -120,7 +121,13 @@ def main(argv=None):
     device = process.device
     torch.manual_seed(0)
     plain = build_network(args.arch, args.prototypes)
-    ours = place_network(copy.deepcopy(plain), process, "none", 0, args.compile)
+    ours = place_network(
+        copy.deepcopy(plain),
+        process,
+        sync_bn="none",
+        syncbn_process_group_size=0,
+        compiled=args.compile,
+    )
     plain = plain.to(device)
     crops = [
         torch.randn(args.batch, 3, size, size, device=device)

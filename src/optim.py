@@ -5,17 +5,59 @@ arXiv:1708.03888). What SwAV's paper calls LARS (arXiv:2006.09882, appendix A.1)
 LARS: from the same paper, in the form that DINO's training code uses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import nn
-
-from .gradients import norms, same_kind
+from torch import Tensor, nn
 
 TINY = 1e-30  # keeps ratio / lr finite at lr = 0, and is nothing beside any real learning rate
 
 
+# ============ gradients ============
+def same_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors by device and dtype, as the foreach operations want them."""
+    kinds = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(kinds.values())
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each of n tensors of one kind, (n,), in float32 at least."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+
+
+def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
+    """Scale every gradient whose norm exceeds `most` down to it, each parameter by itself, in place.
+
+    g <- g min(1, most / (|g| + 1e-6)); most = 0 clips nothing. Returns the norms before, (n,) float32,
+    of the n parameters that have a gradient. A gradient that is not finite stays so.
+    """
+    found = []
+    for grads in same_kind(p.grad for p in parameters if p.grad is not None):
+        before = norms(grads)  # (n,)
+        if most:
+            torch._foreach_mul_(grads, (most / (before + 1e-6)).clamp(max=1).unbind())
+        found.append(before.float())
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def grad_norm(parameters: Tensor | Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together: a 0-d float32 tensor, nothing read by the host.
+
+    Parameters without a gradient are left out; without any gradient the norm is 0.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    found = [norms(kind).to(grads[0].device, torch.float32) for kind in same_kind(grads)]
+    return torch.linalg.vector_norm(torch.cat(found))
+
+
+# ============ optimizers ============
 class LARC(torch.optim.Optimizer):
     """Layer-wise adaptive rate control around `optimizer`, whose groups and state stay its own.
 
@@ -185,3 +227,25 @@ def cosine_schedule(
     angles = np.pi * np.arange(num_cosine) / max(num_cosine, 1)
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(angles))
     return np.concatenate([np.linspace(start_value, base_value, num_warmup), cosine])
+
+
+def step_lr(lr: float, epoch: int, decay_epochs: list[int], gamma: float) -> float:
+    """Learning rate of an epoch, from 0 on."""
+    return lr * gamma ** sum(epoch >= at for at in decay_epochs)
+
+
+def build_optimizer(name: str, parameters: list[Tensor] | list[dict], weight_decay: float):
+    """ "larc" (around SGD, as SwAV is trained), "lars", "sgd", all with momentum 0.9, or "adamw".
+
+    parameters: tensors, or groups with options of their own. The learning rate is 0 until the
+    training loop sets it, at every iteration.
+    """
+    if name == "adamw":
+        groups = [g["params"] if isinstance(g, dict) else [g] for g in parameters]
+        fused = all(p.device.type != "mps" for group in groups for p in group)  # 5 times faster
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=fused)
+    options = {"lr": 0.0, "momentum": 0.9, "weight_decay": weight_decay}
+    if name == "lars":
+        return LARS(parameters, **options)
+    sgd = torch.optim.SGD(parameters, **options)
+    return LARC(sgd, trust_coefficient=0.001, clip=False) if name == "larc" else sgd

@@ -9,8 +9,8 @@ import torch
 
 import main_deepcluster as deepcluster
 from src import dist
+from src.labels.health import normalized_mutual_information
 from src.labels.pseudo_labels import PseudoLabels
-from src.run.metrics import normalized_mutual_information
 from tests.gloo import run_ranks
 
 
@@ -39,7 +39,16 @@ def _clusters(rank, world_size, method):
     features, _ = groups_of_features()
     cut = [len(features) * i // world_size for i in range(world_size + 1)]
     mine = features[cut[rank] : cut[rank + 1]]
-    labels, number = deepcluster.cluster_features(mine, method, 6, 8, 10, "torch", 3, "cpu")
+    labels, number = deepcluster.cluster_features(
+        mine,
+        method=method,
+        num_clusters=6,
+        dim_pca=8,
+        iterations=10,
+        backend="torch",
+        seed=3,
+        device="cpu",
+    )
     return dist.all_gather_rows(labels.cpu()).tolist(), number
 
 
@@ -61,14 +70,14 @@ def test_all_processes_together_draw_the_same_epoch_uniform_over_clusters(world_
     for rank in range(world_size):
         process = SimpleNamespace(rank=rank, world_size=world_size)
         run = SimpleNamespace(iters_per_epoch=10, global_batch=12, process=process)
-        drawn = deepcluster.draw_epoch(run, labels, 2, SimpleNamespace(seed=31))
+        drawn = deepcluster.draw_epoch(run, labels, epoch=2, seed=31)
         assert drawn.shape == (10, 12 // world_size)
         order.append(drawn)
     order = np.concatenate(order, 1)
     alone = SimpleNamespace(rank=0, world_size=1)
     run = SimpleNamespace(iters_per_epoch=10, global_batch=12, process=alone)
-    assert np.array_equal(order, deepcluster.draw_epoch(run, labels, 2, SimpleNamespace(seed=31)))
+    assert np.array_equal(order, deepcluster.draw_epoch(run, labels, epoch=2, seed=31))
     shares = np.bincount(labels.labels[0].numpy()[order.reshape(-1)], minlength=4)
     assert shares[2] == 0 and shares[[0, 1, 3]].min() >= 38  # of 40, less one that was cut off
-    other = deepcluster.draw_epoch(run, labels, 3, SimpleNamespace(seed=31))
+    other = deepcluster.draw_epoch(run, labels, epoch=3, seed=31)
     assert not np.array_equal(order, other)

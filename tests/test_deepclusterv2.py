@@ -112,10 +112,18 @@ def test_the_assignment_phase_equals_the_published_one(case, golden, monkeypatch
     bank.push(torch.from_numpy(indices), banks)
     sizes = data[f"{case}_nmb_prototypes"].tolist()
     starts = iter([torch.from_numpy(data[f"{case}_init_centroids{h}"]) for h in range(len(sizes))])
-    monkeypatch.setattr(main_deepclusterv2, "initial_centroids", lambda *_: next(starts))
+    monkeypatch.setattr(main_deepclusterv2, "initial_centroids", lambda *_, **__: next(starts))
     prototypes = [torch.zeros(k, banks.shape[2]) for k in sizes]
-    iterations = int(data["n_iters"])
-    found = assign_clusters(bank, prototypes, iterations, "random", "keep", "torch", (31, 0))
+    found = assign_clusters(
+        bank,
+        prototypes,
+        iterations=int(data["n_iters"]),
+        start="random",
+        empty="keep",
+        backend="torch",
+        seed=31,
+        epoch=0,
+    )
     labels = PseudoLabels(len(sizes), int(data[f"{case}_size_dataset"]))
     labels.replace(bank.indices, found, 0)
     expected = data[f"{case}_assignments"]
@@ -136,7 +144,16 @@ def _assigned(rank, world_size, start):
         mine = slice(first, first + bank.batch_size)
         bank.push(torch.arange(48)[mine], rows[:, mine])
     prototypes = [torch.zeros(5, 6), torch.zeros(4, 6)]
-    found = assign_clusters(bank, prototypes, 4, start, "keep", "torch", (31, 7))
+    found = assign_clusters(
+        bank,
+        prototypes,
+        iterations=4,
+        start=start,
+        empty="keep",
+        backend="torch",
+        seed=31,
+        epoch=7,
+    )
     labels = PseudoLabels(2, 48)
     labels.replace(bank.indices, found, 0)
     return [p.numpy() for p in prototypes], labels.labels.numpy()

@@ -141,7 +141,7 @@ def _steps(rank, world_size, resume_on=None):
     for _ in range(STEPS):
         features = torch.randn(2, BATCH, DIM, generator=generator)  # 2 crops
         labels = torch.randint(SUB, (BATCH,), generator=generator)
-        mine = slice(places.mine.start, places.mine.stop)
+        mine = slice(places.own_places.start, places.own_places.stop)
         scores, targets = heads.scores(features[:, mine]), heads.targets(labels[mine])
         nothing = torch.zeros(2 * len(places.supers), SUPER)
         loss = deeper.hierarchical_loss(nothing, places.supers, scores, targets)

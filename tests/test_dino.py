@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import main_dino
 from main_dino import TEACHER_OUTPUTS, DINOLoss, get_parser, main, update_teacher
 from src.optim import cosine_schedule
-from src.run import diagnosis, flags, metrics
+from src.run import flags
 from src.run.log import read_log
 from tests import reference
 from tests.gloo import run_ranks
@@ -78,7 +79,7 @@ def rank_steps(rank, world_size, kind, student, teacher):
         s.requires_grad_()
         loss = criterion(s, g, epoch)
         loss.backward()
-        health = metrics.kl_to_uniform(criterion.probabilities(g, epoch)).item()
+        health = main_dino.kl_to_uniform(criterion.probabilities(g, epoch)).item()
         results.append(
             (
                 loss.item(),
@@ -182,10 +183,10 @@ def test_the_teacher_is_the_moving_average_of_the_student(momentum):
 
 # ============ health ============
 def test_kl_to_uniform_is_zero_for_equal_shares_and_ln_k_for_one_output():
-    assert metrics.kl_to_uniform(torch.eye(6)).item() == pytest.approx(0, abs=1e-7)
+    assert main_dino.kl_to_uniform(torch.eye(6)).item() == pytest.approx(0, abs=1e-7)
     one = torch.zeros(8, 6)
     one[:, 2] = 1
-    assert metrics.kl_to_uniform(one).item() == pytest.approx(math.log(6))
+    assert main_dino.kl_to_uniform(one).item() == pytest.approx(math.log(6))
 
 
 HEALTHY = {"teacher_entropy": 3.0, "student_kl": 0.5, "kl_to_uniform": 0.4}
@@ -205,10 +206,10 @@ HEALTHY |= {"embedding_std": 0.6, "prototypes_used": 30.0}
 )
 def test_each_kind_of_collapse_is_named_with_the_flags_that_help(change, words):
     bad = [{**HEALTHY, **change}] * 10
-    found = diagnosis.diagnose_teacher(bad, 1024)
+    found = main_dino.diagnose(bad, 1024)
     assert found is None if words is None else re.search(words, found)
-    assert diagnosis.diagnose_teacher(bad[:9], 1024) is None
-    assert diagnosis.diagnose_teacher([HEALTHY, *bad[1:]], 1024) is None
+    assert main_dino.diagnose(bad[:9], 1024) is None
+    assert main_dino.diagnose([HEALTHY, *bad[1:]], 1024) is None
 
 
 def test_the_students_kl_in_the_log_is_that_of_the_targets_it_learned(tmp_path):

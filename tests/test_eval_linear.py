@@ -17,24 +17,24 @@ from PIL import Image
 import eval_linear
 from src import dist
 from src.data.datasets import open_dataset
-from src.evaluate.evaluation import build_network
 from src.evaluate.linear_classifiers import (
     LinearClassifiers,
     ManySGD,
     accuracies,
     epoch_lr,
-    fingerprint,
     inverse_sqrt_lr,
     losses,
 )
-from src.evaluate.linear_data import split_folds
 from src.evaluate.linear_features import FrozenFeatures, ImageBatches, linear_input
 from src.evaluate.linear_protocols import chosen_folds
 from src.evaluate.linear_results import summary
+from src.evaluate.splits import split_folds
 from src.labels.features import extract_features
-from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.dino_head import DINOHead, MultiCropWrapper
+from src.nets.pretrained import open_pretrained
 from src.nets.resnet import build_model
 from src.nets.vision_transformer import VisionTransformer
+from src.nets.weights import fingerprint
 from src.run import checkpoint, flags
 from src.run.log import Stopwatch
 from tests.gloo import run_ranks
@@ -236,7 +236,7 @@ def test_a_vision_transformer_gives_class_tokens_and_the_mean_of_its_patches():
 @torch.no_grad()
 def test_a_resnet_gives_pooled_features_or_windows_of_its_last_map():
     torch.manual_seed(0)
-    model = build_model("resnet18", width=0.125).eval()  # as build_network makes it
+    model = build_model("resnet18", width=0.125).eval()  # as open_pretrained makes it
     x = torch.randn(2, 3, 224, 224)
     torch.testing.assert_close(linear_input(model)(x), model.forward_backbone(x))
     windows = linear_input(model, global_pooling=False)
@@ -257,8 +257,22 @@ def test_a_resnet_gives_pooled_features_or_windows_of_its_last_map():
 def test_training_features_are_of_cropped_images_and_carry_no_gradient(images):
     dataset = open_dataset(str(images), "train")
     process, model = dist.init("cpu"), small_vit()
-    options = (dataset, 16, (dataset.mean, dataset.std), 20, process, "fp32", 31, 0)
-    batches = {flip: ImageBatches(linear_input(model, 1), *options, flip) for flip in (True, False)}
+
+    def batches_of(flip):
+        return ImageBatches(
+            linear_input(model, 1),
+            dataset,
+            16,
+            normalisation=(dataset.mean, dataset.std),
+            batch_size=20,
+            process=process,
+            precision="fp32",
+            seed=31,
+            workers=0,
+            flip=flip,
+        )
+
+    batches = {flip: batches_of(flip) for flip in (True, False)}
     found = {flip: list(batches[flip](0, 0, Stopwatch())) for flip in batches}
     assert len(found[True]) == 3 and not found[True][0][0].requires_grad
     assert not torch.equal(found[True][0][0], found[False][0][0])  # some are flipped
@@ -476,14 +490,9 @@ def test_a_run_keeps_its_checkpoint_and_log_and_needs_no_other_flag(tmp_path):
     settings = found["settings"]
     assert (settings["arch"], settings["size"], settings["seed"]) == ("resnet10", 8, 3)
     assert settings["protocol"] == "swav" and settings["cache_features"]
-    built = build_network(
-        *("resnet10", {"stem": "small", "width": 0.125, "output_dim": 8} | NO_VIT),
-        *(str(tmp_path), {"nmb_prototypes": 6}),
-    )
-    assert fingerprint(built) == fingerprint(model) == settings["weights"]
-
-
-NO_VIT = {"patch_size": 16, "img_size": 224, "num_registers": 0, "depth": None}
+    opened = open_pretrained(tmp_path)
+    # Its head and prototypes count, as they did when networks were evaluated with them.
+    assert fingerprint(opened.model, opened.head) == fingerprint(model) == settings["weights"]
 
 
 def test_a_run_of_dino_is_evaluated_by_its_protocol_with_its_teacher(tmp_path):
@@ -500,7 +509,7 @@ def test_a_run_of_dino_is_evaluated_by_its_protocol_with_its_teacher(tmp_path):
 
 
 def arguments(argv):
-    return eval_linear.parse_args(shlex.split(argv))[0]
+    return eval_linear.parse_args(shlex.split(argv))
 
 
 def test_the_protocol_is_that_of_the_network_and_a_flag_wins():
@@ -649,10 +658,19 @@ def test_what_a_convolution_sees_is_separated(images, tmp_path):
 
 def test_unscaled_windows_are_of_the_centres(images):
     dataset = open_dataset(str(images), "train")
-    process = dist.init("cpu")
-    options = (dataset, 8, ([0.0] * 3, [1.0] * 3), 20, process, "fp32", 31, 0, False)
-    (found, _), *_ = ImageBatches(lambda x: x, *options, True)(0, 0, Stopwatch())
-    (scaled, _), *_ = ImageBatches(lambda x: x, *options)(0, 0, Stopwatch())
+    options = {
+        "normalisation": ([0.0] * 3, [1.0] * 3),
+        "batch_size": 20,
+        "process": dist.init("cpu"),
+        "precision": "fp32",
+        "seed": 31,
+        "workers": 0,
+        "flip": False,
+    }
+    windows = ImageBatches(lambda x: x, dataset, 8, **options, unscaled=True)
+    resized = ImageBatches(lambda x: x, dataset, 8, **options)
+    (found, _), *_ = windows(0, 0, Stopwatch())
+    (scaled, _), *_ = resized(0, 0, Stopwatch())
     assert found.shape == (20, 3 * 8 * 8) and not torch.equal(found, scaled)
     patches = []
     for i in range(len(dataset)):  # all windows of the centres of 9 px
@@ -667,9 +685,9 @@ def test_unscaled_windows_are_of_the_centres(images):
 def test_of_the_protocols_deepcluster_alone_does_not_scale_its_crops(images, tmp_path, monkeypatch):
     batches, unscaled = FrozenFeatures.batches, []
 
-    def recorded(self, *arguments):
-        unscaled.append(arguments[-1])
-        return batches(self, *arguments)
+    def recorded(self, *arguments, **options):
+        unscaled.append(options["unscaled"])
+        return batches(self, *arguments, **options)
 
     monkeypatch.setattr(FrozenFeatures, "batches", recorded)
     for protocol in ("deepcluster", "deepercluster", "swav"):
@@ -859,8 +877,10 @@ def test_published_linear_weights_of_a_vision_transformer_fit(images, tmp_path):
     assert not (tmp_path / "linear").exists()
 
     val = open_dataset(str(images), "val")
-    statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    tokens, _ = extract_features(linear_input(model, 1, True), val, 16, *statistics, "cpu")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    tokens, _ = extract_features(
+        linear_input(model, 1, True), val, 16, mean=mean, std=std, device="cpu"
+    )
     scores = tokens @ linear["weight"].t() + linear["bias"]
     expected = 100 * (scores.argmax(1) == val.labels).double().mean().item()
     assert found["top1"] == pytest.approx(expected) and found["lr"] is None

@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score
 
 import eval_voc07
 from src import dist
+from src.data.multicrop import generator
 from src.evaluate.average_precision import average_precision, mean_average_precision
 from src.evaluate.ten_crops import RandomTenCrops, TenCrops
 from src.evaluate.voc import CLASSES, multilabel_loss, open_voc, voc_folder
@@ -21,7 +22,6 @@ from src.evaluate.voc_training import Training, training_images
 from src.nets.alexnet import AlexNet
 from src.nets.resnet import build_model
 from src.run import checkpoint, flags
-from src.run.setup import generator
 from tests.gloo import run_ranks
 from tests.runs import signal_handlers  # noqa: F401, used by name
 from tests.voc_images import ANNOTATION, COLOURS, OBJECT, write_voc
@@ -136,7 +136,11 @@ def test_the_11_points_are_the_highest_precisions_at_a_recall_or_beyond():
     assert points == pytest.approx((4 * 1 + 3 * 2 / 3 + 4 * 3 / 5) / 11)
     assert area == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
     tenths = torch.arange(10.0).flip(0), torch.ones(10, dtype=torch.bool)
-    assert average_precision(*tenths) == (1.0, 1.0)  # recalls 0.1, 0.2, ... are reached
+    assert average_precision(*tenths) == (1.0, 1.0)
+    fifths = torch.arange(10.0).flip(0), torch.tensor([True, False] * 5)
+    # recall 1/5 precision 1; 2/5, 2/3; 3/5, 3/5; 4/5, 4/7; 1, 5/9: recalls 0.2, 0.4, ... are reached
+    _, points = average_precision(*fifths)
+    assert points == pytest.approx((3 * 1 + 2 * 2 / 3 + 2 * 3 / 5 + 2 * 4 / 7 + 2 * 5 / 9) / 11)
     nan = average_precision(torch.tensor([torch.nan, 1.0]), torch.tensor([True, False]))
     assert nan == (0.5, 0.5)  # what is no number comes last
 
@@ -180,7 +184,9 @@ def trained_names(model):
 
 
 def classifier_of(network, only, batchnorm=False):
-    return VOCClassifier(network, 20, only, batchnorm, generator(1))
+    return VOCClassifier(
+        network, 20, only_classifier=only, train_batchnorm=batchnorm, generator=generator(1)
+    )
 
 
 def test_the_linear_layers_start_anew_and_alone_are_trained_by_fc6_8():
@@ -203,10 +209,9 @@ def test_the_linear_layers_start_anew_and_alone_are_trained_by_fc6_8():
 
 
 def test_of_a_resnet_one_linear_layer_is_the_classifier():
-    network = build_model("resnet10", width=0.125, output_dim=8, hidden_mlp=0, nmb_prototypes=3)
+    network = build_model("resnet10", width=0.125)
     model = classifier_of(network, True)
     assert trained_names(model) == {"top.weight", "top.bias"}
-    assert not any("prototypes" in name or "head" in name for name in model.state_dict())
     assert len(trained_names(classifier_of(network, True, True))) == 2 + 2 * 12
 
 
@@ -337,8 +342,21 @@ def test_two_processes_equal_one(voc, tmp_path, fc6_8):
 
 def test_batches_go_on_in_the_middle_of_an_epoch_and_depend_on_no_process(voc):
     data = open_voc(str(voc), "train")
-    crops = (12, (0.1, 0.5), (1.0, 1.0), ([0.5] * 3, [0.3] * 3))
-    alone = training_images(data, *crops, 8, dist.init("cpu"), 31, 0)
+
+    def images_of(process, batch_size):
+        return training_images(
+            data,
+            12,
+            scale=(0.1, 0.5),
+            ratio=(1.0, 1.0),
+            normalisation=([0.5] * 3, [0.3] * 3),
+            batch_size=batch_size,
+            process=process,
+            seed=31,
+            workers=0,
+        )
+
+    alone = images_of(dist.init("cpu"), 8)
     batches = list(alone(0, 7))
     assert len(batches) == 7 and all(images.shape == (8, 3, 12, 12) for images, _ in batches)
     seen = torch.cat([indices for _, indices in batches[:2]])
@@ -347,7 +365,7 @@ def test_batches_go_on_in_the_middle_of_an_epoch_and_depend_on_no_process(voc):
         assert torch.equal(images, again) and torch.equal(indices, same)
     for rank in range(2):
         process = dist.Process(rank, 2, rank, "test", torch.device("cpu"))
-        share = training_images(data, *crops, 4, process, 31, 0)
+        share = images_of(process, 4)
         for (images, indices), (own, mine) in zip(batches, share(0, 7), strict=True):
             rows = slice(4 * rank, 4 * rank + 4)
             assert torch.equal(images[rows], own) and torch.equal(indices[rows], mine)
@@ -378,7 +396,7 @@ def test_published_command_lines_are_taken():
 
 def test_the_protocol_is_that_of_the_network_and_a_flag_wins():
     def of(argv):
-        args = eval_voc07.parse_args(["--data_path", "x", *argv.split()])[0]
+        args = eval_voc07.parse_args(["--data_path", "x", *argv.split()])
         eval_voc07.check_batch(args, 1, 1000)
         return args
 
@@ -401,7 +419,7 @@ def test_the_data_of_the_run_before_is_not_taken_for_voc(tmp_path):
     model = build_model("resnet10", stem="small", width=0.125)
     checkpoint.save_checkpoint(tmp_path, {"model": model.state_dict(), "epoch": 1})
     (tmp_path / "args.json").write_text(json.dumps({"arch": "resnet10", "data_path": "digits"}))
-    args, _ = eval_voc07.parse_args(["--pretrained", str(tmp_path)])
+    args = eval_voc07.parse_args(["--pretrained", str(tmp_path)])
     assert args.data_path == "" and args.arch == "resnet10" and args.dump_path == str(tmp_path)
 
 
@@ -439,7 +457,7 @@ def test_what_is_wrong_is_one_sentence_and_status_2(argv, sentence, voc, tmp_pat
 def test_the_scores_of_ten_crops_are_averaged(voc, monkeypatch, kind, crops):
     torch.manual_seed(0)
     model = classifier_of(build_model("resnet10", stem="small", width=0.125), True).eval()
-    args, _ = eval_voc07.parse_args([*QUICK, *NETWORK, "--eval_random_crops", kind])
+    args = eval_voc07.parse_args([*QUICK, *NETWORK, "--eval_random_crops", kind])
     training = Training(model, 0.0, dist.init("cpu"), "fp32", "nowhere", {})
     monkeypatch.setattr(eval_voc07, "mean_average_precision", lambda *rows: rows)
     data = open_voc(str(voc), "val")

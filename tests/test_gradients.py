@@ -1,4 +1,4 @@
-"""src.gradients: norms and clipping."""
+"""src.optim: norms and clipping."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.gradients import clip_gradients, grad_norm
+from src.optim import clip_gradients, grad_norm
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.data.small_sets import STATISTICS
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
-from src.nets.heads import DINOHead, MultiCropWrapper
-from src.nets.resnet import resnet50
+from src.nets.dino_head import DINOHead, MultiCropWrapper
+from src.nets.resnet import build_model, resnet50
 from src.nets.vision_transformer import vit_small
 from src.run import checkpoint
 
@@ -25,6 +26,7 @@ XCIT = [f"dino_xcit_{size}_p{patch}" for size in ("small_12", "medium_24") for p
 SWAV = [f"resnet50{width}" for width in ("", "w2", "w4", "w5")]
 CLUSTERS = ["deepcluster_alexnet", "deepcluster_vgg16", "deepercluster_vgg16"]
 ENTRIES = [*DINO, *XCIT, "dino_resnet50", *SWAV, *(f"swav_{name}" for name in SWAV), *CLUSTERS]
+ENTRIES += ["trunk"]
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -85,7 +87,7 @@ repository, vit, swav = sys.argv[1:]
 torch.manual_seed(0)
 images = torch.rand(2, 3, 32, 32)
 models = {}
-for entry, weights in (("dino_vits16", vit), ("resnet50", swav), ("dino_vits16", vit)):
+for entry, weights in (("dino_vits16", vit), ("resnet50", swav), ("trunk", vit)):
     models[entry] = torch.hub.load(repository, entry, source="local", pretrained=weights).eval()
 with torch.no_grad():
     torch.save({entry: model(images) for entry, model in models.items()}, "features.pth")
@@ -122,6 +124,7 @@ def test_a_caller_with_its_own_src_and_utils_keeps_them(
     with torch.no_grad():
         expected = {"dino_vits16": vit.eval()(images)}
         expected["resnet50"] = swav.eval().forward_backbone(images)
+        expected["trunk"] = expected["dino_vits16"]
     for entry, values in expected.items():
         torch.testing.assert_close(found[entry], values, rtol=1e-4, atol=1e-5)
 
@@ -259,6 +262,78 @@ def test_xcit_takes_the_published_names_and_those_of_a_run(tmp_path, published):
     torch.save(state, tmp_path / "xcit.pth")
     model = load("dino_xcit_small_12_p16", pretrained=str(tmp_path / "xcit.pth"))
     torch.testing.assert_close(features(model), features(theirs))
+
+
+# ============ whatever a run or a file holds ============
+ANY_RUN = {"arch": "resnet18", "stem": "small", "width": 0.125, "in_chans": 3, "seed": 1}
+ANY_RUN |= {"data_path": "digits", "mean": None, "std": None, "size_crops": [16, 8]}
+
+
+@pytest.fixture
+def run_of_swav(tmp_path):
+    options = {"stem": "small", "width": 0.125, "hidden_mlp": 16, "output_dim": 8}
+    network = build_model("resnet18", normalize=True, nmb_prototypes=[6], **options)
+    checkpoint.save_checkpoint(tmp_path / "run", {"model": network.state_dict(), "epoch": 1})
+    arguments = {**ANY_RUN, "hidden_mlp": 16, "feat_dim": 8, "nmb_prototypes": [6]}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(arguments))
+    return tmp_path / "run", network.eval()
+
+
+@torch.no_grad()
+def test_the_trunk_of_a_run_needs_nothing_but_its_folder(run_of_swav):
+    folder, network = run_of_swav
+    before = torch.get_rng_state()
+    model = load("trunk", pretrained=str(folder))
+    assert torch.equal(torch.get_rng_state(), before) and not model.training
+    torch.testing.assert_close(
+        model(IMAGES), network.forward_backbone(IMAGES), rtol=1e-4, atol=1e-5
+    )
+    mean, std = STATISTICS["digits"]
+    assert (model.mean, model.std, model.image_size) == (list(mean), list(std), 16)
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301 (made in the line above)
+    assert torch.equal(again(IMAGES), model(IMAGES)) and again.image_size == 16
+
+
+@pytest.mark.parametrize("method", ["dino", "deepcluster"])
+@torch.no_grad()
+def test_the_trunk_of_a_run_of_any_method_is_loaded(tmp_path, method):
+    torch.manual_seed(0)
+    arguments = {**ANY_RUN, "data_path": "my_images"}
+    if method == "dino":
+        arguments |= {"arch": "vit_tiny", "patch_size": 8, "depth": 1, "global_crops_size": 32}
+        backbone = build_backbone("vit_tiny", 8, img_size=32, width=0.125, depth=1)
+        network = MultiCropWrapper(backbone, DINOHead(24, 8, nlayers=1, bottleneck_dim=8))
+        state, expected = {"teacher": network.state_dict()}, backbone.eval()(IMAGES)
+    else:
+        arguments |= {"sobel": True, "sobel_padding": 1}
+        network = build_convnet("resnet18", 5, stem="small", width=0.125, sobel=True).eval()
+        state, expected = {"model": network.state_dict()}, network.forward_backbone(IMAGES)
+    checkpoint.save_checkpoint(tmp_path, {**state, "epoch": 1})
+    (tmp_path / "args.json").write_text(json.dumps(arguments))
+    model = load("trunk", pretrained=tmp_path)
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    assert (model.mean, model.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@torch.no_grad()
+def test_the_trunk_of_a_released_file_is_known_by_its_tensors(
+    vit, swav, released_vit, released_swav
+):
+    found = load("trunk", pretrained=released_vit)
+    torch.testing.assert_close(found(IMAGES), vit.eval()(IMAGES), rtol=1e-4, atol=1e-5)
+    assert found.std == [0.229, 0.224, 0.225] and found.image_size == 224
+    found = load("trunk", pretrained=released_swav)
+    expected = swav.eval().forward_backbone(IMAGES)
+    torch.testing.assert_close(found(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    assert found.std == [0.228, 0.224, 0.225]  # SwAV's red
+
+
+def test_the_trunk_must_come_from_somewhere(tmp_path):
+    for nothing in (True, False, None, ""):
+        with pytest.raises(ValueError, match="must be a run's folder, or the path or address"):
+            load("trunk", pretrained=nothing)
+    with pytest.raises(FileNotFoundError, match="there is no weights file nowhere.pth"):
+        load("trunk", pretrained="nowhere.pth")
 
 
 def test_a_loaded_network_can_be_copied_and_pickled():

@@ -219,8 +219,12 @@ def test_a_local_job_that_fails_shows_why(task, tmp_path):
 @pytest.mark.slow
 def test_a_local_job_at_its_time_limit_is_run_again(task, tmp_path):
     run = launch(
-        *(task, "--wait_for_signal", "--ngpus", 2, "--dump_path", tmp_path / "run"),
-        *("--timeout", 1, "--signal_delay", 50),  # the signal comes after 10 s
+        task,
+        "--wait_for_signal",
+        "--ngpus=2",
+        f"--dump_path={tmp_path / 'run'}",
+        "--timeout=1",
+        "--signal_delay=35",  # the signal comes after 25 s: importing torch can take ten
         CUDA_VISIBLE_DEVICES="",
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -19,10 +19,7 @@ import main_clusterfit
 from src.data.datasets import open_dataset
 from src.labels.assignment_files import check_clusters, read_clusters, write_clusters
 from src.labels.features import raw_pixels
-from src.labels.teacher import forward_of_layer, open_teacher
 from src.nets.convnets import build_convnet
-from src.nets.resnet import resnet10
-from src.nets.vision_transformer import ARCHITECTURES
 from src.run.log import read_log
 from tests import runs
 from tests.gloo import start_mains
@@ -157,37 +154,9 @@ def test_several_processes_make_the_clusters_that_one_makes(tmp_path, world_size
 
 
 # ============ the teacher ============
-def test_a_layer_is_averaged_over_positions_before_the_next_works_in_place():
-    model = resnet10(width=0.125, stem="small").eval()
-    x = torch.randn(3, 3, 8, 8)
-    with torch.no_grad():
-        maps = model.bn1(model.conv1(x))  # the ReLU behind it works in place
-        torch.testing.assert_close(forward_of_layer(model, "bn1")(x), maps.mean((2, 3)))
-        maps = model.layer2(model.layer1(model.relu(maps)))
-        torch.testing.assert_close(forward_of_layer(model, "layer2")(x), maps.mean((2, 3)))
-        pooled = model.forward_backbone(x)
-        torch.testing.assert_close(forward_of_layer(model)(x), pooled)
-        torch.testing.assert_close(forward_of_layer(model, "layer4")(x), pooled)
-        torch.testing.assert_close(forward_of_layer(model, "avgpool")(x), pooled)
-
-
-def test_layers_of_other_networks_too():
-    with torch.no_grad():
-        model = ARCHITECTURES["vit_micro"](patch_size=4, img_size=8, depth=2).eval()
-        tokens = forward_of_layer(model, "blocks.1")(torch.randn(3, 3, 8, 8))
-        assert tokens.shape == (3, model.num_features)
-        model = build_convnet("alexnet", 5, sobel=True, width=0.05).eval()
-        features = forward_of_layer(model, "classifier.1")(torch.randn(2, 3, 64, 64))
-        assert features.shape == (2, 205) and features.min() < 0  # before its ReLU, in place
-    with pytest.raises(ValueError, match="--layer top_layer has no part"):
-        forward_of_layer(model, "top_layer")(torch.randn(2, 3, 64, 64))
-    with pytest.raises(ValueError, match="--layer layer9 is not in the network; near to it are"):
-        forward_of_layer(model, "layer9")
-
-
 def test_the_teacher_is_the_network_of_a_run_with_its_own_images(whole):
     dataset = open_dataset("digits")
-    features, indices = open_teacher(str(whole[0]), dataset)("cpu")
+    features, indices = main_clusterfit.open_teacher(str(whole[0]), dataset)("cpu")
     assert features.shape == (1297, 64) and torch.equal(indices, torch.arange(1297))
     model = build_convnet("resnet10", 12, stem="small", width=0.125).eval()
     model.load_state_dict(torch.load(whole[0] / "checkpoint.pth", weights_only=True)["model"])
@@ -195,7 +164,7 @@ def test_the_teacher_is_the_network_of_a_run_with_its_own_images(whole):
     image = (dataset.load(5).float() / 255 - mean) / std  # 8 px, as its crops
     with torch.no_grad():
         torch.testing.assert_close(features[5], model.forward_backbone(image[None])[0])
-    middle, _ = open_teacher(str(whole[0]), dataset, layer="trunk.layer2")("cpu")
+    middle, _ = main_clusterfit.open_teacher(str(whole[0]), dataset, layer="trunk.layer2")("cpu")
     assert middle.shape == (1297, 16)
 
 

@@ -341,7 +341,8 @@ class ParsedError(Exception):
 
 def test_every_benchmark_is_run_with_flags_that_it_has(on_gpu, monkeypatch):
     commands = [shlex.split(text) for text in [*on_gpu.BENCHES, *on_gpu.PROFILES]]
-    assert {module for _, module, *_ in commands} == {f"bench.{x}" for x in all_benches.names()}
+    measured = {f"bench.{name}" for name in all_benches.names()} - {"bench.house"}  # needs no GPU
+    assert {module for _, module, *_ in commands} == measured
     for _, name, *flags in commands:
         module = importlib.import_module(name)
         parse = module.parse_args

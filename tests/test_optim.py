@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.gradients import grad_norm
 from src.nets.resnet import resnet18
-from src.optim import LARC, LARS, cosine_schedule, parameter_groups
+from src.optim import LARC, LARS, cosine_schedule, grad_norm, parameter_groups
 
 
 def make_params(arrays, dtype=torch.float32):

@@ -10,6 +10,7 @@ import torch
 
 from main_rotnet import rotation_labels, rotation_loss, rotations
 from src.nets.convnets import build_convnet
+from src.optim import step_lr
 from src.run import convnet_flags
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "deepercluster.npz")
@@ -90,9 +91,9 @@ def test_scores_of_a_network_are_in_the_order_of_the_labels():
 
 
 def test_the_learning_rate_falls_after_the_epochs_given():
-    rates = [convnet_flags.step_lr(0.1, epoch, [2, 4], 0.2) for epoch in range(5)]
+    rates = [step_lr(0.1, epoch, [2, 4], 0.2) for epoch in range(5)]
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004])
-    assert convnet_flags.step_lr(0.1, 99, [], 0.2) == 0.1
+    assert step_lr(0.1, 99, [], 0.2) == 0.1
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,13 @@ def test_the_assignment_phase_equals_selas(golden, monkeypatch):
     bank._embeddings = bank._embeddings.double()
     bank.push(torch.arange(num_images), logits)
     eye = torch.eye(num_prototypes, dtype=torch.float64)
-    found = assign_labels(bank, [eye] * heads, 1.0, 1 / float(data["lamb25_lambda"]), 0.1)
+    found = assign_labels(
+        bank,
+        [eye] * heads,
+        temperature=1.0,
+        epsilon=1 / float(data["lamb25_lambda"]),
+        tolerance=0.1,
+    )
     assert (found.numpy() == data["lamb25_labels"]).all()
 
 
@@ -40,7 +46,8 @@ def _assigned(rank, world_size):
         mine = slice(first, first + bank.batch_size)
         bank.push(torch.arange(48)[mine], rows[:, mine])
     labels = PseudoLabels(2, 48)
-    labels.replace(bank.indices, assign_labels(bank, prototypes, 0.1, 0.05, 0.1), 0)
+    found = assign_labels(bank, prototypes, temperature=0.1, epsilon=0.05, tolerance=0.1)
+    labels.replace(bank.indices, found, 0)
     return labels.labels.numpy()
 
 

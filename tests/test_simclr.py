@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import main_simclr
 from main_simclr import nt_xent
 from src import dist
-from src.dist.gather import gather_rows_with_gradient
-from src.run.diagnosis import diagnose_contrastive
-from src.run.metrics import pair_cosines
 from tests.gloo import run_ranks
 
 
@@ -152,29 +150,24 @@ def test_processes_in_ddp_equal_one_process_on_the_whole_batch(world_size, num_i
 
 def _gather(rank, world_size):
     rows = torch.full((2, 3), float(rank), requires_grad=True)
-    gathered = gather_rows_with_gradient(rows)
+    gathered = dist.all_gather_with_gradient(rows)
     weights = torch.arange(gathered.numel()).view_as(gathered) * (rank + 1.0)
     (gathered * weights).sum().backward()
-    try:
-        gather_rows_with_gradient(torch.zeros(1 + rank, 3))
-    except ValueError as error:
-        return gathered.detach().numpy(), rows.grad.numpy(), str(error)
-    return gathered.detach().numpy(), rows.grad.numpy(), ""
+    return gathered.detach().numpy(), rows.grad.numpy()
 
 
 def test_gathered_rows_give_back_the_gradients_of_all_processes():
     everything = np.arange(12.0).reshape(4, 3)
-    for rank, (gathered, gradient, error) in enumerate(run_ranks(_gather, 2)):
+    for rank, (gathered, gradient) in enumerate(run_ranks(_gather, 2)):
         np.testing.assert_array_equal(gathered, np.repeat([[0.0] * 3, [1.0] * 3], 2, 0))
         np.testing.assert_array_equal(gradient, 3 * everything[2 * rank : 2 * rank + 2])
-        assert f"{1 + rank} rows here and 3 on all 2 processes" in error
     alone = torch.zeros(2, 3, requires_grad=True)
-    assert gather_rows_with_gradient(alone) is alone
+    assert dist.all_gather_with_gradient(alone) is alone
 
 
 # ============ health ============
 def _cosines(rank, world_size, z):
-    return pair_cosines(torch.from_numpy(z).chunk(world_size, 1)[rank])
+    return main_simclr.pair_cosines(torch.from_numpy(z).chunk(world_size, 1)[rank])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -194,11 +187,11 @@ def lines(count=10, **values):
 
 def test_a_collapse_is_named_after_ten_lines_and_not_before():
     ceiling = math.log(1 + 508)
-    assert diagnose_contrastive(lines(), 508) is None
+    assert main_simclr.diagnose(lines(), 508) is None
     for values in ({"embedding_std": 0.01}, {"loss": ceiling + 0.004}, {"loss": ceiling - 0.004}):
-        found = diagnose_contrastive(lines(**values), 508)
+        found = main_simclr.diagnose(lines(**values), 508)
         assert "--base_lr" in found and "--temperature" in found
-        assert diagnose_contrastive(lines(9, **values), 508) is None
-        assert diagnose_contrastive([*lines(**values), *lines(1)], 508) is None
-    assert "same embedding" in diagnose_contrastive(lines(embedding_std=0.01), 508)
-    assert diagnose_contrastive(lines(loss=ceiling - 0.1), 508) is None
+        assert main_simclr.diagnose(lines(9, **values), 508) is None
+        assert main_simclr.diagnose([*lines(**values), *lines(1)], 508) is None
+    assert "same embedding" in main_simclr.diagnose(lines(embedding_std=0.01), 508)
+    assert main_simclr.diagnose(lines(loss=ceiling - 0.1), 508) is None

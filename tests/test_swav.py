@@ -1,12 +1,17 @@
 """main_swav's mathematics: the loss, the codes and the queue, golden and across processes."""
 
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import main_swav
 from main_swav import Queue, assign_codes, normalize_prototypes, swav_loss
 from src import dist
+from src.losses import swapped_cross_entropy
 from tests import reference
 from tests.gloo import run_ranks
 
@@ -189,3 +194,53 @@ def test_normalised_scores_stay_within_the_bound_given_to_sinkhorn():
     embedding = F.normalize(torch.randn(1000, 128), dim=1)
     prototypes = F.normalize(torch.randn(300, 128), dim=1)
     assert (embedding @ prototypes.t()).abs().max() <= 1 + 1e-5
+
+
+HEALTHY = {
+    "loss": 3.0,
+    "code_entropy": 1.0,
+    "prototypes_used": 40,
+    "embedding_std": 0.9,
+    "batch": 256,
+}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, None),
+        ({"embedding_std": 0.01}, "same embedding"),
+        ({"loss": math.log(60) + 1e-4}, "stays at ln\\(K\\)"),
+        ({"code_entropy": math.log(60)}, "codes are uniform"),
+        ({"prototypes_used": 1.5}, "only 1.5 of 60"),
+    ],
+)
+def test_each_collapse_is_named_with_the_flags_that_help(change, words):
+    found = main_swav.diagnose([{**HEALTHY, **change}] * 10, 60)
+    if words is None:
+        assert found is None
+    else:
+        assert re.search(words, found) and "--" in found
+
+
+def test_a_run_that_recovers_or_has_just_begun_is_not_diagnosed():
+    bad = {**HEALTHY, "embedding_std": 0.01}
+    assert main_swav.diagnose([bad] * 9, 60) is None
+    assert main_swav.diagnose([bad] * 9 + [HEALTHY], 60) is None
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_the_plain_loss_equals_the_fused_one_in_value_and_gradient(temperature):
+    torch.manual_seed(0)
+    crops, batch_size, num_prototypes = [2, 2], 8, 30
+    values = torch.rand(sum(crops) * batch_size, num_prototypes) * 2 - 1
+    codes = [torch.softmax(torch.randn(batch_size, num_prototypes), 1) for _ in range(2)]
+    plain, fused = (values.clone().requires_grad_() for _ in range(2))
+    loss = swav_loss(plain, codes, crops, [0, 1], temperature)
+    views = fused.view(sum(crops), batch_size, num_prototypes)
+    num_pairs = 2 * (sum(crops) - 1)
+    other = swapped_cross_entropy(views, codes, [0, 1], temperature, weight=1 / num_pairs)
+    loss.backward()
+    other.backward()
+    assert loss.item() == pytest.approx(other.item(), rel=1e-6)
+    torch.testing.assert_close(plain.grad, fused.grad, rtol=1e-5, atol=1e-8)

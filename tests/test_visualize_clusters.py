@@ -18,7 +18,7 @@ from PIL import Image
 import visualize
 from src.data.datasets import open_dataset
 from src.nets.backbones import build_backbone
-from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.resnet import build_model
 from src.pictures import cluster_tables, clusters
 from src.pictures.cluster_tables import Clusters

@@ -53,7 +53,9 @@ def sinkhorn(
     if exponent > LARGEST_EXPONENT[torch.float64]:
         return _log_sinkhorn(scores, epsilon, iterations).to(dtype)
     q = torch.empty(scores.shape, dtype=dtype, device=scores.device) if out is None else out
-    return _scaling_sinkhorn(scores, epsilon, iterations, top, q)
+    # An autocast around this would compute its products in half precision.
+    with torch.autocast(scores.device.type, enabled=False):
+        return _scaling_sinkhorn(scores, epsilon, iterations, top, q)
 
 
 def _range(scores, max_score):

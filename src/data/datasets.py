@@ -12,14 +12,23 @@ import numpy as np
 import torch
 
 from .images import BrokenImage, FolderSource, UnfitImage, decode_image, has_image, match_channels
-from .shards import ShardSource, expand_shards
-from .small_sets import NAMES, STATISTICS, ArraySource, read_small_set
 
 logger = logging.getLogger(__name__)
 
 # The published SwAV scripts divide red by 0.228, not by ImageNet's usual 0.229. Released weights
 # were trained so, which is why it stays.
 SWAV_RED_STD = 0.228
+# What has a name, read by small_sets.py.
+NAMES = (
+    "digits",
+    "cifar10",
+    "cifar100",
+    "stl10",
+    "stl10_unlabeled",
+    "svhn",
+    "mnist",
+    "fashion_mnist",
+)
 IMAGENET = ((0.485, 0.456, 0.406), (SWAV_RED_STD, 0.224, 0.225))
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 SHARD_WINDOW = 8  # shards whose samples are mixed with each other
@@ -39,7 +48,7 @@ def open_dataset(
 ) -> "ImageDataset":
     """Open the images that `path` names.
 
-    path: a name (`digits`, `cifar10`, ...: `small_sets.NAMES`; a folder of that name is written
+    path: a name (`digits`, `cifar10`, ...: NAMES; a folder of that name is written
         `./cifar10`), a folder, or tar shards (`a.tar`, `shard-{000..009}.tar`, `shards/*.tar`,
         several of these joined by commas or in a list, or a folder that holds them).
     split: "train" or "val". In a folder: `<path>/train`, or `<path>/val` or else `<path>/test`; a
@@ -58,19 +67,22 @@ def open_dataset(
     path = ",".join(map(str, path)) if isinstance(path, list | tuple) else os.fspath(path)
     folder, index = os.path.expanduser(path), os.path.join(root, "shard_index")
     labels = classes = None
+    normalisation = IMAGENET
     if path in NAMES:
-        images, labels, classes = read_small_set(path, split, flag, root)
-        source = ArraySource(images)
+        from . import small_sets
+
+        images, labels, classes = small_sets.read_small_set(path, split, flag, root)
+        source, normalisation = small_sets.ArraySource(images), small_sets.STATISTICS[path]
     elif os.path.isdir(folder):
         folder, train = _split_folder(folder, split, flag)
         source = FolderSource(folder)
         shards = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
         if len(source) == 0 and shards:
-            source = ShardSource([os.path.join(folder, name) for name in shards], index, flag)
+            source = _shard_source([os.path.join(folder, name) for name in shards], index, flag)
         else:
             labels, classes = _folder_labels(source, train)
     elif ".tar" in path:
-        source = ShardSource(expand_shards(path, flag), index, flag)
+        source = _shard_source(path, index, flag)
     elif os.path.exists(folder):
         raise ValueError(f"{flag} {path} is a file: give a folder of images, or tar shards")
     else:
@@ -80,9 +92,11 @@ def open_dataset(
         )
     if len(source) == 0:
         raise FileNotFoundError(f"{flag} {folder} has no image in it, nor in its subfolders")
-    if isinstance(source, ShardSource) and source.labels is not None:
+    if getattr(source, "labels", None) is not None:  # of shards
         labels, classes = _shard_labels(source.labels)
-    dataset = ImageDataset(source, path, in_chans, flag, labels, classes)
+    dataset = ImageDataset(
+        source, path, in_chans, flag, labels=labels, classes=classes, normalisation=normalisation
+    )
     try:
         dataset.read(0)  # channels that do not fit are found here rather than in a worker
     except UnfitImage as error:
@@ -96,13 +110,15 @@ class ImageDataset:
     """Images by index, with what is known about them.
 
     `labels` is `(N,)` int64 or None, `classes` the names; `mean` and `std` have one value a
-    channel; `groups` `(N,)` is the shard of each sample, or None.
+    channel, from `normalisation`, those of RGB; `groups` `(N,)` is the shard of each sample, or None.
     """
 
-    def __init__(self, source, name, in_chans, flag, labels=None, classes=None):
+    def __init__(
+        self, source, name, in_chans, flag, labels=None, classes=None, normalisation=IMAGENET
+    ):
         self.name, self.labels, self.classes = name, labels, classes
         self.groups = getattr(source, "groups", None)
-        mean, std = STATISTICS.get(name, IMAGENET)
+        mean, std = normalisation
         if in_chans != 3:  # no figures are known for them: the average over the colours
             mean, std = [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
         self.mean, self.std = list(mean), list(std)
@@ -124,7 +140,7 @@ class ImageDataset:
 
     def same_files(self, other: "ImageDataset") -> bool:
         """Whether both name the same images, as the splits of a folder without train/ and val/ do."""
-        if len(self) != len(other) or isinstance(self._source, ArraySource):
+        if len(self) != len(other) or getattr(self._source, "in_memory", False):
             return self._source is other._source
         return all(self._source.name(i) == other._source.name(i) for i in (0, len(self) - 1))
 
@@ -151,6 +167,19 @@ class ImageDataset:
                 file, count = self.file_name(candidate), int(self._is_broken.sum())
                 logger.warning("cannot read %s (%s): took the next, %d so far", file, error, count)
         raise ValueError(f"{self._flag} {self.name}: none of its {len(self)} images is readable")
+
+
+def _shard_source(paths, index, flag):
+    """Tar shards: a list of files, or the text that names them."""
+    try:
+        from .shards import ShardSource, expand_shards
+    except ImportError:  # scripts/copy_method.py copies it where it is asked for
+        raise ValueError(
+            f"{flag} {paths if isinstance(paths, str) else paths[0]} needs src/data/shards.py, which this "
+            "copy lacks: copy it with --with shards, or give a folder of images"
+        ) from None
+
+    return ShardSource(expand_shards(paths, flag) if isinstance(paths, str) else paths, index, flag)
 
 
 def _split_folder(path, split, flag):

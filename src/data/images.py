@@ -12,7 +12,6 @@ import os
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .gif .ppm .pgm .npy".split()
@@ -39,6 +38,8 @@ def decode_image(data: bytes, in_chans: int) -> torch.Tensor:
     """
     try:
         if data[:2] == JPEG_MAGIC and in_chans in (1, 3):
+            from torchvision.io import ImageReadMode, decode_jpeg  # seconds, once a process
+
             mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
             try:
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)

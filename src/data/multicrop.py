@@ -11,11 +11,18 @@ import os
 import random
 import signal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 TRIES = 10  # of RandomResizedCrop, before it takes the centre
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A CPU generator seeded by all of `keys`, such as (seed, epoch, iteration, rank)."""
+    seed = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) % 2**63)
 
 
 class MultiCropDataset(Dataset):

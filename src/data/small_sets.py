@@ -16,7 +16,6 @@ TORCHVISION = {
     "mnist": ("MNIST", {"train": True}, {"train": False}),
     "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": False}),
 }
-NAMES = ("digits", *TORCHVISION)
 # Mean and standard deviation of each channel over the training images, full range = 1. Those of
 # digits are measured; those of cifar10 are the usual ones and within 0.002 of a measurement on
 # re-encoded files; the rest are the usual ones.
@@ -34,7 +33,7 @@ DIGITS_VAL, DIGITS_SEED = 500, 31  # 500 of 1,797 for evaluation, the same ones 
 
 
 def read_small_set(name: str, split: str, flag: str, root: str):
-    """Images, labels and class names of one of NAMES.
+    """Images, labels and class names of one of datasets.NAMES.
 
     Returns uint8 `(N, C, H, W)`, int64 `(N,)` or None, and a list of str or None.
     Raises ValueError for a split other than train, val and test (val and test are the same), and
@@ -110,6 +109,8 @@ def split_evenly(labels: np.ndarray, num_val: int, seed: int):
 
 class ArraySource:
     """Images in memory, uint8 `(N, C, H, W)`."""
+
+    in_memory = True
 
     def __init__(self, images):
         self.images = images

@@ -2,6 +2,7 @@
 
 from .collectives import (
     all_gather_rows,
+    all_gather_with_gradient,
     all_reduce_max,
     all_reduce_sum,
     barrier,
@@ -25,15 +26,19 @@ from .process import (
     resolve_device,
     resolve_precision,
     settle_vector_functions,
+    sharing_processes,
     shutdown,
     slurm_job_id,
     synchronize,
+    unwrapped,
     visible_gpus,
+    without_wrapper,
 )
 
 __all__ = [
     "Process",
     "all_gather_rows",
+    "all_gather_with_gradient",
     "all_reduce_max",
     "all_reduce_sum",
     "autocast",
@@ -52,10 +57,13 @@ __all__ = [
     "resolve_device",
     "resolve_precision",
     "settle_vector_functions",
+    "sharing_processes",
     "shutdown",
     "slurm_job_id",
     "synchronize",
+    "unwrapped",
     "visible_gpus",
     "within",
+    "without_wrapper",
     "world_size",
 ]

@@ -141,6 +141,32 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def all_gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, (W * n, ...), ordered by rank, that carry gradient to where they are from.
+
+    tensor: (n, ...), the same n on every process. The gradient of a row is the sum of what the losses
+    of all processes say about it, as if one process had added up the losses: all processes must run
+    the backward pass.
+    """
+    if world_size() == 1:
+        return tensor
+    return _GatherRows.apply(tensor)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.num_rows = len(tensor)
+        parts = [torch.empty_like(tensor.contiguous()) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous(), _within.get())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        start = rank() * ctx.num_rows
+        return all_reduce_sum(gradient)[start : start + ctx.num_rows]
+
+
 def barrier() -> None:
     """Return when all processes have come here."""
     all_reduce_sum(torch.zeros(1))

@@ -103,6 +103,21 @@ def init(device: str = "auto", timeout: float = TIMEOUT) -> Process:
     return Process(launch.rank, launch.world_size, launch.local_rank, launch.launcher, chosen)
 
 
+def sharing_processes(group_size: int, world_size: int) -> int:
+    """Processes that share statistics: `group_size`, or all for 0 or more than there are.
+
+    Raises ValueError naming --syncbn_process_group_size where that does not divide `world_size`.
+    """
+    size = min(group_size, world_size) or world_size
+    if size < 0 or world_size % size:
+        fitting = [str(n) for n in range(1, world_size) if world_size % n == 0]
+        raise ValueError(
+            f"--syncbn_process_group_size {group_size} does not divide {world_size} processes; "
+            f"use {', '.join(fitting)} or 0 (all of them)"
+        )
+    return size
+
+
 def shutdown() -> None:
     """End the process group, if there is one."""
     if has_group():
@@ -175,3 +190,20 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+# ============ wrapped networks ============
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The network inside DistributedDataParallel or DataParallel and torch.compile, if it is."""
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
+        module = module.module if isinstance(module, wrappers) else module._orig_mod
+    return module
+
+
+def without_wrapper(weights: dict) -> dict:
+    """The same tensors, without the "module." and "_orig_mod." of wrappers before every name."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights

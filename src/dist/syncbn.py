@@ -11,24 +11,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from .collectives import new_groups
-from .process import Process
+from .process import Process, sharing_processes
 
 logger = logging.getLogger(__name__)
-
-
-def sharing_processes(group_size: int, world_size: int) -> int:
-    """Processes that share statistics: `group_size`, or all for 0 or more than there are.
-
-    Raises ValueError naming --syncbn_process_group_size where that does not divide `world_size`.
-    """
-    size = min(group_size, world_size) or world_size
-    if size < 0 or world_size % size:
-        fitting = [str(n) for n in range(1, world_size) if world_size % n == 0]
-        raise ValueError(
-            f"--syncbn_process_group_size {group_size} does not divide {world_size} processes; "
-            f"use {', '.join(fitting)} or 0 (all of them)"
-        )
-    return size
 
 
 def sync_batchnorm(model: nn.Module, kind: str, group_size: int, process: Process) -> nn.Module:

@@ -1,5 +1,8 @@
 """Average precision of a ranking, by both definitions in use on PASCAL VOC 2007."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -8,35 +11,27 @@ from .. import dist
 IGNORED = 255  # label of a class of which an image has difficult objects only
 
 
-def precision_and_recall(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision and recall at every threshold, from the highest score down, float64 (T,).
-
-    scores (n,); positive (n,) bool, at least one true. Equal scores are passed together, so that
-    their order does not count. A score that is not a number comes last.
-    """
-    scores = torch.where(scores.isnan(), -torch.inf, scores.double())
-    scores, order = scores.sort(descending=True)
-    hits = positive[order].double().cumsum(0)  # (n,)
-    last = torch.ones_like(scores, dtype=torch.bool)  # of the images with the same score
-    last[:-1] = scores[1:] != scores[:-1]
-    places = torch.arange(1, len(scores) + 1, device=scores.device)[last]
-    return hits[last] / places, hits[last] / hits[-1]
-
-
 def average_precision(scores: Tensor, positive: Tensor) -> tuple[float, float]:
     """Area under the steps of the curve, and the 11-point average of VOC 2007.
 
-    scores (n,), positive (n,) bool. The area is sum_t (recall_t - recall_t-1) precision_t, as
-    scikit-learn's; the other, Everingham et al. 2010 (IJCV 88), section 4.2, the mean over the
-    recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. NaN without a positive.
+    scores (n,), positive (n,) bool. Equal scores are one threshold, so that their order does not
+    count; a score that is not a number comes last. The area is scikit-learn's, sum_t (recall_t -
+    recall_t-1) precision_t; the other, Everingham et al. 2010 (IJCV 88), section 4.2, the mean over
+    the recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. NaN without a positive.
     """
+    from sklearn.metrics import precision_recall_curve
+
     if not positive.any():
-        return torch.nan, torch.nan
-    precision, recall = precision_and_recall(scores, positive)
-    area = (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
-    points = torch.arange(11, device=recall.device) / 10.0
-    beyond = recall[None] >= points[:, None].double() - 1e-9  # (11, T)
-    return area, torch.where(beyond, precision, 0.0).amax(1).mean().item()
+        return math.nan, math.nan
+    # scikit-learn takes finite scores alone: their ranks say the same.
+    scores = torch.where(scores.isnan(), -torch.inf, scores.double())
+    ranks = torch.unique(scores, return_inverse=True)[1].numpy()
+    precision, recall, _ = precision_recall_curve(positive.numpy(), ranks)  # from recall 1 to 0
+    precision = precision[:-1]  # (T,); the last, at recall 0, is of no image
+    area = -(np.diff(recall) * precision).sum()  # as average_precision_score has it
+    reached = recall[:-1] >= np.arange(11)[:, None] / 10 - 1e-9  # (11, T)
+    points = np.where(reached, precision, 0.0).max(1).mean()
+    return float(area), float(points)
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
@@ -47,14 +42,14 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     means leave out. Raises ValueError where no class has one.
     """
     scores, labels = (dist.all_gather_rows(x.cpu()) for x in (scores, labels))
-    found = []
+    precisions = []
     for column, targets in zip(scores.t(), labels.t(), strict=True):
         counted = targets != IGNORED
-        found.append(average_precision(column[counted], targets[counted] == 1))
-    found = 100 * torch.tensor(found, dtype=torch.float64)  # (C, 2)
-    known = ~found[:, 0].isnan()
+        precisions.append(average_precision(column[counted], targets[counted] == 1))
+    precisions = 100 * torch.tensor(precisions, dtype=torch.float64)  # (C, 2)
+    known = ~precisions[:, 0].isnan()
     if not known.any():
         raise ValueError("average precision needs an image with an object; the split has none")
-    area, points = found[known].mean(0).tolist()
-    ap = [x if there else None for x, there in zip(found[:, 0].tolist(), known, strict=True)]
+    area, points = precisions[known].mean(0).tolist()
+    ap = [None if math.isnan(x) else x for x in precisions[:, 0].tolist()]
     return {"map": area, "map_11points": points, "ap": ap}

@@ -5,7 +5,7 @@ Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discr
 training features stay where they are, see src.cluster.neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,36 +24,29 @@ def knn_votes(
     temperature: float = 0.07,
     num_classes: int | None = None,
     backend: str = "torch",
-) -> Tensor | list[Tensor]:
+) -> Tensor | Iterator[Tensor]:
     """Votes of the k nearest training rows: sums of exp(cosine / temperature) over each class.
 
     train_features (N, D), train_labels (N,) of any integer type, features (M, D): this rank's share
     of each; features are expected L2-normalised, so that the inner product is the cosine.
-    k may be a list: then one search answers all, and a list of votes is returned.
+    k may be a list: then one search answers all, and the votes of each k come one after the other, so
+    that those of one k are held at a time.
     num_classes: by default the largest training label of all ranks plus one.
     Returns (M, num_classes) float32. In a row where exp(cosine / temperature) would leave float32,
     the votes are divided by the largest weight of the row, which changes no order within it.
     Raises ValueError as `nearest_neighbours` does, for a temperature that is not above 0, and for
     training labels that are negative or not below num_classes.
     """
+    if not temperature > 0:
+        raise ValueError(f"--temperature {temperature} must be above 0; the usual value is 0.07")
     ks = [k] if isinstance(k, int) else list(k)
     labels, num_classes = _all_labels(train_labels.to(train_features.device), num_classes)
     similarities, indices = nearest_neighbours(train_features, features, max(ks), backend)
     near = labels.to(indices.device)[indices]  # (M, k)
-    votes = [
+    votes = (
         _votes(similarities[:, :count], near[:, :count], temperature, num_classes) for count in ks
-    ]
-    return votes[0] if isinstance(k, int) else votes
-
-
-def top_k_accuracy(votes: Tensor, labels: Tensor, top: Sequence[int] = (1, 5)) -> list[float]:
-    """Percentage of rows of votes (N, C) whose label (N,) is among the `top` largest: one float each.
-
-    Equal votes are ranked by class index. `top` counts beyond C are C; a label outside the C
-    classes is an error of the classifier, not of the call. Without rows the answer is NaN.
-    """
-    ranks = _target_ranks(votes, labels)
-    return [100.0 * (ranks < min(t, votes.shape[1])).double().mean().item() for t in top]
+    )
+    return next(votes) if isinstance(k, int) else votes
 
 
 def knn_accuracy(
@@ -68,16 +61,17 @@ def knn_accuracy(
 ) -> dict[int, list[float]]:
     """{k: [top-1, top-5]} in percent of the queries of all ranks, from one search.
 
-    Arguments as for `knn_votes`; labels (M,) of the queries. The votes of one k are held at a time.
+    Arguments as for `knn_votes`; labels (M,) of the queries. Equal votes are ranked by class index.
+    `top` counts beyond the number of classes are that number; a label that no training image has is
+    an error of the classifier, not of the call. Raises as knn_votes, and where there is no query.
     """
-    train_labels, num_classes = _all_labels(train_labels.to(train_features.device), None)
-    similarities, indices = nearest_neighbours(train_features, features, max(ks), backend)
-    near = train_labels.to(indices.device)[indices]  # (M, k)
+    votes_of_ks = knn_votes(
+        train_features, train_labels, features, k=ks, temperature=temperature, backend=backend
+    )
     accuracies = {}
-    for k in ks:
-        votes = _votes(similarities[:, :k], near[:, :k], temperature, num_classes)
+    for k, votes in zip(ks, votes_of_ks, strict=True):
         ranks = _target_ranks(votes, labels)
-        hits = [(ranks < min(t, num_classes)).sum() for t in top]
+        hits = [(ranks < min(t, votes.shape[1])).sum() for t in top]
         counts = torch.stack([*hits, torch.tensor(len(ranks), device=ranks.device)])
         *hits, total = dist.all_reduce_sum(counts.to(train_features.device)).tolist()
         if total == 0:
@@ -121,8 +115,16 @@ def few_label_accuracy(
         drawn = [m[torch.randperm(len(m), generator=generator)[:per_class]] for m in members]
         drawn = torch.cat(drawn).sort().values - start
         drawn = drawn[(drawn >= 0) & (drawn < len(train_labels))]  # this rank's rows
-        few = train_features[drawn.to(device)], train_labels[drawn.to(train_labels.device)]
-        accuracies = knn_accuracy(*few, features, labels, ks, temperature, backend, top=(1,))
+        accuracies = knn_accuracy(
+            train_features[drawn.to(device)],
+            train_labels[drawn.to(train_labels.device)],
+            features,
+            labels,
+            ks=ks,
+            temperature=temperature,
+            backend=backend,
+            top=(1,),
+        )
         for k in ks:
             top1[k].append(accuracies[k][0])
     values = {k: torch.tensor(top1[k], dtype=torch.float64) for k in ks}
@@ -131,8 +133,6 @@ def few_label_accuracy(
 
 def _votes(similarities, labels, temperature, num_classes):
     """Neighbours' similarities and labels (M, k), best first -> votes (M, num_classes)."""
-    if not temperature > 0:
-        raise ValueError(f"--temperature {temperature} must be above 0; the usual value is 0.07")
     temperature = max(temperature, 1e-30)  # smaller ones are 0 in float32
     best = similarities[:, :1]
     shift = torch.where(best.abs() > LARGEST_EXPONENT * temperature, best, torch.zeros_like(best))

@@ -4,7 +4,6 @@ All share a pass over the features; none influences another. Gradients are summe
 by hand, so that a process may have fewer rows of a batch than another, or none.
 """
 
-import hashlib
 import math
 from bisect import bisect_right
 
@@ -173,12 +172,3 @@ def _hits(scores, labels):
     ranks = (~((scores < own) | (scores == own) & ~before)).sum(2)  # (L, B)
     ranks[~own[..., 0].isfinite()] = scores.shape[2]
     return torch.stack([(ranks < min(k, scores.shape[2])).sum(1).float() for k in (1, 5)])
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A few letters that tell networks with other weights apart."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

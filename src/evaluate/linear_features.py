@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from .. import dist
 from ..data.augment import apply_draws, draw_parameters
 from ..data.datasets import EpochSampler, epoch_permutation
-from ..data.multicrop import MultiCropDataset, multicrop_loader
+from ..data.multicrop import MultiCropDataset, generator, multicrop_loader
 from ..labels.features import extract_features, share
 from ..nets.resnet import ResNet
 from ..nets.vision_transformer import VisionTransformer
-from ..run.setup import generator
 from .conv_features import CentreRegionCrops
 from .ten_crops import VIEWS, TenCrops, ten_crop_forward
 
@@ -81,25 +80,46 @@ class ImageBatches:
     `batches(epoch, start, stopwatch)` yields features (B, D) and labels (B,) of this process, from
     iteration `start` of the epoch. The crops depend on (seed, epoch, index), the flips on (seed,
     epoch, iteration) and the place in the global batch: both not on the number of processes.
-    forward: normalised images on the device -> (B, D). unscaled: windows of the image's centre
-    instead of resized crops, see src.evaluate.conv_features.
+    forward: normalised images on the device -> (B, D). normalisation: mean and standard deviation of
+    each channel. unscaled: windows of the image's centre instead of resized crops, see
+    src.evaluate.conv_features.
     """
 
     def __init__(
-        self, forward, dataset, size, statistics, batch_size, process, precision, seed, workers,
-        flip, unscaled=False,
-    ):  # fmt: skip
+        self,
+        forward,
+        dataset,
+        size,
+        *,
+        normalisation,
+        batch_size,
+        process,
+        precision,
+        seed,
+        workers,
+        flip,
+        unscaled=False,
+    ):
         self.forward, self.labels, self.seed = forward, dataset.labels, seed
         self.process, self.precision, self.batch_size = process, precision, batch_size
-        self.mean, self.std = (torch.tensor(x).view(-1, 1, 1) for x in statistics)  # (C, 1, 1)
+        self.mean, self.std = (torch.tensor(x).view(-1, 1, 1) for x in normalisation)  # (C, 1, 1)
         self.options = {**ONLY_FLIP, "flip_prob": 0.5 if flip else 0.0}
-        crops = MultiCropDataset(dataset, [1], [size], *([x] for x in SCALE), seed=seed)
         if unscaled:
             crops = CentreRegionCrops(dataset, size, seed)
-        ranks = (process.rank, process.world_size)
-        self.sampler = EpochSampler(len(dataset), batch_size, *ranks, seed, groups=dataset.groups)
-        kind = process.device.type
-        self.loader = multicrop_loader(crops, self.sampler, batch_size, workers, kind)
+        else:
+            smallest, largest = SCALE
+            crops = MultiCropDataset(dataset, [1], [size], [smallest], [largest], seed=seed)
+        self.sampler = EpochSampler(
+            len(dataset),
+            batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+            seed=seed,
+            groups=dataset.groups,
+        )
+        self.loader = multicrop_loader(
+            crops, self.sampler, batch_size, num_workers=workers, device_type=process.device.type
+        )
 
     def __call__(self, epoch, start, stopwatch) -> Iterator[tuple[Tensor, Tensor]]:
         self.sampler.set_epoch(epoch, start)
@@ -108,8 +128,8 @@ class ImageBatches:
         for it, ((images,), indices) in enumerate(stopwatch.watch(self.loader), start):
             draws = draw_parameters(generator(self.seed, epoch, it), 1, total, **self.options)
             images = images.to(device, non_blocking=True).flatten(0, 1)  # (B, C, S, S)
-            mine = draws[slice(first, first + len(images))]
-            images = apply_draws(images, mine, self.mean, self.std)
+            own_draws = draws[slice(first, first + len(images))]
+            images = apply_draws(images, own_draws, self.mean, self.std)
             images = images.contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), dist.autocast(device, self.precision):
                 features = self.forward(images).flatten(1)
@@ -131,25 +151,23 @@ class CachedBatches:
         own = share(len(self.labels))
         for it in stopwatch.watch(range(start, len(order) // self.total)):
             batch = order[it * self.total : (it + 1) * self.total]
-            mine = batch[(batch >= own.start) & (batch < own.stop)]
-            yield (
-                self.features[mine - own.start].to(self.device),
-                self.labels[mine].to(self.device),
-            )
+            batch = batch[(batch >= own.start) & (batch < own.stop)]
+            features = self.features[batch - own.start]
+            yield features.to(self.device), self.labels[batch].to(self.device)
 
 
 @dataclass
 class FrozenFeatures:
     """A frozen network, and how it sees images: features of whole sets, or of random crops.
 
-    forward: normalised images (B, C, S, S) on the device -> (B, dim). statistics: mean and standard
+    forward: normalised images (B, C, S, S) on the device -> (B, dim). normalisation: mean and standard
     deviation of each channel.
     """
 
     forward: Callable[[Tensor], Tensor]
     dim: int
     size: int
-    statistics: tuple[list[float], list[float]]
+    normalisation: tuple[list[float], list[float]]
     interpolation: str
     process: dist.Process
     precision: str
@@ -160,14 +178,19 @@ class FrozenFeatures:
 
         ten_crops: (n, 10 dim), those of ten crops of an image, one after the other.
         """
-        forward, images, resize, (mean, std) = self.forward, dataset, None, self.statistics
+        forward, images, resize, (mean, std) = self.forward, dataset, None, self.normalisation
         if ten_crops:
             images = TenCrops(dataset, self.size, interpolation=self.interpolation)
             forward, resize = ten_crop_forward(forward), self.size
             mean, std = list(mean) * VIEWS, list(std) * VIEWS
             batch_size = max(1, batch_size // VIEWS)
         features, indices = extract_features(
-            *(forward, images, self.size, mean, std, self.process.device),
+            forward,
+            images,
+            self.size,
+            mean=mean,
+            std=std,
+            device=self.process.device,
             batch_size=batch_size,
             num_workers=self.workers,
             precision=self.precision,
@@ -178,6 +201,16 @@ class FrozenFeatures:
 
     def batches(self, dataset, batch_size: int, seed: int, flip: bool, unscaled: bool):
         """Those of random crops, see ImageBatches."""
-        images = (dataset, self.size, self.statistics, batch_size)
-        how = (self.process, self.precision, seed, self.workers, flip, unscaled)
-        return ImageBatches(self.forward, *images, *how)
+        return ImageBatches(
+            self.forward,
+            dataset,
+            self.size,
+            normalisation=self.normalisation,
+            batch_size=batch_size,
+            process=self.process,
+            precision=self.precision,
+            seed=seed,
+            workers=self.workers,
+            flip=flip,
+            unscaled=unscaled,
+        )

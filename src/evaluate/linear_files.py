@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from ..run import checkpoint, resume
+from ..errors import CheckpointError
+from ..nets.weights import read_weights
+from ..run import checkpoint
 from .linear_classifiers import LinearClassifiers, ManySGD
 
 # What settings of the first versions, which did not name them, were.
@@ -39,8 +41,8 @@ class Probe:
         settings.
         """
         state = checkpoint.load_checkpoint(self.folder)
-        place = (state["epoch"], state["samples_done"]) if state else (-1, 0)
-        resume.check_same_place(*place, self.folder)
+        epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
+        checkpoint.check_same_place(epoch, samples_done, self.folder)
         if state is None:
             return start
         check_settings(state, self.settings, self.folder)
@@ -48,7 +50,7 @@ class Probe:
         for name, momentum in self.optimizer.momentum.items():
             momentum.copy_(state["momentum"][name])
         self.history = state["history"]
-        return place
+        return epoch, samples_done
 
 
 def check_settings(state: dict, settings: dict, folder) -> None:
@@ -56,7 +58,7 @@ def check_settings(state: dict, settings: dict, folder) -> None:
     for name, value in settings.items():
         before = state["settings"].get(name, EARLIER.get(name))
         if before != value:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{folder} holds an evaluation with {name} {before}, not {value}: use another "
                 "--dump_path, or remove that folder to start afresh"
             )
@@ -70,7 +72,7 @@ def saved_classifiers(weights: str | None, folder, settings: dict, dim: int, num
     to fit. Raises FileNotFoundError, ValueError and CheckpointError.
     """
     if weights:
-        tensors, lrs, epoch, source = checkpoint.read_weights(weights), [None], None, weights
+        tensors, lrs, epoch, source = read_weights(weights), [None], None, weights
     else:
         state, source = checkpoint.load_checkpoint(folder), folder
         if state is None:

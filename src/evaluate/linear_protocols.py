@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-from collections.abc import Callable
 
+from ..nets.backbones import is_transformer
+from ..nets.pretrained import is_dino
 from ..run import flags
 from . import flags as eval_flags
-from .evaluation import is_dino, is_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +45,17 @@ def weight_decay(text: str) -> float:
 
 
 def parse_args(
-    get_parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+    parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict]:
-    """The arguments, and those of the run that is evaluated ({} if it is not a run).
+    """The arguments, and those of the run that is evaluated ({} if it is of none).
 
     Of what is not on the command line, the preset of small images decides before the protocol.
     """
-    args, run = eval_flags.parse_args(get_parser, argv)
+    args, run_args = eval_flags.parse_args(parser, argv)
     if args.conv and args.sobel is None and args.arch in ("alexnet", "vgg16"):
         args.sobel = False  # torchvision's networks of these names have no batch norm
     if args.protocol == "auto":
-        args.protocol = _protocol(args, run)
+        args.protocol = _protocol(args, run_args)
     defaults = PROTOCOLS[args.protocol] | PRESETS[args.preset]
     if args.protocol == "dino" and args.preset != "imagenet":
         defaults |= SMALL_DINO
@@ -64,29 +64,31 @@ def parse_args(
     for name, value in defaults.items():
         if name not in args.given:
             setattr(args, name, value)
-    base = args.arch == "vit_base"
+    is_base = args.arch == "vit_base"
     if args.avgpool_patchtokens is None:
-        args.avgpool_patchtokens = base and args.n_last_blocks is None
+        args.avgpool_patchtokens = is_base and args.n_last_blocks is None
     if args.n_last_blocks is None:
-        args.n_last_blocks = 1 if base else min(4, args.depth or 4)
+        args.n_last_blocks = 1 if is_base else min(4, args.depth or 4)
     if args.verbose and "log_freq" not in args.given:
         args.log_freq = 10
-    return args, run
+    return args, run_args
 
 
-def _protocol(args, run):
+def _protocol(args, run_args):
     """What --protocol auto is."""
     if args.conv:
         return "deepcluster" if args.arch == "alexnet" else "deepercluster"
-    dino = is_transformer(args.arch) or is_dino(run)
-    return "dino" if dino or args.checkpoint_key in ("student", "teacher") else "swav"
+    as_dino = is_transformer(args.arch) or is_dino(run_args)
+    return "dino" if as_dino or args.checkpoint_key in ("student", "teacher") else "swav"
 
 
 def fill_in_batch(args: argparse.Namespace, world_size: int, num_images: int) -> None:
     """The batch size of the protocol where none is given; ValueError for one that does not fit."""
     if args.batch_size is None:
-        a_process = args.protocol == "dino" and args.preset == "imagenet"
-        batch = DINO_BATCH if a_process else max(1, REFERENCE_BATCH // world_size)
+        if args.protocol == "dino" and args.preset == "imagenet":
+            batch = DINO_BATCH
+        else:
+            batch = max(1, REFERENCE_BATCH // world_size)
         args.batch_size = max(1, min(batch, num_images // world_size))
     if args.batch_size * world_size > num_images:
         raise ValueError(
@@ -118,19 +120,22 @@ def chosen_folds(cross_valid: int | None, kfold: int | None) -> tuple[int | None
     return max(cross_valid, kfold), [min(cross_valid, kfold)]
 
 
-def log_plan(args, train, val, num_classes: int, dim: int, total: int, lrs, process) -> None:
-    """Say what will be computed, before it is."""
-    how = "features computed once" if args.cache_features else "random crops and flips"
+def log_plan(args, train, val, *, num_classes: int, dim: int, total: int, lrs, process) -> None:
+    """Say what will be computed, before it is.
+
+    dim: features of an image. total: images of a batch over all processes. lrs: of the classifiers.
+    """
+    features = "features computed once" if args.cache_features else "random crops and flips"
+    conv = f", {args.conv_pooling}-pooled convolution {args.conv}" if args.conv else ""
     for line in (
-        f"protocol    {args.protocol}, {how}",
+        f"protocol    {args.protocol}, {features}",
         f"data        {train.name}: {len(train):,} and {len(val):,} images, {num_classes} classes",
         f"batch       {args.batch_size} x {process.world_size} processes = {total}; "
         f"{len(train) // total:,} iterations an epoch, {args.epochs} epochs",
         f"classifiers {', '.join(f'{lr:g}' for lr in lrs)} (learning rates), {args.wd:g} weight "
-        f"decay, {dim:,} features of {args.arch}"
-        + (f", {args.conv_pooling}-pooled convolution {args.conv}" if args.conv else ""),
+        f"decay, {dim:,} features of {args.arch}{conv}",
     ):
         logger.info(line)
     if args.protocol != "dino" and total != REFERENCE_BATCH and "lr" not in args.given:
         fitting = args.lr * total / REFERENCE_BATCH
-        logger.info("note: the learning rate is for 256 images; --lr %g fits %d", fitting, total)
+        logger.info(f"note: the learning rate is for 256 images; --lr {fitting:g} fits {total}")

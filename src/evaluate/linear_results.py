@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 
 from .. import dist
-from ..run import checkpoint, flags
+from ..errors import RunError
+from ..run import checkpoint
 from ..run.log import RunLog, duration
 
 logger = logging.getLogger(__name__)
@@ -49,18 +50,19 @@ def report(lrs: list, history: list[dict], settings: dict, path: Path, untrained
     result = {name: rows[best][name] for name in chosen}
     path.write_text(json.dumps({**result, "results": rows, "settings": settings}, indent=1) + "\n")
     first, second = names.values()
-    logger.info("learning rate  %6s  %6s  best %s  %6s  epoch", first, second, first, second)
+    logger.info(f"learning rate  {first:>6}  {second:>6}  best {first}  {second:>6}  epoch")
     for i, row in enumerate(rows):
-        values = [row[name] for name in (*names, *(f"best_{name}" for name in names))]
+        lr = "-" if row["lr"] is None else f"{row['lr']:g}"
+        last = "  ".join(f"{row[name]:6.2f}" for name in names)
+        best_first, best_second = (row[f"best_{name}"] for name in names)
+        epoch = row["best_epoch"] or "-"
+        mark = "  <- best" if i == best and len(rows) > 1 else ""
         logger.info(
-            "%-13s  %6.2f  %6.2f     %*.2f  %6.2f  %5s%s",
-            *("-" if row["lr"] is None else f"{row['lr']:g}", *values[:2]),
-            *(2 + len(first), *values[2:], row["best_epoch"] or "-"),
-            "  <- best" if i == best and len(rows) > 1 else "",
+            f"{lr:13}  {last}     {best_first:{2 + len(first)}.2f}  {best_second:6.2f}  {epoch:>5}{mark}"
         )
     if untrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
-    logger.info("written to %s", path)
+    logger.info(f"written to {path}")
 
 
 def report_folds(paths: list[Path], path: Path) -> None:
@@ -87,12 +89,12 @@ def report_folds(paths: list[Path], path: Path) -> None:
         json.dumps({**best, "results": rows, "folds": folds, "settings": settings}, indent=1) + "\n"
     )
     for row in rows:
-        said = [
+        values = [
             f"{text} {row[name]:.2f} +- {row[f'{name}_std']:.2f}"
             for name, text in ((first, f"best {names[first[5:]]}"), *names.items())
         ]
-        logger.info("%d folds, learning rate %g: %s", len(folds), row["lr"], ", ".join(said))
-    logger.info("written to %s", path)
+        logger.info(f"{len(folds)} folds, learning rate {row['lr']:g}: {', '.join(values)}")
+    logger.info(f"written to {path}")
 
 
 def log_epoch(log: RunLog, epoch: int, iters_per_epoch: int, lrs: list, history: list[dict]):
@@ -100,34 +102,53 @@ def log_epoch(log: RunLog, epoch: int, iters_per_epoch: int, lrs: list, history:
     rows, best = summary(lrs, history)
     names = figures(history)
     iteration = (epoch + 1) * iters_per_epoch - 1
-    place = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration}
-    log.write(iteration, {**place, **{name: history[-1][name] for name in names}})
+    values = {name: history[-1][name] for name in names}
+    log.write(
+        iteration,
+        {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, **values},
+    )
     row, (first, second) = rows[best], names
+    of_lr = f" with learning rate {row['lr']:g}" if len(rows) > 1 else ""
     logger.info(
-        "epoch %d: %s %.2f %s %.2f (best %s %.2f, epoch %d)%s",
-        *(epoch + 1, names[first], row[first], names[second], row[second]),
-        *(names[first], row[f"best_{first}"], row["best_epoch"]),
-        f" with learning rate {row['lr']:g}" if len(rows) > 1 else "",
+        f"epoch {epoch + 1}: {names[first]} {row[first]:.2f} {names[second]} {row[second]:.2f} "
+        f"(best {names[first]} {row[f'best_{first}']:.2f}, epoch {row['best_epoch']}){of_lr}"
     )
 
 
-def log_progress(log: RunLog, epoch, epochs, it, iters_per_epoch, lrs, loss, rates, folder) -> None:
+def log_progress(
+    log: RunLog,
+    *,
+    epoch: int,
+    epochs: int,
+    it: int,
+    iters_per_epoch: int,
+    lrs: list[float],
+    loss: list[float],
+    rates: dict,
+    folder: Path,
+) -> None:
     """Write a log line; of several classifiers people see the lowest loss.
 
-    Raises RunError if no classifier has a finite loss; what is saved stays as it is.
+    it: iteration of the epoch. lrs, loss: of each classifier. rates: of Stopwatch.rates. folder: of
+    what is saved. Raises RunError if no classifier has a finite loss; what is saved stays as it is.
     """
     finite = [x for x in loss if math.isfinite(x)]
     if not finite:
-        raise flags.RunError(
+        raise RunError(
             f"the loss is not finite; {folder / checkpoint.NEWEST} holds the last good state, if one "
             "was saved; lower --lr"
         )
-    place = {"epoch": epoch, "epoch_float": epoch + (it + 1) / iters_per_epoch}
     iteration = epoch * iters_per_epoch + it
-    known = [x if x in finite else None for x in loss]
-    log.write(iteration, {**place, "iteration": iteration, "lrs": lrs, "losses": known, **rates})
+    line = {
+        "epoch": epoch,
+        "epoch_float": epoch + (it + 1) / iters_per_epoch,
+        "iteration": iteration,
+        "lrs": lrs,
+        "losses": [x if x in finite else None for x in loss],
+    }
+    log.write(iteration, {**line, **rates})
     logger.info(
-        "epoch %d/%d it %d/%d loss %.4f | %.0f img/s data %.0f%% eta %s",
-        *(epoch + 1, epochs, it + 1, iters_per_epoch, min(finite)),
-        *(rates["images_per_second"], 100 * rates["data_share"], duration(rates["eta_seconds"])),
+        f"epoch {epoch + 1}/{epochs} it {it + 1}/{iters_per_epoch} loss {min(finite):.4f} | "
+        f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
+        f"eta {duration(rates['eta_seconds'])}"
     )

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from ..data.datasets import ImageDataset, open_dataset
 from ..labels.features import extract_features
-from .evaluation import split_features
 from .knn import knn_accuracy
+from .splits import split_features
 
 TEMPERATURE = 0.07  # Wu et al. 2018, arXiv:1805.01978
 NUM_NEIGHBOURS = 20
@@ -36,6 +36,14 @@ def knn_probe(network, dataset: ImageDataset, val: ImageDataset | None, **extrac
     with torch.compiler.set_stance("force_eager"):  # no new graphs for a few seconds' work
         train, train_labels, queries, labels = split_features(extract, dataset, val)
     network.train()
-    split = (F.normalize(train, dim=1), train_labels, F.normalize(queries, dim=1), labels)
-    top1 = knn_accuracy(*split, ks=[NUM_NEIGHBOURS], temperature=TEMPERATURE, top=[1])
-    return top1[NUM_NEIGHBOURS][0]
+    accuracies = knn_accuracy(
+        F.normalize(train, dim=1),
+        train_labels,
+        F.normalize(queries, dim=1),
+        labels,
+        ks=[NUM_NEIGHBOURS],
+        temperature=TEMPERATURE,
+        top=[1],
+    )
+    (top1,) = accuracies[NUM_NEIGHBOURS]
+    return top1

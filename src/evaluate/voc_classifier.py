@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from ..nets.top_layer import PlainNetwork
 
 WEIGHT_STD, BIAS = 0.01, 0.1  # of the classifier at the start, as published
-HEADS = ("projection_head", "prototypes")  # of the training before
 
 
 class VOCClassifier(nn.Module):
     """Images (B, C, S, S) -> scores (B, num_classes).
 
-    backbone: of src.evaluate.evaluation.build_network. Of AlexNet and VGG16 with batch norm the linear layers
+    backbone: the model of src.nets.pretrained.open_pretrained. Of AlexNet and VGG16 with batch norm the linear layers
     start anew and belong to the classifier; of other networks a linear layer alone is one. The rest,
     the trunk, is frozen with only_classifier; train_batchnorm leaves the scale and shift of its batch
     norms to be trained. In training, too, the trunk is in evaluation mode: its batch norms use the
@@ -30,9 +29,6 @@ class VOCClassifier(nn.Module):
         generator: torch.Generator,
     ):
         super().__init__()
-        for name in HEADS:
-            if getattr(backbone, name, None) is not None:
-                setattr(backbone, name, None)
         self.backbone, self.top = backbone, nn.Linear(backbone.num_features, num_classes)
         if only_classifier:
             self.trunk().requires_grad_(False)

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from .. import dist
 from ..data.augment import apply_draws, draw_parameters
 from ..data.datasets import EpochSampler, ImageDataset
-from ..data.multicrop import MultiCropDataset, multicrop_loader
-from ..run import checkpoint, resume, setup
+from ..data.multicrop import MultiCropDataset, generator, multicrop_loader
+from ..optim import build_optimizer
+from ..run import checkpoint
+from ..run.run import average_gradients, place_network
 from .linear_features import ONLY_FLIP
 from .linear_files import check_settings
 
@@ -26,15 +28,14 @@ class Training:
     def __init__(
         self, model: nn.Module, weight_decay: float, process, precision, folder, settings: dict
     ):
-        self.process, self.precision, self.folder, self.settings = (
-            process,
-            precision,
-            folder,
-            settings,
+        self.process, self.precision = process, precision
+        self.folder, self.settings = folder, settings
+        self.module = place_network(
+            model, process, sync_bn="none", syncbn_process_group_size=0, compiled=False
         )
-        self.module, self.network = setup.wrap_network(model, process, "none", 0, False)
+        self.network = average_gradients(self.module, process)
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = setup.build_optimizer("sgd", trained, weight_decay)
+        self.optimizer = build_optimizer("sgd", trained, weight_decay)
         self.scaler = dist.grad_scaler(process.device, precision)
 
     def save(self, iteration: int) -> None:
@@ -48,12 +49,12 @@ class Training:
     def resume(self) -> int:
         """Take over what the folder holds; the iterations done, 0 if it holds nothing."""
         state = checkpoint.load_checkpoint(self.folder)
-        resume.check_same_place(state["iteration"] if state else -1, 0, self.folder)
+        checkpoint.check_same_place(state["iteration"] if state else -1, 0, self.folder)
         if state is None:
             return 0
         check_settings(state, self.settings, self.folder)
         checkpoint.load_state(self.module, state["module"], self.folder)
-        resume.load_optimizer(self.optimizer, state["optimizer"])
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         return state["iteration"]
@@ -64,7 +65,7 @@ def training_images(
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-    statistics: tuple[list[float], list[float]],
+    normalisation: tuple[list[float], list[float]],
     batch_size: int,
     process: dist.Process,
     seed: int,
@@ -74,25 +75,29 @@ def training_images(
 
     A batch is normalised random resized crops (B, C, size, size) on the device, mirrored or not, and
     their sample indices (B,). scale: range of the area of a crop as a share of the image, ratio: of
-    width / height. statistics: mean and standard deviation of each channel.
+    width / height. normalisation: mean and standard deviation of each channel.
 
     The crops depend on (seed, epoch, index), the mirroring on (seed, epoch, iteration) and the place
     in the batch of all processes: both not on the number of processes.
     """
-    scales = ([x] for x in scale)
-    crops = MultiCropDataset(dataset, [1], [size], *scales, seed=seed, ratio=ratio)
-    sampler = EpochSampler(len(dataset), batch_size, process.rank, process.world_size, seed)
-    loader = multicrop_loader(crops, sampler, batch_size, workers, process.device.type)
+    smallest, largest = scale
+    crops = MultiCropDataset(dataset, [1], [size], [smallest], [largest], seed=seed, ratio=ratio)
+    sampler = EpochSampler(
+        len(dataset), batch_size, rank=process.rank, world_size=process.world_size, seed=seed
+    )
+    loader = multicrop_loader(
+        crops, sampler, batch_size, num_workers=workers, device_type=process.device.type
+    )
     total, first = batch_size * process.world_size, process.rank * batch_size
-    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in statistics)  # (C, 1, 1)
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in normalisation)  # (C, 1, 1)
 
     def batches(start, stop):
         iters_per_epoch = len(dataset) // total  # the last, smaller batch is left out
         while start < stop:
-            epoch, place = divmod(start, iters_per_epoch)
-            sampler.set_epoch(epoch, place)
-            for it, ((images,), indices) in enumerate(loader, place):
-                draws = draw_parameters(setup.generator(seed, epoch, it), 1, total, **FLIP)
+            epoch, first_iteration = divmod(start, iters_per_epoch)
+            sampler.set_epoch(epoch, first_iteration)
+            for it, ((images,), indices) in enumerate(loader, first_iteration):
+                draws = draw_parameters(generator(seed, epoch, it), 1, total, **FLIP)
                 images = images.to(process.device, non_blocking=True).flatten(0, 1)  # (B, C, S, S)
                 images = apply_draws(images, draws[first : first + len(images)], mean, std)
                 yield images.contiguous(memory_format=torch.channels_last), indices

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dist
-from ..run import setup
+from ..data.multicrop import generator
 from ..run.log import duration
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class MemoryBank:
         return batch * self.batch_size + row % self.batch_size
 
     @property
-    def known(self) -> Tensor:
+    def has_embedding(self) -> Tensor:
         """(n,), whether an image has an embedding: rows of zeros stand for none."""
         return self.embeddings.any(2).all(0)
 
@@ -76,18 +76,15 @@ class MemoryBank:
     def state_dict(self) -> dict:
         """The rows of all processes in the order of their numbers, on the CPU of the main process."""
         crops, _, dim = self._embeddings.shape
-        longest = dist.all_reduce_max(torch.tensor(self.num_rows)).item()
-        batch = crops * dim * self.batch_size * dist.world_size()  # numbers
-        at_once = max(1, GATHERED // batch) * self.batch_size
+        most_rows = dist.all_reduce_max(torch.tensor(self.num_rows)).item()
+        numbers_a_batch = crops * dim * self.batch_size * dist.world_size()
+        rows_at_once = max(1, GATHERED // numbers_a_batch) * self.batch_size
         parts = [(torch.zeros(0, crops, dim), torch.zeros(0, dtype=torch.int64))]
-        for first in range(0, longest, at_once):
-            rows = slice(first, min(first + at_once, self.num_rows))
-            mine = (
-                self.embeddings[:, rows].transpose(0, 1),
-                self.indices[rows],
-                self.positions[rows],
-            )
-            embeddings, indices, positions = (dist.all_gather_rows(x) for x in mine)
+        for first in range(0, most_rows, rows_at_once):
+            rows = slice(first, min(first + rows_at_once, self.num_rows))
+            embeddings = dist.all_gather_rows(self.embeddings[:, rows].transpose(0, 1))
+            indices = dist.all_gather_rows(self.indices[rows])
+            positions = dist.all_gather_rows(self.positions[rows])
             if dist.is_main():
                 order = positions.argsort()
                 parts.append((embeddings.cpu()[order], indices[order]))
@@ -97,36 +94,39 @@ class MemoryBank:
     def load_state_dict(self, state: dict) -> None:
         """Take this process's share of the rows, for any number of processes."""
         batch = torch.arange(len(state["indices"])) // self.batch_size
-        mine = (batch % dist.world_size() == dist.rank()).nonzero().flatten()
+        own_rows = (batch % dist.world_size() == dist.rank()).nonzero().flatten()
         self.num_rows = 0
-        for rows in mine.split(self.batch_size):
+        for rows in own_rows.split(self.batch_size):
             self.push(state["indices"][rows], state["embeddings"][rows].transpose(0, 1))
 
 
 @torch.no_grad()
-def fill_memory(run, bank, loader, crops_for_assign, seed, epoch) -> None:
+def fill_memory(
+    run, bank: MemoryBank, loader, crops_for_assign: list[int], *, seed: int, epoch: int
+) -> None:
     """Embed every image with the untrained network: what the first assignment works on.
 
-    The crops are those of `epoch`, one after the last. In training mode, as the rows that follow:
-    batch norm sees batches. Stops early when a signal asks the run to stop.
+    Its crops are drawn from (seed, epoch), as those of an epoch after the last. In training mode, as
+    the rows that follow: batch norm sees batches. Stops early when a signal asks the run to stop.
     """
     start = logged = time.perf_counter()
     total = len(loader)
     run.network.train()
-    for it, (batch, indices) in enumerate(loader):
-        draws = setup.generator(seed, epoch, it, run.process.rank)
+    for done, (batch, indices) in enumerate(loader, 1):
+        draws = generator(seed, epoch, done - 1, run.process.rank)
         torch.manual_seed(draws.initial_seed())
-        crops = run.augment([x.to(run.process.device, non_blocking=True) for x in batch], draws)
-        with dist.autocast(run.process.device, run.precision):
+        crops = [crop.to(run.process.device, non_blocking=True) for crop in batch]
+        crops = run.augment(crops, draws)
+        with run.autocast():
             embeddings = [run.network(crops[crop])[0] for crop in crops_for_assign]  # (B, D) each
         bank.push(indices, torch.stack(embeddings))
         now = time.perf_counter()
-        if now - logged > LOG_SECONDS or it + 1 == total:
-            logged, rate = now, (it + 1) / (now - start)
+        if now - logged > LOG_SECONDS or done == total:
+            logged, rate = now, done / (now - start)
             logger.info(
-                "memory bank: %d of %d batches, %.0f img/s eta %s",
-                *(it + 1, total, rate * run.global_batch, duration((total - it - 1) / rate)),
+                f"memory bank: {done} of {total} batches, {rate * run.global_batch:.0f} img/s "
+                f"eta {duration((total - done) / rate)}"
             )
-        if it + 1 < total and run.must_stop(it + 1):
+        if done < total and run.must_stop(done):
             logger.info("stopped in the pass that fills the memory bank: it will start again")
             return

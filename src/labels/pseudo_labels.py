@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dist
-from ..nets.weights import CheckpointError
-from ..run import metrics
-from ..run.diagnosis import diagnose_clusters
+from ..errors import CheckpointError
+from ..run import health
+from .health import cluster_health, diagnose_clusters, prediction_health
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class PseudoLabels:
     labels: (heads, N) int64, IGNORED where unknown. epoch: at whose start they were made, -1: never.
     """
 
-    def __init__(self, num_heads, num_images):
+    def __init__(self, num_heads: int, num_images: int):
         self.labels = torch.full((num_heads, num_images), IGNORED)
         self.epoch = -1
 
@@ -48,11 +48,11 @@ class PseudoLabels:
         return {"labels": self.labels.int(), "epoch": self.epoch}
 
     def load_state_dict(self, state: dict) -> None:
-        there, here = state["labels"].shape[1], self.labels.shape[1]
-        if there != here:
+        num_saved, num_images = state["labels"].shape[1], self.labels.shape[1]
+        if num_saved != num_images:
             raise CheckpointError(
-                f"the run's pseudo-labels are of {there:,} images, and --data_path has {here:,}: give "
-                "the data that it was trained on, or use another --dump_path"
+                f"the run's pseudo-labels are of {num_saved:,} images, and --data_path has "
+                f"{num_images:,}: give the data that it was trained on, or use another --dump_path"
             )
         self.labels, self.epoch = state["labels"].long(), state["epoch"]
 
@@ -63,34 +63,62 @@ def loss_of_nothing(num_clusters: list[int]) -> float:
 
 
 def report_predictions(
-    run, epoch, iteration, logits, labels, embedding, rates, ceiling=None, more=None, **flags
+    run,
+    logits: Tensor,
+    labels: Tensor,
+    embedding: Tensor,
+    *,
+    ceiling: float | None = None,
+    percentages: dict[str, float] | None = None,
+    lr: str = "--base_lr",
+    clusters: str | None = "--nmb_prototypes",
 ) -> None:
     """Write a log line with the health of the predictions and of the embeddings (N, D).
 
     logits (V * B, K), before the softmax, and labels (B,): of the first head. ceiling: the loss of
-    predicting nothing, ln(K) unless the heads differ. more: percentages by name, of all processes.
-    flags: see diagnose_clusters. All processes call it.
+    predicting nothing, ln(K) unless the heads differ. percentages: more of them by name, of all
+    processes. lr, clusters: flags, see diagnose_clusters. All processes call it.
     """
     logits, embedding = logits.detach(), F.normalize(embedding.detach().float(), dim=1)
-    health = metrics.prediction_health(logits, labels, IGNORED)
-    health = {name: run.mean_over_processes(x) for name, x in health.items()}
-    health["prototypes_used"] = metrics.prototype_usage(logits).item()
-    health["embedding_std"] = run.mean_over_processes(metrics.embedding_std(embedding))
-    health["rankme"] = metrics.rankme(embedding).item()
-    health |= more or {}
+    predictions = prediction_health(logits, labels, IGNORED)
+    values = {name: run.mean_over_processes(x) for name, x in predictions.items()}
+    values["prototypes_used"] = health.prototype_usage(logits).item()
+    values["embedding_std"] = run.mean_over_processes(health.embedding_std(embedding))
+    values["rankme"] = health.rankme(embedding).item()
+    percentages = percentages or {}
+    values |= percentages
     num_prototypes = logits.shape[1]
-    text = "predictions H {prediction_entropy:.2f} of {ceiling:.2f}, {accuracy:.0f}% agree, "
-    text += "{prototypes_used:.0f} of {k} in use, std {embedding_std:.2f}, rank {rankme:.0f}"
-    text = text.format(**health, ceiling=math.log(num_prototypes), k=num_prototypes)
-    text += "".join(f", {name.replace('_', ' ')} {x:.0f}%" for name, x in (more or {}).items())
-    line = run.report(epoch, iteration, rates, health, text)
-    run.diagnose(line, lambda lines: diagnose_clusters(lines, num_prototypes, ceiling, **flags))
+    texts = [
+        f"predictions H {values['prediction_entropy']:.2f} of {math.log(num_prototypes):.2f}",
+        f"{values['accuracy']:.0f}% agree",
+        f"{values['prototypes_used']:.0f} of {num_prototypes} in use",
+        f"std {values['embedding_std']:.2f}",
+        f"rank {values['rankme']:.0f}",
+        *(f"{name.replace('_', ' ')} {value:.0f}%" for name, value in percentages.items()),
+    ]
+    line = run.report(values, ", ".join(texts))
+    run.diagnose(
+        line,
+        lambda lines: diagnose_clusters(
+            lines, num_prototypes, ceiling=ceiling, lr=lr, clusters=clusters
+        ),
+    )
 
 
-def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) -> None:
+def report_assignment(
+    run,
+    labels: Tensor,
+    before: Tensor | None,
+    truth: Tensor | None,
+    *,
+    num_clusters: list[int],
+    epoch: int,
+    seconds: float,
+) -> None:
     """Write a log line with the health of new pseudo-labels (heads, N), the same on all processes.
 
-    before: those of the epoch before, or None. truth: (N,) of the data, or None.
+    before: those of the epoch before, or None. truth: (N,) of the data, or None. num_clusters: K of
+    each head. seconds: what the assignment took.
     """
     if not dist.is_main():
         return
@@ -98,17 +126,21 @@ def report_assignment(run, labels, before, truth, num_clusters, epoch, seconds) 
         "epoch": epoch,
         "epoch_float": float(epoch),
         "iteration": epoch * run.iters_per_epoch,
-        **metrics.cluster_health(labels, before, truth, num_clusters),
+        **cluster_health(labels, before, truth, num_clusters),
         "assignment_seconds": seconds,
     }
     run.log.write(line["iteration"], line)
-    text = "sizes {cluster_min:.0f} to {cluster_max:.0f}, median {cluster_median:.0f}, "
-    text += f"{round(line['clusters_empty'], 1):g} empty"
-    text += ", NMI {nmi_previous:.2f} with the previous" if before is not None else ""
-    text += ", NMI {nmi_labels:.2f} with the labels" if truth is not None else ""
-    known = (labels[0] >= 0).sum().item()
+    texts = [
+        f"sizes {line['cluster_min']:.0f} to {line['cluster_max']:.0f}",
+        f"median {line['cluster_median']:.0f}",
+        f"{round(line['clusters_empty'], 1):g} empty",
+    ]
+    if before is not None:
+        texts.append(f"NMI {line['nmi_previous']:.2f} with the previous")
+    if truth is not None:
+        texts.append(f"NMI {line['nmi_labels']:.2f} with the labels")
+    num_labelled = (labels[0] >= 0).sum().item()
     logger.info(
-        "epoch %d/%d clusters %s of %s images in %.1f s: %s",
-        *(epoch + 1, run.arguments["epochs"], " + ".join(map(str, num_clusters))),
-        *(f"{known:,}", seconds, text.format(**line)),
+        f"epoch {epoch + 1}/{run.arguments['epochs']} clusters {' + '.join(map(str, num_clusters))} "
+        f"of {num_labelled:,} images in {seconds:.1f} s: {', '.join(texts)}"
     )

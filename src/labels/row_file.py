@@ -1,4 +1,4 @@
-"""A matrix in a file that all processes map, filled in chunks of rows; a stopped run knows which are there.
+"""A matrix in a file that all processes map, filled in chunks of rows; a stopped run goes on with the rest.
 
 <name>.npy is the matrix, as numpy reads it; <name>.<rank>.done the chunks that a process has written and
 flushed, a number a line. The folder must be shared by all processes, as that of the run is.
@@ -9,6 +9,7 @@ import shutil
 import struct
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class RowFile:
         dist.barrier()
 
     def read(self) -> Tensor:
-        """The matrix, mapped and not to be written to: in memory is what is used, as far as there is room."""
+        """The matrix, mapped, not to be written to: in memory is what is used, as far as it has room."""
         if not self.shape[0]:
             return torch.empty(self.shape)
         array = np.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -58,7 +59,7 @@ class RowFile:
             written.update(int(line[:-1]) for line in lines if line.endswith("."))  # not torn
         return [i for i in range(-(-self.shape[0] // CHUNK)) if i not in written]
 
-    def mine(self) -> list[int]:
+    def own_missing(self) -> list[int]:
         """The missing chunks that this process shall write. All processes call it together."""
         missing = dist.broadcast_object(self.missing() if dist.is_main() else None)
         return [missing[i] for i in share(len(missing))]
@@ -95,21 +96,21 @@ class RowFile:
         dist.barrier()
 
 
-def check_space(folder: Path, needed: int, what: str) -> None:
+def check_space(folder: Path, needed: int, purpose: str) -> None:
     """ValueError on all processes if the disk has too little space for so many bytes.
 
     What is in the folder's .npy files counts as free.
     """
-    there = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
-    free = dist.broadcast_object(shutil.disk_usage(folder).free + there)
+    held = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
+    free = dist.broadcast_object(shutil.disk_usage(folder).free + held)
     if needed > free:
         raise ValueError(
-            f"--dump_path has {free / 1e9:.3g} GB free, and {what} needs {needed / 1e9:.3g} GB: name a "
-            "folder on another disk, or lower --dim_pca or --size_dataset"
+            f"--dump_path has {free / 1e9:.3g} GB free, and {purpose} needs {needed / 1e9:.3g} GB: "
+            "name a folder on another disk, or lower --dim_pca or --size_dataset"
         )
 
 
-def wait_for(condition, stop, folder: Path) -> None:
+def wait_for(condition: Callable[[], bool], stop, folder: Path) -> None:
     """Wait until the files of other processes are there, or one of all was asked to stop.
 
     A collective would do, but for its time limit: processes may have hours of work more than others.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dist
+from ..data.multicrop import generator
 from ..nets.top_layer import TopLayer
-from ..run import setup
 from .pseudo_labels import IGNORED
 
 SUB_DRAW = 3  # sets the draws of the classifiers apart from others
@@ -27,20 +27,22 @@ class Places:
     places of each super-class in the whole batch.
     """
 
-    def __init__(self, num_super, num_rotations, batch_size, rank, world_size):
+    def __init__(
+        self, num_super: int, num_rotations: int, batch_size: int, rank: int, world_size: int
+    ):
         self.num_super, self.num_rotations = num_super, num_rotations
         total = batch_size * world_size
-        every = torch.arange(total) * num_super // total  # (G,)
-        self.quota = every.bincount(minlength=num_super).tolist()
-        of_ranks = every.view(world_size, batch_size)
-        self.supers = of_ranks[rank]
+        supers = torch.arange(total) * num_super // total  # (G,)
+        supers_of_ranks = supers.view(world_size, batch_size)
+        self.quota = supers.bincount(minlength=num_super).tolist()
+        self.supers = supers_of_ranks[rank]
         self.rotations = self.supers % num_rotations
         self.held = self.supers.unique().tolist()
         self.holders = [
-            (of_ranks == s).any(1).nonzero().flatten().tolist() for s in range(num_super)
+            (supers_of_ranks == s).any(1).nonzero().flatten().tolist() for s in range(num_super)
         ]
-        self.first = [int((every < s).sum()) for s in range(num_super)]  # place of each
-        self.mine = range(rank * batch_size, (rank + 1) * batch_size)
+        self.first_place = [int((supers < s).sum()) for s in range(num_super)]
+        self.own_places = range(rank * batch_size, (rank + 1) * batch_size)
 
     def cluster_of(self, super_class: int) -> int:
         """Its first-level cluster."""
@@ -48,30 +50,44 @@ class Places:
 
     def columns(self, super_class: int) -> slice:
         """Which of a super-class' places in the whole batch are this process's."""
-        first = self.first[super_class]
-        start = max(self.mine.start - first, 0)
-        return slice(start, max(start, min(self.mine.stop - first, self.quota[super_class])))
+        first = self.first_place[super_class]
+        start = max(self.own_places.start - first, 0)
+        stop = min(self.own_places.stop - first, self.quota[super_class])
+        return slice(start, max(start, stop))
 
     def local(self, super_class: int) -> slice:
         """Where a super-class lies among this process's places."""
-        columns, first = self.columns(super_class), self.first[super_class] - self.mine.start
-        return slice(first + columns.start, first + columns.stop)
+        columns = self.columns(super_class)
+        offset = self.first_place[super_class] - self.own_places.start
+        return slice(offset + columns.start, offset + columns.stop)
 
 
 class SubClassifiers:
     """W_1 ... W_S of Eq. 3.4, each on the processes that have images of its super-class.
 
     Their step averages over the images of the super-class, as in a group of the published code.
-    num_classes: of each. The momentum is part of the state.
+    num_classes: of each. lr, momentum, weight_decay: of SGD; the momentum is part of the state.
     """
 
-    def __init__(self, places: Places, num_features: int, num_classes: int, process, **sgd):
-        self.places, self.process, self.sgd = places, process, sgd
+    def __init__(
+        self,
+        places: Places,
+        num_features: int,
+        num_classes: int,
+        process: dist.Process,
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ):
+        self.places, self.process = places, process
         self.groups = dist.new_groups(places.holders)
         self.layers = {
             s: TopLayer(num_features, num_classes).to(process.device) for s in places.held
         }
-        self.optimizer = torch.optim.SGD(self.parameters(), **sgd)
+        self.optimizer = torch.optim.SGD(
+            self.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in layer.parameters()]
@@ -79,7 +95,7 @@ class SubClassifiers:
     def reset(self, num_classes: int, seed: int, epoch: int) -> None:
         """New weights, the same on all processes that hold a classifier, and no momentum."""
         for s, layer in self.layers.items():
-            layer.reset(num_classes, setup.generator(seed, epoch, s, 0, SUB_DRAW))
+            layer.reset(num_classes, generator(seed, epoch, s, 0, SUB_DRAW))
         self.optimizer.state.clear()
 
     def scores(self, features: Tensor) -> list[Tensor]:
@@ -98,9 +114,10 @@ class SubClassifiers:
         """Make them those of the mean over a super-class' images; scale: of the loss."""
         for s, layer in self.layers.items():
             share = len(self.places.supers) / self.places.quota[s] / scale
-            with dist.within(self.groups[s]):
-                for p in layer.parameters() if len(self.places.holders[s]) > 1 else ():
-                    p.grad = dist.all_reduce_sum(p.grad)
+            if len(self.places.holders[s]) > 1:
+                with dist.within(self.groups[s]):
+                    for p in layer.parameters():
+                        p.grad = dist.all_reduce_sum(p.grad)
             for p in layer.parameters():
                 p.grad.mul_(share)
 
@@ -114,18 +131,17 @@ class SubClassifiers:
         """Weights and momentum of all super-classes, on the CPU of the main process."""
         state = {}
         for s, holders in enumerate(self.places.holders):
-            size = torch.tensor(self.layers[s].out_features if s in self.layers else 0)
-            shape = [int(dist.all_reduce_max(size))]
-            width = torch.tensor(self.layers[s].in_features if s in self.layers else 0)
-            width = int(dist.all_reduce_max(width))
-            for name, more in (("weight", [width]), ("bias", [])):
-                p = getattr(self.layers[s], name) if s in self.layers else None
-                buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
-                blank = torch.zeros(*shape, *more, device=self.process.device)
-                for key, x in ((name, p), (f"momentum_{name}", buffer)):
-                    x = dist.broadcast(blank if x is None else x.detach(), holders[0])
+            layer = self.layers.get(s)
+            shape = (layer.out_features, layer.in_features) if layer is not None else (0, 0)
+            num_classes, num_features = dist.all_reduce_max(torch.tensor(shape)).tolist()
+            for name, size in (("weight", (num_classes, num_features)), ("bias", (num_classes,))):
+                p = None if layer is None else getattr(layer, name)
+                momentum = self.optimizer.state.get(p, {}).get("momentum_buffer")
+                blank = torch.zeros(size, device=self.process.device)
+                for key, value in ((name, p), (f"momentum_{name}", momentum)):
+                    value = dist.broadcast(blank if value is None else value.detach(), holders[0])
                     if dist.is_main():
-                        state[f"{s}.{key}"] = x.cpu().clone()
+                        state[f"{s}.{key}"] = value.cpu().clone()
         return state
 
     def load_state_dict(self, state: dict) -> None:

@@ -5,12 +5,16 @@ import re
 from torch import nn
 
 from . import resnet, vision_transformer
-from .convnets import build_convnet
 
 
 def is_vit(arch: str) -> bool:
     """Whether `arch` is a vision transformer of ours, with tokens and attention to look at."""
     return arch in vision_transformer.ARCHITECTURES
+
+
+def is_transformer(arch: str) -> bool:
+    """Whether `arch` is a vision transformer of ours or an XCiT."""
+    return is_vit(arch) or arch.startswith("xcit")
 
 
 def build_backbone(
@@ -58,6 +62,8 @@ def build_backbone(
         return build_xcit(arch, in_chans, drop_path_rate)
     options = {"stem": stem, "width": width, "zero_init_residual": zero_init_residual}
     if sobel is not None:
+        from .convnets import build_convnet
+
         options |= {"sobel": sobel, "sobel_padding": sobel_padding}
         return build_convnet(arch, in_chans=in_chans, **options)
     if arch not in resnet.ARCHITECTURES:

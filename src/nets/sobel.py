@@ -47,7 +47,8 @@ def sobel_to_rgb(conv: nn.Conv2d, padding: int) -> nn.Conv2d:
     conv: of 2 channels, kernel k; the new one has kernel k + 2, the same stride and bias, and their
     paddings added. Its output is the same, to rounding, everywhere with padding 2, beyond which Sobel
     filters give zero, and else wherever its window lies inside the image; at the border `conv` saw
-    zeros, where the new one sees derivatives of the image against zeros. Raises ValueError on a convolution that is not a plain one of 2 channels.
+    zeros, where the new one sees derivatives of the image against zeros. Raises ValueError on a
+    convolution that is not a plain one of 2 channels.
     """
     if conv.in_channels != 2 or conv.groups != 1 or conv.dilation != (1, 1):
         raise ValueError(f"{conv} must have 2 input channels, 1 group and no dilation")

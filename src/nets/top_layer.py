@@ -20,6 +20,8 @@ class TopLayer(nn.Linear):
     has of another shape is the caller's to drop. A state_dict of another K is taken as it is.
     """
 
+    resizable = True  # src.run.checkpoint lets a state dict have another number of classes
+
     def __init__(self, num_features: int, num_classes: int):
         super().__init__(num_features, num_classes)
         self.reset(num_classes)

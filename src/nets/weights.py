@@ -5,6 +5,7 @@ checkpoints, torchvision's, safetensors. Only tensors, plain containers, argpars
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import pickle
@@ -15,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import dist
+from ..errors import CheckpointError, cause
+
 logger = logging.getLogger(__name__)
 
 # What published files wrap their weights in, and what they put before the names of a network.
@@ -23,10 +27,6 @@ PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder."
 OWN_PREFIXES = PREFIXES[:3]  # networks of ours have them too
 SOBEL = "sobel."  # filters before a trunk, whose names do not start as the trunk's do
 COUNTER = "num_batches_tracked"  # of a batch normalisation: a file may lack it, and all fit
-
-
-class CheckpointError(OSError):
-    """A file that cannot be written, read or used; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,35 @@ def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[st
     such as "student"; None: the first of SECTIONS that there is. A file without any is taken whole. Raises
     FileNotFoundError, ValueError (another key would do) or CheckpointError (not a file of weights).
     """
-    found = _read_file(path)
-    there = _sections(found)
-    if checkpoint_key is not None and there and checkpoint_key not in there:
-        names = ", ".join(there)
-        raise ValueError(f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {names}")
-    if checkpoint_key is not None and not there:
-        logger.info("%s has no sections: --checkpoint_key %s is not needed", path, checkpoint_key)
-    key = next((key for key in (checkpoint_key, *SECTIONS) if key in there), None)
-    chosen = found if key is None else found[key]
-    weights = {str(k): v for k, v in chosen.items() if isinstance(v, torch.Tensor)}
+    return tensors_of(read_file(path), path, checkpoint_key)
+
+
+def tensors_of(
+    contents: dict, path: str | Path, checkpoint_key: str | None = None
+) -> dict[str, torch.Tensor]:
+    """What read_weights gives, of the contents of a file that is read already; path: for messages."""
+    names = _sections(contents)
+    if checkpoint_key is not None and names and checkpoint_key not in names:
+        raise ValueError(
+            f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {', '.join(names)}"
+        )
+    if checkpoint_key is not None and not names:
+        logger.info(f"{path} has no sections: --checkpoint_key {checkpoint_key} is not needed")
+    key = next((key for key in (checkpoint_key, *SECTIONS) if key in names), None)
+    section = contents if key is None else contents[key]
+    weights = {str(name): x for name, x in section.items() if isinstance(x, torch.Tensor)}
     if not weights:
-        raise CheckpointError(f"{path} holds no tensors by name; it has: {_some(map(str, found))}")
-    weights = without_wrapper(weights)
+        raise CheckpointError(
+            f"{path} holds no tensors by name; it has: {_some(map(str, contents))}"
+        )
+    weights = dist.without_wrapper(weights)
     # DeepCluster ran its convolutions alone, not the linear layers, on several GPUs.
     return {name.replace("features.module.", "features."): x for name, x in weights.items()}
 
 
 def sections(path: str | Path) -> list[str]:
     """Names of the parts of a file, such as "student" and "teacher". Raises as read_weights."""
-    return _sections(_read_file(path))
+    return _sections(read_file(path))
 
 
 def epoch_of(path: str | Path, method: str) -> int:
@@ -74,14 +83,14 @@ def epoch_of(path: str | Path, method: str) -> int:
 
     Raises as read_weights, and CheckpointError for a run of this repository of another method.
     """
-    found = _read_file(path)
-    epoch = found.get("epoch", 0)
-    if found.get("method", method) != method:
+    contents = read_file(path)
+    epoch = contents.get("epoch", 0)
+    if contents.get("method", method) != method:
         raise CheckpointError(
-            f"--resume {path} is of another method ({found['method']}, not {method}): start from its "
-            "weights with --init_from"
+            f"--resume {path} is of another method ({contents['method']}, not {method}): start from "
+            "its weights with --init_from"
         )
-    logger.info("%s was trained for %s epochs", path, epoch)
+    logger.info(f"{path} was trained for {epoch} epochs")
     return epoch if isinstance(epoch, int) else 0
 
 
@@ -98,8 +107,17 @@ def load_weights(
     lack or have in another shape. Raises as read_weights, and CheckpointError, before anything is
     changed, when nothing fits or when tensors outside allow_missing are missing.
     """
-    weights = read_weights(path, checkpoint_key)
-    module = unwrapped(module)
+    return fit_weights(module, read_weights(path, checkpoint_key), path, allow_missing)
+
+
+def fit_weights(
+    module: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    source: str | Path,
+    allow_missing: Sequence[str] = (),
+) -> Report:
+    """What load_weights does with tensors of a file, `source`, that is read already."""
+    module = dist.unwrapped(module)
     own = module.state_dict()
     candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
     renamed = max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
@@ -113,56 +131,48 @@ def load_weights(
     ]
     if all(name.endswith(COUNTER) for name in matched):
         raise CheckpointError(
-            f"{path}: none of its {len(weights)} tensors ({_some(weights)}) fits this network "
+            f"{source}: none of its {len(weights)} tensors ({_some(weights)}) fits this network "
             f"({_some(own)}): check --arch and --checkpoint_key"
         )
     required = [n for n in missing + wrong_shape if not n.startswith(tuple(allow_missing))]
     if required:
         raise CheckpointError(
-            f"{path} lacks {len(required)} of the {len(own)} tensors of this network, or has them "
+            f"{source} lacks {len(required)} of the {len(own)} tensors of this network, or has them "
             f"in another shape ({_some(required)}): check --arch and the flags of its head"
         )
     module.load_state_dict({name: renamed[name][1] for name in matched}, strict=False)
     logger.info(
-        "%s: matched %d of %d tensors; missing: %s; left over: %s; wrong shape: %s",
-        *(path, len(matched), len(own), _some(missing), _some(left_over), _some(shapes)),
+        f"{source}: matched {len(matched)} of {len(own)} tensors; missing: {_some(missing)}; "
+        f"left over: {_some(left_over)}; wrong shape: {_some(shapes)}"
     )
     return Report(matched, missing, left_over, wrong_shape)
 
 
-def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The network inside DistributedDataParallel or DataParallel and torch.compile, if it is."""
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
-        module = module.module if isinstance(module, wrappers) else module._orig_mod
-    return module
+def fingerprint(*modules: torch.nn.Module) -> str:
+    """A few letters that tell networks with other weights apart.
+
+    modules: the parts of one network, with different names of tensors.
+    """
+    digest, tensors = hashlib.sha256(), {}
+    for module in modules:
+        tensors |= module.state_dict()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
-def without_wrapper(weights: dict) -> dict:
-    """The same tensors, without the "module." and "_orig_mod." of wrappers before every name."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+def _sections(contents):
+    return [str(key) for key, value in contents.items() if isinstance(value, dict)]
 
 
-def cause(error: BaseException) -> str:
-    """The first words of an error, for a sentence of ours."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].split(". ")[0]
-
-
-def _sections(found):
-    return [str(key) for key, value in found.items() if isinstance(value, dict)]
-
-
-def _read_file(path):
-    """What a file or the checkpoint of a run's folder holds, a dict; raises as read_weights."""
+def read_file(path: str | Path) -> dict:
+    """What a file or the checkpoint of a run's folder holds; raises as read_weights."""
     path = str(path)
     if os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pth")
     try:
-        found = _read(path)
+        contents = _read(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no weights file {path}") from None
     except ImportError as error:
@@ -176,9 +186,9 @@ def _read_file(path):
         ) from error
     except Exception as error:  # whatever the bytes of a damaged file make torch raise
         raise CheckpointError(f"{path} cannot be read as weights ({cause(error)})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not tensors by name")
-    return found
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} holds a {type(contents).__name__}, not tensors by name")
+    return contents
 
 
 def _read(path):

@@ -55,13 +55,20 @@ class TopImages:
 
 
 def find_top_images(
-    model: nn.Module, layer: Layer, dataset: ImageDataset, number: int, size: int, statistics, **how
+    model: nn.Module,
+    layer: Layer,
+    dataset: ImageDataset,
+    number: int,
+    size: int,
+    normalisation: tuple[Sequence[float], Sequence[float]],
+    **extraction,
 ) -> TopImages:
     """The `number` images of `dataset` that each filter of `layer` responds to most.
 
     One pass over centre crops of size x size pixels, in the order of the data; nothing is kept of
-    an image but what TopImages keeps, so there may be any number. statistics: mean and standard
-    deviation; how: device, batch_size, num_workers, precision of src.labels.features.extract_features.
+    an image but what TopImages keeps, so there may be any number. normalisation: mean and standard
+    deviation; extraction: device, batch_size, num_workers, precision of
+    src.labels.features.extract_features.
     An image that cannot be read is left out. Raises ValueError for responses that are not finite.
     """
     top = TopImages(layer.num_filters, number)
@@ -80,7 +87,8 @@ def find_top_images(
         top.update(responses, indices)
         return images.new_empty(len(images), 0)
 
-    extract_features(forward, dataset, size, *statistics, **how)
+    mean, std = normalisation
+    extract_features(forward, dataset, size, mean=mean, std=std, **extraction)
     return top
 
 

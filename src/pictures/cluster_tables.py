@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .. import dist
 from ..cluster.kmeans import initial_centroids, spherical_kmeans
-from ..evaluate.evaluation import forward_of
 from ..labels.features import extract_features
-from ..nets.heads import DINOHead, unit_rows
+from ..labels.health import normalized_mutual_information
+from ..nets.dino_head import DINOHead, unit_rows
+from ..nets.pretrained import IMAGENET_RED, Pretrained
 from ..nets.weights import read_weights
-from ..run import metrics
 
 PROTOTYPES = re.compile(r"(?:.*\.)?prototypes(?:\.prototypes(\d+))?\.weight")
 DINO_HEAD = re.compile(r"(?:.*\.)?head\.((?:mlp|last_layer)\..*)")
@@ -67,7 +67,8 @@ def _dino_head(weights):
     linear = [x for name, x in weights.items() if name.startswith("mlp.") and x.dim() == 2]
     first = [*linear, last][0]
     head = DINOHead(
-        *(first.shape[1], len(last)),
+        first.shape[1],
+        len(last),
         use_bn=any(name.endswith("running_mean") for name in weights),
         nlayers=len(linear) + (not bottleneck),
         hidden_dim=len(first),
@@ -78,22 +79,35 @@ def _dino_head(weights):
     return head.eval()
 
 
-def features_of(model, feature, dino, dataset, normalise, args) -> Tensor:
-    """What clusters are made of, (N, D): the trunk's output, the embedding, or, where `dino` is its
-    head, what its last layer is applied to. normalise: mean and standard deviation."""
+def features_of(network: Pretrained, dino: DINOHead | None, dataset, args) -> Tensor:
+    """What clusters are made of, (N, D), on the device where they are made.
+
+    It is the output of the network, or, where `dino` is its head, what its last layer is applied to.
+    Raises ValueError for values that are not finite.
+    """
     device = dist.resolve_device(args.device)
     precision = "fp32" if args.use_fp16 is False else args.precision
     precision = dist.resolve_precision(precision, device)
-    forward = forward_of(model.to(device), feature)
+    model = network.model.to(device)
+    mean, std = network.normalisation(dataset, IMAGENET_RED if dino else None)
 
     def before_last_layer(images):
-        x = dino.mlp(forward(images)).float()
+        x = dino.mlp(model(images)).float()
         return unit_rows(x) if dino.l2_bottleneck else x
 
-    images = (dataset, args.size, *normalise, device, args.batch_size, args.workers, precision)
     if dino:
         dino.to(device)
-    features, _ = extract_features(before_last_layer if dino else forward, *images)
+    features, _ = extract_features(
+        before_last_layer if dino else model,
+        dataset,
+        args.size,
+        mean=mean,
+        std=std,
+        device=device,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        precision=precision,
+    )
     if not features.isfinite().all():
         raise ValueError(f"--pretrained {args.pretrained} makes features that are not finite")
     return features.to(device if device.type != "mps" else "cpu")
@@ -155,8 +169,11 @@ def group(
         centroids = initial_centroids(rows, num_clusters, seed, method="k-means++")
         centroids, _ = spherical_kmeans(rows, centroids, ITERATIONS, empty="reseed")
         heads = [(centroids, None)]
-    found = [nearest(features, *head) for head in heads]
-    return [(x.masked_fill(~readable, UNREADABLE), *rest) for x, *rest in found]
+    found = [nearest(features, weight, bias) for weight, bias in heads]
+    return [
+        (clusters.masked_fill(~readable, UNREADABLE), cosines, centroids)
+        for clusters, cosines, centroids in found
+    ]
 
 
 class Clusters:
@@ -203,7 +220,7 @@ class Clusters:
         if self.labels is None:
             return numbers
         clusters, labels = self.assignments[self.readable], self.labels[self.readable]
-        nmi = metrics.normalized_mutual_information(clusters, labels)
+        nmi = normalized_mutual_information(clusters, labels)
         purity = int(self.matching.sum()) / len(clusters)
         return {**numbers, "purity": purity, "nmi": float(nmi)}
 

@@ -16,7 +16,7 @@ from ..data.datasets import ImageDataset
 from ..evaluate import flags as eval_flags
 from ..labels.features import centre_crop
 from ..run import flags
-from ..run.flag_types import at_least_zero, positive
+from ..run.flags import at_least_zero, positive
 from . import curves
 from .attention import three_channels
 from .cluster_tables import UNREADABLE, Clusters

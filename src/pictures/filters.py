@@ -102,7 +102,7 @@ def ascend(
     layer: Layer,
     filters: Sequence[int],
     size: int,
-    statistics: tuple[Sequence[float], Sequence[float]],
+    normalisation: tuple[Sequence[float], Sequence[float]],
     steps: int = 200,
     step_size: float = 0.1,
     decay: float = 0.01,
@@ -114,7 +114,7 @@ def ascend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each of `filters` an image that its mean response is large for, found from noise.
 
-    statistics: mean and standard deviation that images are normalised with; steps, distances and
+    normalisation: mean and standard deviation that images are normalised with; steps, distances and
     decay are of normalised images. A step goes step_size along the gradient of the response, as the
     root mean square over the image, whatever the gradient's length; then the image is multiplied by
     1 - decay, the share `clip` of its pixels that are nearest to the mean colour become it, every
@@ -126,7 +126,7 @@ def ascend(
     the CPU. Raises ValueError for responses that are not finite.
     """
     weight = next(model.parameters())
-    mean, std = (torch.tensor(x, device=weight.device).view(-1, 1, 1) for x in statistics)
+    mean, std = (torch.tensor(x, device=weight.device).view(-1, 1, 1) for x in normalisation)
     kernel = torch.from_numpy(photometry.blur_kernels(np.array([blur_sigma])))
     kernel = kernel.view(1, -1, 1, 1).to(weight.device)
     at_once = max(1, AT_ONCE // (len(mean) * size**2))

@@ -4,13 +4,9 @@ import argparse
 from pathlib import Path
 
 from ..evaluate import flags as eval_flags
-from ..evaluate.evaluation import is_dino, run_defaults, run_folder
-from ..evaluate.flags import NETWORKS as SMALL_NETWORKS
-from ..evaluate.flags import file_defaults, vit_defaults
-from ..nets.backbones import is_vit
+from ..nets.pretrained import describe, is_dino, read_run_args, run_folder
 from ..run import flags, image_flags
-from ..run.flag_types import at_least_zero, positive, probability
-from ..run.presets import CROPS, SHARED
+from ..run.flags import SHARED, at_least_zero, positive, probability
 from .responses import Layer
 
 # Untrained networks for small images, which are enlarged for them.
@@ -115,53 +111,48 @@ def _add_shared_flags(parser):
 # fmt: on
 
 
-def attention_defaults(args: argparse.Namespace, run: dict, given: set[str]) -> dict:
+def attention_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     """The network and the size of the images, from the run, the file or the preset."""
-    defaults = run_defaults(run)
-    if args.pretrained and not run and ("arch" not in given or is_vit(args.arch)):
-        defaults = vit_defaults(args.pretrained, args.checkpoint_key)
-    elif not args.pretrained and not args.image_path and not given & {"arch", "patch_size"}:
-        defaults = {**NETWORKS.get(flags.preset_of(args.data_path), {})}
-    if defaults.get("img_size"):  # of the crops that the network was trained on
-        patch_size = defaults.get("patch_size", args.patch_size)
-        side = 480 * defaults["img_size"] // TRAINED_SIZE // patch_size * patch_size
-        defaults["image_size"] = [max(side, patch_size)] * 2
-    if run:
-        defaults["dump_path"] = str(run_folder(args.pretrained) / "plots" / "attention")
+    said = {}
+    if args.pretrained:
+        _, said = describe(args.pretrained, explicit.get("arch"), args.checkpoint_key)
+    elif not args.image_path and not explicit.keys() & {"arch", "patch_size"}:
+        said = {**NETWORKS.get(flags.preset_of(args.data_path), {})}
+    if said.get("img_size"):  # of the crops that the network was trained on
+        patch_size = said.get("patch_size", args.patch_size)
+        side = 480 * said["img_size"] // TRAINED_SIZE // patch_size * patch_size
+        said["image_size"] = [max(side, patch_size)] * 2
+    if eval_flags.is_run(args.pretrained):
+        said["dump_path"] = str(run_folder(args.pretrained) / "plots" / "attention")
     elif not args.image_path:
-        defaults["dump_path"] = str(Path("plots") / "attention")
-    return defaults
+        said["dump_path"] = str(Path("plots") / "attention")
+    return said
 
 
-def crops_defaults(args: argparse.Namespace, run: dict, given: set[str]) -> dict:
+def crops_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     """The crops and the photometry, from the run or the preset."""
-    if not run:
+    run_args = read_run_args(args.pretrained)
+    if not run_args:
         return SHARED[flags.preset_of(args.data_path) if args.preset == "auto" else args.preset]
-    defaults = {**run, "dump_path": str(run_folder(args.pretrained))}
-    if is_dino(run):
-        scales = (run["global_crops_scale"], run["local_crops_scale"])
+    said = {**run_args, "dump_path": str(run_folder(args.pretrained))}
+    if is_dino(run_args):
+        scales = (run_args["global_crops_scale"], run_args["local_crops_scale"])
         values = {
-            "nmb_crops": [2, run["local_crops_number"]],
-            "size_crops": [run["global_crops_size"], run["local_crops_size"]],
-            "min_scale_crops": [scale[0] for scale in scales],
-            "max_scale_crops": [scale[1] for scale in scales],
+            "nmb_crops": [2, run_args["local_crops_number"]],
+            "size_crops": [run_args["global_crops_size"], run_args["local_crops_size"]],
+            "min_scale_crops": [smallest for smallest, _ in scales],
+            "max_scale_crops": [largest for _, largest in scales],
         }
-        resolutions = 2 if run["local_crops_number"] else 1
-        defaults |= {name: x[:resolutions] for name, x in values.items()}
-    return defaults
+        resolutions = 2 if run_args["local_crops_number"] else 1
+        said |= {name: x[:resolutions] for name, x in values.items()}
+    return said
 
 
-def network_defaults(args: argparse.Namespace, run: dict, given: set[str]) -> dict:
+def network_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     """The network and the images, from the run, the file or the preset."""
-    defaults = run_defaults(run)
-    if args.pretrained and not run:
-        arch = args.arch if "arch" in given else None
-        defaults = file_defaults(args.pretrained, args.checkpoint_key, arch)
-    elif not args.pretrained and "arch" not in given:
-        preset = flags.preset_of(args.data_path)
-        defaults = {"size": CROPS[preset]["size"][0], **SMALL_NETWORKS.get(preset, {})}
-    folder = run_folder(args.pretrained) if run else Path()
-    return {**defaults, "dump_path": str(folder / "plots" / args.picture)}
+    _, said = eval_flags.network_defaults(args, explicit)
+    folder = run_folder(args.pretrained) if eval_flags.is_run(args.pretrained) else Path()
+    return {**said, "dump_path": str(folder / "plots" / args.picture)}
 
 
 def check_filters(args: argparse.Namespace, layer: Layer, num_images: int) -> None:

@@ -3,7 +3,6 @@
 The response of a filter to an image is the mean of its map, over all positions.
 """
 
-import difflib
 import re
 from dataclasses import dataclass
 
@@ -11,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nets.layers import module_name
+from ..nets.pretrained import HEADS
+
 # Convolutions beside the path, not on it: of ResNets, and of RegNets.
 SHORTCUT = re.compile(r"(^|\.)(downsample|trunk_output\..*\.proj)\.")
-WRAPPERS = ("", "trunk.", "backbone.")  # what ours put before the names of a network of others
 
 
 @dataclass
@@ -112,52 +113,56 @@ def find_layer(
     A convolution has with it the batch norm and the ReLU that follow it at once, where they are
     modules; calls: of trace. Raises ValueError for what is not there or has no map.
     """
-    found = convolutions(model, calls)
+    convolution_calls = convolutions(model, calls)
     if name is not None:
-        return _named(model, calls, name, found[-1].name)
-    number = len(found) if conv is None else conv
-    if number > len(found):
-        count = len(found)
+        return _named(model, calls, name, convolution_calls[-1].name)
+    count = len(convolution_calls)
+    number = count if conv is None else conv
+    if number > count:
         raise ValueError(f"--conv {conv} is not one of the {count} convolutions: use 1 to {count}")
-    last, rectified = found[number - 1], False
+    last, rectified = convolution_calls[number - 1], False
     if last.after is not None and isinstance(last.after.module, nn.modules.batchnorm._BatchNorm):
         last = last.after
     if last.after is not None and isinstance(last.after.module, nn.ReLU):
         rectified = True
     shape = last.output.shape
     uses = sum(call.module is last.module for call in calls)
-    return Layer(f"conv{number}", last.module, shape[1], tuple(shape[2:]), uses, rectified)
+    return Layer(
+        f"conv{number}",
+        last.module,
+        num_filters=shape[1],
+        cells=tuple(shape[2:]),
+        uses=uses,
+        rectified=rectified,
+    )
 
 
-def module_name(model: nn.Module, name: str) -> tuple[str | None, list[str]]:
-    """The name of a module with what wraps a trunk before it, None if there is none; near names then."""
-    names = [known for known, _ in model.named_modules() if known]
-    full = next((start + name for start in WRAPPERS if start + name in names), None)
-    if full is not None:
-        return full, []
-    short = [x.removeprefix(start) for start in WRAPPERS for x in names if x.startswith(start)]
-    return None, difflib.get_close_matches(name, list(dict.fromkeys(short)), 4, 0.3)
-
-
-def _named(model, calls, name, usual):
-    full, near = module_name(model, name)
-    if full is None:
-        near = f"near to it are {', '.join(near)}" if near else f"there is {usual}, say"
+def _named(model, calls, name, last_convolution):
+    whole, near = module_name(model, name)
+    is_head = name.split(".")[0] in HEADS  # which open_pretrained has taken off
+    if whole is None and not is_head:
+        near = f"near to it are {', '.join(near)}" if near else f"there is {last_convolution}, say"
         raise ValueError(f"--layer {name} is not a module of this network: {near}")
-    uses = [call for call in calls if call.name == full]
+    uses = [call for call in calls if call.name == whole]
     if not uses:
         raise ValueError(
             f"--layer {name} comes after the features, or is not used: take one before, such "
-            f"as {usual}, the last convolution"
+            f"as {last_convolution}, the last convolution"
         )
     output = uses[-1].output
     if not isinstance(output, Tensor) or output.dim() != 4:
         kind = f"{tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"--layer {name} gives {kind}, which is no map (images, filters, height, width): take "
-            f"one before it, such as {usual}, the last convolution"
+            f"one before it, such as {last_convolution}, the last convolution"
         )
-    return Layer(name, uses[-1].module, output.shape[1], tuple(output.shape[2:]), len(uses))
+    return Layer(
+        name,
+        uses[-1].module,
+        num_filters=output.shape[1],
+        cells=tuple(output.shape[2:]),
+        uses=len(uses),
+    )
 
 
 def filter_responses(model: nn.Module, layer: Layer, images: Tensor, leak: float = 0.0) -> Tensor:

@@ -2,8 +2,8 @@
 
 A run's folder has checkpoint.pth (the newest), checkpoint.prev.pth (the one before) and
 checkpoints/<name>.pth (kept). Each is written under another name, flushed to disk and then renamed,
-so that at every moment one whole file is there. All are read with weights_only=True. What belongs
-to it lives beside: src.nets.weights reads weights from elsewhere, src.run.stop stops a run on request.
+so that at every moment one whole file is there. All are read with weights_only=True. Weights from
+elsewhere are read by src.nets.weights.
 """
 
 import contextlib
@@ -17,35 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import dist
-from ..nets.top_layer import TopLayer
-from ..nets.weights import (
-    CheckpointError,
-    Report,
-    cause,
-    epoch_of,
-    load_weights,
-    read_weights,
-    sections,
-    unwrapped,
-    without_wrapper,
-)
-from .stop import StopSignal, requeue_slurm_job
-
-__all__ = [
-    "CheckpointError",
-    "Report",
-    "StopSignal",
-    "check_writable",
-    "epoch_of",
-    "load_checkpoint",
-    "load_state",
-    "load_weights",
-    "read_weights",
-    "requeue_slurm_job",
-    "save_checkpoint",
-    "save_together",
-    "sections",
-]
+from ..errors import CheckpointError, cause
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +31,10 @@ FLAGS = {
     "backbone.": "--arch, --patch_size, --width, --depth, --stem and --in_chans",
     "": "--arch, --stem and --in_chans",
 }
+
+# What a saved optimizer or queue cannot do without.
+SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
+SAME += ("super_classes", "rotnet")
 
 
 def check_writable(folder: str | Path) -> None:
@@ -158,11 +134,13 @@ def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST
 
     Raises CheckpointError with the flag to change and the first tensors that do not fit.
     """
-    module = unwrapped(module)
-    state, own = without_wrapper(state), module.state_dict()
+    module = dist.unwrapped(module)
+    state, own = dist.without_wrapper(state), module.state_dict()
     problems = {name: "only in this network" for name in own if name not in state}
     problems |= {name: "only in the file" for name in state if name not in own}
-    resizing = tuple(f"{name}." for name, m in module.named_modules() if isinstance(m, TopLayer))
+    resizing = tuple(
+        f"{name}." for name, part in module.named_modules() if getattr(part, "resizable", False)
+    )
     for name in own.keys() & state.keys():
         there, here = tuple(state[name].shape), tuple(own[name].shape)
         if there != here and not (name.startswith(resizing) and there[1:] == here[1:]):
@@ -179,6 +157,54 @@ def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST
     module.load_state_dict(state)
 
 
+# ============ resuming ============
+def check_same_run(
+    state: dict, method: str, networks: list[str], arguments: dict, num_images: int, folder
+):
+    """Log every flag that has changed; CheckpointError for another method, data or optimizer."""
+    other = state.get("method", method)  # runs of the first versions have none
+    if other != method or not all(name in state for name in networks):
+        raise CheckpointError(
+            f"{folder} holds a run of another method ({state.get('method', 'unnamed')}, not {method}): use "
+            "another --dump_path, or start from its weights with --init_from"
+        )
+    before, changed = state["args"], None
+    for name in sorted(before.keys() & arguments.keys()):
+        if before[name] != arguments[name]:
+            logger.info("--%s was %s and is now %s", name, before[name], arguments[name])
+            if name in SAME:
+                changed = f"--{name} {before[name]}, not {arguments[name]}"
+    if state["num_images"] != num_images:
+        images = f"{state['num_images']:,} images, not {num_images:,}"
+        changed = f"--data_path {before['data_path']} with {images}"
+    if changed:
+        raise CheckpointError(
+            f"{folder} holds a run with {changed}: use another --dump_path, or start from its weights "
+            "with --init_from"
+        )
+
+
+def check_same_place(epoch: int, samples_done: int, folder) -> None:
+    """CheckpointError unless all processes found the same checkpoint, (-1, 0) for none."""
+    place = torch.tensor([[epoch, samples_done]])
+    if len(dist.all_gather_rows(place).unique(dim=0)) > 1:
+        raise CheckpointError(
+            f"the processes do not see the same checkpoint in --dump_path {folder}: it must be a "
+            "folder that all of them share"
+        )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load the optimizer's memory; its options, such as the weight decay, stay those of the flags."""
+    options = [
+        {key: group[key] for key in group if key != "params"} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+# ============ files ============
 def _check_plain(value, name):
     """Bytes of the tensors in `value`; ValueError for what weights_only=True would not read."""
     if isinstance(value, torch.Tensor):

@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Callable
 
 from . import flags
-from .flag_types import boolean, positive, probability
+from .flags import boolean, positive, probability
 
 # One crop of an image, as torchvision's RandomResizedCrop, and no photometry but flips.
 NO_COLOURS = {"color_jitter": [0.0], "jitter_prob": 0.0, "grayscale": 0.0, "blur": [0.0]}
 ONE_CROP = {"nmb_crops": [1], "min_scale_crops": [0.08], "max_scale_crops": [1.0], **NO_COLOURS}
-# For small images: the sizes and scales of src/run/presets.py.
+# For small images: the sizes and scales of src/run/flags.py.
 SMALL = {"nmb_crops": [1], "min_scale_crops": None, "max_scale_crops": None, **NO_COLOURS}
 
 
@@ -48,16 +48,13 @@ def add_sgd_args(
     add("--wd", type=flags.at_least_zero(float), default=wd, help="weight decay")
 
 
-def step_lr(lr: float, epoch: int, decay_epochs: list[int], gamma: float) -> float:
-    """Learning rate of an epoch, from 0 on."""
-    return lr * gamma ** sum(epoch >= at for at in decay_epochs)
-
-
 def describe_steps(args: argparse.Namespace) -> str:
     """What the flags of add_sgd_args make of the learning rate in this run."""
-    come, late = [], []
-    for epoch in args.decay_epochs:
-        (come if epoch < args.epochs else late).append(str(epoch))
-    steps = f"times {args.gamma:g} after epochs {' '.join(come)}" if come else "constant"
-    after = f"; the run ends before its steps after {' '.join(late)}" if late else ""
-    return f"learning rate {steps}{after}"
+    within = [str(epoch) for epoch in args.decay_epochs if epoch < args.epochs]
+    beyond = [str(epoch) for epoch in args.decay_epochs if epoch >= args.epochs]
+    sentences = ["learning rate constant"]
+    if within:
+        sentences = [f"learning rate times {args.gamma:g} after epochs {' '.join(within)}"]
+    if beyond:
+        sentences.append(f"the run ends before its steps after {' '.join(beyond)}")
+    return "; ".join(sentences)

@@ -1,21 +1,124 @@
-"""Command line shared by all scripts: parser, flags of the run time, presets, errors in one sentence."""
+"""Command line shared by all scripts: types, presets, parser, flags of the run time, errors."""
 
 import argparse
+import importlib.util
 import logging
 import math
 import sys
 from collections.abc import Callable
 
 from .. import dist
-from ..dist.syncbn import sharing_processes
-from .flag_types import at_least_zero, boolean, positive, probability
-from .presets import SHARED, preset_of
-
-__all__ = ["at_least_zero", "boolean", "positive", "probability"]  # scripts have them from here
+from ..errors import RunError
 
 logger = logging.getLogger(__name__)
 
 
+# ============ types of values ============
+def boolean(text: str) -> bool:
+    """The published true / false values of a flag."""
+    values = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return values[text.lower()]
+
+
+def positive(kind: Callable) -> Callable:
+    """An argparse type: int or float above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not value > 0 or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def at_least_zero(kind: Callable) -> Callable:
+    """An argparse type: int or float, zero or more."""
+
+    def parse(text):
+        value = kind(text)
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+        return value
+
+    parse.__name__ = f"{kind.__name__} of 0 or more"
+    return parse
+
+
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
+    return value
+
+
+# ============ presets ============
+# Defaults that a data set asks for, the same for all methods; a flag on the command line wins.
+#
+# imagenet is what the parsers say themselves, the published values. The others were found by trials
+# on two CPU cores (digits) and are what the README and RESULTS.md run.
+PRESET_OF = {"digits": "tiny"} | dict.fromkeys(
+    ("cifar10", "cifar100", "stl10", "stl10_unlabeled", "svhn", "mnist", "fashion_mnist"), "cifar"
+)
+
+# Side in pixels and share of the image's area of the crops, for one or two resolutions.
+# imagenet: SwAV, arXiv:2006.09882, appendix A.2. Images of cifar are 32 px, those of digits 8 px.
+CROPS = {
+    "imagenet": {"size": [224, 96], "min_scale": [0.14, 0.05], "max_scale": [1.0, 0.14]},
+    "cifar": {"size": [32, 16], "min_scale": [0.3, 0.1], "max_scale": [1.0, 0.4]},
+    "tiny": {"size": [16, 8], "min_scale": [0.4, 0.2], "max_scale": [1.0, 0.5]},
+}
+
+SMALL = {
+    "nmb_crops": [2, 2],
+    "stem": "small",
+    "feat_dim": 64,
+    "blur": [0.0],
+    "optimizer": "sgd",
+    "base_lr": 0.5,
+    "final_lr": 0.0005,
+    "wd": 5e-4,
+    "warmup_epochs": 0,
+    "batch_size": 128,
+    "log_freq": 20,
+}
+SHARED = {
+    "imagenet": {},
+    "cifar": {
+        **SMALL,
+        "arch": "resnet18",
+        "hidden_mlp": 512,
+        "base_lr": 0.2,
+        "final_lr": 0.0002,
+        "epochs": 100,
+        "knn_freq": 10,
+        "workers": 2,
+    },
+    "tiny": {
+        **SMALL,
+        "arch": "resnet10",
+        "width": 0.25,
+        "hidden_mlp": 128,
+        "no_flip": True,  # a mirrored digit is another sign
+        "color_jitter": [0.4, 0.4, 0.0, 0.0],
+        "grayscale": 0.0,
+        "epochs": 60,
+        "knn_freq": 20,
+        "workers": 0,
+    },
+}
+
+
+def preset_of(data_path: str) -> str:
+    """The preset that --preset auto means: imagenet for all but the small named sets."""
+    return PRESET_OF.get(data_path, "imagenet")
+
+
+# ============ parser ============
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose --help shows defaults and whose errors are one sentence, status 2."""
 
@@ -99,7 +202,7 @@ def parse_args(
     """Parse `argv`; the defaults are those of the preset, a flag on the command line wins.
 
     parser: with --data_path and --preset; its own defaults are the preset imagenet. presets: changed
-    defaults of the method, by preset; those that methods share are in src.run.presets. A default warm-up
+    defaults of the method, by preset; those that methods share are in src.run.flags. A default warm-up
     that is longer than --epochs becomes half of them, and check_batch says so.
     """
     known, _ = parser.parse_known_args(argv)
@@ -120,10 +223,16 @@ def parse_args(
 
 
 def check_runtime(args: argparse.Namespace, world_size: int) -> None:
-    """ValueError for a device that is not there, or groups that do not divide the processes."""
+    """ValueError for a device that is not there, k-NN that was not copied, or groups that do not divide
+    the processes."""
     dist.resolve_device(args.device)
+    if args.knn_freq and importlib.util.find_spec("..evaluate", __package__) is None:
+        raise ValueError(
+            f"--knn_freq {args.knn_freq} needs src/evaluate, which this copy lacks: copy it with "
+            "--with knn, or give --knn_freq 0"
+        )
     if args.sync_bn != "none":
-        sharing_processes(args.syncbn_process_group_size, world_size)
+        dist.sharing_processes(args.syncbn_process_group_size, world_size)
 
 
 def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) -> None:
@@ -142,10 +251,6 @@ def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) ->
         )
     if "note" in args:
         logger.info("note: %s", vars(args).pop("note"))
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on, for a reason that one sentence explains."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -192,7 +297,7 @@ def add_vit_args(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("vision transformer").add_argument
     add("--patch_size", type=positive(int), default=16, help="side of a patch in pixels: 16, 8, 5")
     add("--img_size", type=positive(int), default=None,
-        help="side in pixels that the table of positions is for (default: of the images, or 224)")  # fmt: skip
+        help="side in pixels that the table of positions is for (default: the images', or 224)")  # fmt: skip
     add("--num_registers", type=at_least_zero(int), default=0,
         help="register tokens, arXiv:2309.16588")  # fmt: skip
     add("--depth", type=positive(int), default=None, help="number of blocks (default: of the arch)")
@@ -241,6 +346,15 @@ def model_options(args: argparse.Namespace) -> dict:
         "head_dims": args.head_dims,
         "head_bn": args.head_bn,
         **{name: getattr(args, name) for name in names},
+    }
+
+
+def placement_options(args: argparse.Namespace) -> dict:
+    """The arguments of src.run.run.place_network that come from the flags of add_training_args."""
+    return {
+        "sync_bn": args.sync_bn,
+        "syncbn_process_group_size": args.syncbn_process_group_size,
+        "compiled": args.compile,
     }
 
 

@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from .flag_types import at_least_zero, positive, probability
-from .presets import CROPS
+from .flags import CROPS, at_least_zero, positive, probability
 
 
 def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> Callable:
@@ -77,13 +76,25 @@ def add_augment_args(parser: argparse.ArgumentParser) -> None:
     add("--jitter_prob", type=probability, default=0.8, help="probability of the colour jitter")
     add("--grayscale", type=probability, default=0.2, help="probability of grayscale")
     add("--blur", type=probability, nargs="+", default=[0.5],
-        help="probability of the Gaussian blur: of each crop, the last value for all further ones")  # fmt: skip
+        help="probability of the Gaussian blur of each crop; the last one holds for further crops")  # fmt: skip
     add("--blur_sigma", type=positive(float), nargs=2, default=[0.1, 2.0],
         help="range of the blur's standard deviation, in pixels")  # fmt: skip
     add("--solarize", type=probability, nargs="+", default=[0.0],
         help="probability of solarisation, likewise")  # fmt: skip
     add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"],
         help="of the resize of a crop")  # fmt: skip
+
+
+def crop_options(args: argparse.Namespace) -> dict:
+    """The arguments of src.data.multicrop.MultiCropDataset that come from flags."""
+    return {
+        "num_crops": args.nmb_crops,
+        "size_crops": args.size_crops,
+        "min_scale_crops": args.min_scale_crops,
+        "max_scale_crops": args.max_scale_crops,
+        "seed": args.seed,
+        "interpolation": args.interpolation,
+    }
 
 
 def augment_options(args: argparse.Namespace, dataset, num_crops: int) -> dict:

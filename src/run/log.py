@@ -32,7 +32,7 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         file = logging.FileHandler(Path(folder) / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
-        for name in ("src", "__main__"):
+        for name in (__name__.partition(".")[0], "__main__"):
             logging.getLogger(name).setLevel(logging.DEBUG)
 
 

@@ -1,54 +1,177 @@
-"""State of a training run: saving, resuming, logging, stopping. The loop itself is the script's."""
+"""What surrounds a training loop: seeds, devices, gradients, log, checkpoints, stopping, k-NN.
+
+The loop is the script's. It calls the methods of Run, in this order, and none calls it back:
+
+    for iteration, crops, indices in run.iterate(loader, epoch, start):
+        with run.autocast():
+            ...                             # forward passes of run.network
+        run.backward(loss)
+        ...                                 # what the paper does to gradients
+        run.step()
+        if run.is_log_step():
+            run.report(health, text)
+        if run.save_or_stop():
+            return
+"""
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import dist
-from ..evaluate.probe import knn_probe, open_validation
-from ..pictures import curves
-from . import checkpoint, flags, resume
-from .log import RunLog, duration
-from .setup import share_buffers
+from ..data.multicrop import generator
+from ..errors import RunError
+from ..optim import grad_norm
+from . import checkpoint
+from .log import RunLog, Stopwatch, duration
 from .stop import StopSignal, leave
 
 logger = logging.getLogger(__name__)
 
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
+NUM_PICTURED = 8  # images on the sheet of crops
+HISTORY = 10  # log lines that a diagnosis sees
 
 
 class Run:
-    """What the next iteration depends on, and the files that keep it.
+    """A training run: what its next iteration depends on, and the files that keep it.
 
-    method: its name, so that no run goes on as one of another method.
-    module: the network without wrappers; network: the same, wrapped for several processes.
-    saved: the networks of the checkpoint by name, {"model": module} unless given.
-    method_state: the method's own state by name (a queue, a memory bank), objects with state_dict()
-    and load_state_dict() that all processes call together.
-    num_images: of the data. global_batch: images of an iteration over all processes.
+    args: the command line. process: of dist.init. method: its name, so that no run goes on as one of
+    another method. module: the network without wrappers; network: the same, wrapped for several
+    processes. augment: crops on the device -> augmented crops. num_images: of the data.
+    global_batch: images of an iteration over all processes. method_state: the method's own state by
+    name (a queue, a memory bank), objects with state_dict() and load_state_dict() that all processes
+    call together. saved: the networks of the checkpoint by name, {"model": module} unless given.
     """
 
     def __init__(
-        self, args, process, precision, module, network, augment, optimizer, num_images,
-        global_batch, method_state=None, saved=None, *, method,
-    ):  # fmt: skip
-        self.method, self.process, self.precision = method, process, precision
+        self,
+        args,
+        process,
+        *,
+        method,
+        precision,
+        module,
+        network,
+        augment,
+        optimizer,
+        num_images,
+        global_batch,
+        method_state=None,
+        saved=None,
+    ):
+        self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
+        self.process, self.method, self.precision = process, method, precision
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
         self.scaler = dist.grad_scaler(process.device, precision)
         self.num_images, self.global_batch = num_images, global_batch
         self.iters_per_epoch = num_images // global_batch  # the last, smaller batch is left out
+        self.num_iterations = self.iters_per_epoch * args.epochs
         self.method_state, self.saved = method_state or {}, saved or {"model": module}
-        self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
         self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
         self.stop, self.stopping = StopSignal(), False
-        self.last = ()  # tensors that must be finite: the latest loss and gradient norm
+        self.epoch, self.done = 0, 0  # iterations of the epoch done, the one under way included
+        self.loss, self.gradient_norm = None, None  # of the latest iteration, on the device
+        self.stopwatch = None
         self.history, self.diagnosis = [], None
-        self.validation = []  # the val split, opened at the first k-NN
+        self.validation = None  # the val split, opened at the first k-NN
         self.pictured = False
+
+    # ============ what the loop calls, in this order ============
+    def iterate(
+        self, loader, epoch: int, start: int, picture_crops: bool = True
+    ) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+        """The iterations of an epoch from `start` on: (iteration of the run, crops, sample indices).
+
+        crops: one (B, C, S, S) tensor a crop, on the device, augmented. Photometry and what the
+        network draws (dropout, stochastic depth) come from (seed, epoch, iteration of the epoch,
+        rank). picture_crops: draw the first ones to plots/crops.png.
+        """
+        self.epoch, self.stopwatch = epoch, Stopwatch()
+        self.network.train()
+        for it, (batch, indices) in enumerate(self.stopwatch.watch(loader), start):
+            self.done = it + 1
+            draws = generator(self.arguments["seed"], epoch, it, self.process.rank)
+            torch.manual_seed(draws.initial_seed())
+            crops = [crop.to(self.process.device, non_blocking=True) for crop in batch]
+            crops = self.augment(crops, draws)
+            if picture_crops:
+                self.picture_crops(crops)
+            yield self.iteration, crops, indices
+
+    @property
+    def iteration(self) -> int:
+        """Number of the iteration under way, from the start of the run."""
+        return self.epoch * self.iters_per_epoch + self.done - 1
+
+    def autocast(self) -> AbstractContextManager:
+        """Context in which the network computes in --precision."""
+        return dist.autocast(self.process.device, self.precision)
+
+    def backward(self, loss: Tensor) -> None:
+        """New gradients of all parameters, of the loss itself: scaled for fp16, then unscaled."""
+        self.loss = loss.detach()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+
+    def step(self, gradient_norm: Tensor | None = None) -> None:
+        """A step of the optimizer; the scaler of fp16 skips it where a gradient is not finite.
+
+        gradient_norm: what the log shall say, the norm of all gradients unless given.
+        """
+        if gradient_norm is None:
+            gradient_norm = grad_norm(self.module.parameters())
+        self.gradient_norm = gradient_norm
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def is_log_step(self) -> bool:
+        """Whether this iteration writes a log line: each --log_freq, the epoch's last, the run's first."""
+        regular = self.done % self.arguments["log_freq"] == 0
+        return regular or self.done == self.iters_per_epoch or self.iteration == 0
+
+    def save_or_stop(self) -> bool:
+        """Save inside an epoch where asked for; whether a signal asked to stop before its end."""
+        if self.done == self.iters_per_epoch:
+            return False
+        if self.must_stop(self.done):
+            self.save(self.epoch, self.done)
+            return True
+        every = self.arguments["checkpoint_iters"]
+        if every and self.done % every == 0:
+            self.save(self.epoch, self.done)
+        return False
+
+    # ============ after an epoch, and after the last ============
+    def end_epoch(
+        self, epoch: int, network, dataset, image_size: int, num_prototypes: float
+    ) -> bool:
+        """Save, evaluate by k-NN, draw the curves; whether to leave, since a signal asked for it.
+
+        network: what k-NN evaluates, with forward_backbone; image_size: of its images, in pixels.
+        num_prototypes: whose logarithm the curves show as the loss of knowing nothing.
+        """
+        if self.stopping:
+            return True
+        args, is_last = self.arguments, epoch + 1 == self.arguments["epochs"]
+        keep = is_last or (epoch + 1) % args["checkpoint_freq"] == 0
+        self.save(epoch, self.iters_per_epoch, keep=keep)
+        if args["knn_freq"] and (is_last or (epoch + 1) % args["knn_freq"] == 0):
+            self.probe(network, dataset, epoch, image_size, args["workers"])
+        self.plot(num_prototypes)
+        return not is_last and self.must_stop(self.iters_per_epoch)
+
+    def leave(self) -> int:
+        """End the process group and close the log; returns the exit status."""
+        return self.stopped() if self.stopping else self.finished()
 
     # ============ saving and resuming ============
     def save(self, epoch: int, done: int, keep: bool = False) -> None:
@@ -75,30 +198,35 @@ class Run:
     def resume(self) -> tuple[int, int]:
         """Take over the newest checkpoint of the folder, if any: (epoch, iteration) to go on from."""
         state = checkpoint.load_checkpoint(self.folder)
-        place = (state["epoch"], state["samples_done"]) if state else (-1, 0)
-        resume.check_same_place(*place, self.folder)
+        epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
+        checkpoint.check_same_place(epoch, samples_done, self.folder)
         if state is None:
             return 0, 0
-        resume.check_same_run(
-            *(state, self.method, list(self.saved), self.arguments, self.num_images, self.folder)
+        checkpoint.check_same_run(
+            state,
+            method=self.method,
+            networks=list(self.saved),
+            arguments=self.arguments,
+            num_images=self.num_images,
+            folder=self.folder,
         )
         for name, module in self.saved.items():
             checkpoint.load_state(module, state[name], self.folder)
-        resume.load_optimizer(self.optimizer, state["optimizer"])
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for name, part in self.method_state.items():
             if name in state["method_state"]:
                 part.load_state_dict(state["method_state"][name])
-        start = min(state["samples_done"] // self.global_batch, self.iters_per_epoch - 1)
-        if state["epoch"] >= self.arguments["epochs"]:
+        start = min(samples_done // self.global_batch, self.iters_per_epoch - 1)
+        if epoch >= self.arguments["epochs"]:
             logger.info(
-                "%s is trained for %d epochs already: raise --epochs, or use another --dump_path",
-                *(self.folder, state["epoch"]),
+                f"{self.folder} is trained for {epoch} epochs already: raise --epochs, or use another "
+                "--dump_path"
             )
         else:
-            logger.info("continues from epoch %d, iteration %d", state["epoch"] + 1, start)
-        return state["epoch"], start
+            logger.info(f"continues from epoch {epoch + 1}, iteration {start}")
+        return epoch, start
 
     # ============ stopping ============
     def must_stop(self, done: int) -> bool:
@@ -112,37 +240,22 @@ class Run:
 
     def check_finite(self) -> None:
         """Stop the run if the latest loss or gradient is not finite; what is saved stays as it is."""
-        values = self.last[:1] if self.scaler.is_enabled() else self.last  # the scaler skips inf
-        bad = sum((~torch.isfinite(value.detach().float())).sum() for value in values)
+        values = [self.loss]
+        if not self.scaler.is_enabled():  # which skips a step whose gradient is not
+            values.append(self.gradient_norm)
+        values = [value.detach().float() for value in values if value is not None]
+        bad = sum((~torch.isfinite(value)).sum() for value in values)
         if not values or not dist.all_reduce_max(bad).item():
             return
-        raise flags.RunError(
+        raise RunError(
             f"the loss or its gradient is not finite; {self.folder / 'checkpoint.pth'} holds the last "
             "good state, if one was saved; lower --base_lr or --lr, lengthen --warmup_epochs, or use "
             "--precision fp32"
         )
 
-    def diagnose(self, line: dict, judge: Callable[[list[dict]], str | None]) -> None:
-        """Say it when the log lines show a collapse, once for each kind of trouble; or stop.
-
-        judge: the last ten lines -> what is wrong with them, see src.run.diagnosis.
-        """
-        self.history = [*self.history, {**line, "batch": self.global_batch}][-10:]
-        found = judge(self.history)
-        if found and self.arguments["abort_on_collapse"]:
-            raise flags.RunError(f"--abort_on_collapse: {found}")
-        if found and (self.diagnosis is None or found[:20] != self.diagnosis[:20]):
-            logger.warning("WARNING: %s", found)
-        self.diagnosis = found
-
-    def mean_over_processes(self, value: torch.Tensor) -> float:
-        """Mean over processes of a 0-d tensor."""
-        mean = dist.all_reduce_sum(value.cpu().double()) / self.process.world_size
-        return mean.item() if math.isfinite(mean.item()) else math.nan
-
     def finished(self) -> int:
         """Leave after the last epoch. Returns the exit status."""
-        logger.info("all epochs are done: %s", self.folder / checkpoint.NEWEST)
+        logger.info(f"all epochs are done: {self.folder / checkpoint.NEWEST}")
         self.log.close()
         self.stop.restore()
         dist.shutdown()
@@ -153,49 +266,69 @@ class Run:
         self.log.close()
         return leave(self.stop, "the same command continues the run")
 
-    # ============ looking at it ============
-    def report(self, epoch: int, iteration: int, rates: dict, health: dict, text: str) -> dict:
+    # ============ the log ============
+    def report(self, health: dict, text: str) -> dict:
         """Write a log line, for people with `text` behind it; returns it. All processes call it."""
         self.check_finite()
-        loss, gradient_norm = self.last
+        rates = self.stopwatch.rates(self.global_batch, self.num_iterations - self.iteration - 1)
         line = {
-            "epoch": epoch,
-            "epoch_float": (iteration + 1) / self.iters_per_epoch,
-            "iteration": iteration,
-            "loss": self.mean_over_processes(loss),
+            "epoch": self.epoch,
+            "epoch_float": (self.iteration + 1) / self.iters_per_epoch,
+            "iteration": self.iteration,
+            "loss": self.mean_over_processes(self.loss),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": gradient_norm.item(),
+            "gradient_norm": self.gradient_norm.item(),
             "peak_memory_mb": dist.peak_memory_mb(self.process.device),
             **rates,
             **health,
         }
-        self.log.write(iteration, line)
+        self.log.write(self.iteration, line)
         logger.info(
-            "epoch %d/%d it %d loss %.4f lr %.4g grad %.3g | %.0f img/s data %.0f%% eta %s mem %.0f MB"
-            " | %s",
-            *(epoch + 1, self.arguments["epochs"], iteration + 1),
-            *(line["loss"], line["lr"], line["gradient_norm"]),
-            *(rates["images_per_second"], 100 * rates["data_share"]),
-            *(duration(rates["eta_seconds"]), line["peak_memory_mb"], text),
+            f"epoch {self.epoch + 1}/{self.arguments['epochs']} it {self.iteration + 1} "
+            f"loss {line['loss']:.4f} lr {line['lr']:.4g} grad {line['gradient_norm']:.3g} | "
+            f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
+            f"eta {duration(rates['eta_seconds'])} mem {line['peak_memory_mb']:.0f} MB | {text}"
         )
         return line
 
-    def probe(self, network, dataset, epoch: int, size: int, workers: int) -> None:
+    def diagnose(self, line: dict, judge: Callable[[list[dict]], str | None]) -> None:
+        """Say it when the log lines show a collapse, once for each kind of trouble; or stop.
+
+        judge: the last ten lines -> what is wrong with them, in a sentence, or None.
+        """
+        self.history = [*self.history, {**line, "batch": self.global_batch}][-HISTORY:]
+        found = judge(self.history)
+        if found and self.arguments["abort_on_collapse"]:
+            raise RunError(f"--abort_on_collapse: {found}")
+        if found and (self.diagnosis is None or found[:20] != self.diagnosis[:20]):
+            logger.warning(f"WARNING: {found}")
+        self.diagnosis = found
+
+    def mean_over_processes(self, value: Tensor) -> float:
+        """Mean over processes of a 0-d tensor."""
+        mean = dist.all_reduce_sum(value.cpu().double()) / self.process.world_size
+        return mean.item() if math.isfinite(mean.item()) else math.nan
+
+    # ============ k-NN and pictures, whose rooms are opened where they are used ============
+    def probe(self, network, dataset, epoch: int, image_size: int, workers: int) -> None:
         """Evaluate by k-NN, if the data has labels, and log it; all processes call it.
 
         network: with forward_backbone, of one of the networks saved.
         """
         if dataset.labels is None:
             return
+        from ..evaluate.probe import knn_probe, open_validation
+
         share_buffers(network)
-        if not self.validation:
-            where = (self.arguments["data_path"], self.arguments["in_chans"])
-            self.validation = [open_validation(dataset, *where)]
+        if self.validation is None:
+            data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
+            self.validation = [open_validation(dataset, data_path, in_chans)]
+        val = self.validation[0]
         top1 = knn_probe(
             network,
             dataset,
-            self.validation[0],
-            size=size,
+            val,
+            size=image_size,
             mean=self.augment.mean.flatten().tolist(),
             std=self.augment.std.flatten().tolist(),
             device=self.process.device,
@@ -205,24 +338,102 @@ class Run:
         iteration = (epoch + 1) * self.iters_per_epoch - 1
         line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": top1}
         self.log.write(iteration, line)
-        val = self.validation[0]
-        of = f"the {len(val):,} validation images" if val else "every tenth training image"
-        logger.info("epoch %d: 20-NN top-1 %.2f %% of %s", epoch + 1, top1, of)
+        classified = f"the {len(val):,} validation images" if val else "every tenth training image"
+        logger.info(f"epoch {epoch + 1}: 20-NN top-1 {top1:.2f} % of {classified}")
 
-    def picture_crops(self, crops: list[torch.Tensor], most: int = 8) -> None:
+    def picture_crops(self, crops: list[Tensor]) -> None:
         """Draw a batch's crops to plots/crops.png, once in a run."""
-        path = self.folder / "plots" / "crops.png"
-        if self.process.rank == 0 and not self.pictured and not path.exists():
-            mean, std = self.augment.mean, self.augment.std
-            curves.crop_sheet([curves.to_uint8(crop[:most], mean, std) for crop in crops], path)
+        if self.pictured:
+            return
         self.pictured = True
+        path = self.folder / "plots" / "crops.png"
+        if self.process.rank != 0 or path.exists():
+            return
+        try:
+            from ..pictures import curves
+        except ImportError:
+            logger.info("no picture of the crops: src/pictures is not there")
+            return
+        mean, std = self.augment.mean, self.augment.std
+        curves.crop_sheet([curves.to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops], path)
 
-    def plot(self, num_prototypes: int) -> None:
+    def plot(self, num_prototypes: float) -> None:
         """Draw the log to plots/curves.png."""
-        if self.process.rank == 0:
-            try:
-                curves.plot_curves(self.folder, num_prototypes)
-            except ImportError:
-                logger.info("no curves: pip install matplotlib")
-            except OSError as error:
-                logger.warning("no curves: %s", error)
+        if self.process.rank != 0:
+            return
+        try:
+            from ..pictures import curves
+        except ImportError:  # said by picture_crops
+            return
+        try:
+            curves.plot_curves(self.folder, num_prototypes)
+        except ImportError:
+            logger.info("no curves: pip install matplotlib")
+        except OSError as error:
+            logger.warning(f"no curves: {error}")
+
+
+# ============ networks on several processes ============
+def place_network(
+    module, process: dist.Process, *, sync_bn: str, syncbn_process_group_size: int, compiled: bool
+):
+    """Move a network to its device for training, and return it.
+
+    Channels last, batch norm over groups of processes, compiled on request. Names of parameters stay
+    as they are. Raises ValueError naming --sync_bn or --syncbn_process_group_size.
+    """
+    module = module.to(process.device, memory_format=torch.channels_last)
+    if process.world_size > 1:
+        from ..dist.syncbn import sync_batchnorm
+
+        module = sync_batchnorm(module, sync_bn, syncbn_process_group_size, process)
+    if compiled:
+        module.compile()
+    return module
+
+
+def average_gradients(module, process: dist.Process):
+    """The network in DDP where there are several processes; again whenever a parameter was resized."""
+    if process.world_size == 1:
+        return module
+    devices = None if process.device.type == "cpu" else [process.device.index]
+    return DistributedDataParallel(module, device_ids=devices)
+
+
+def share_buffers(module) -> None:
+    """Give all processes the batch statistics of rank 0, which are those of the checkpoint."""
+    for buffer in module.buffers():
+        buffer.copy_(dist.broadcast(buffer))
+
+
+# ============ the plan ============
+def log_plan(run: Run, crops, peak_lr: float) -> None:
+    """Say what will be computed, before it is. crops: the MultiCropDataset."""
+    args, process, dataset = run.arguments, run.process, crops.dataset
+    resolutions = [
+        f"{number} x {size} px (scale {smallest}-{largest})"
+        for number, size, (smallest, largest) in zip(
+            crops.num_crops, crops.size_crops, crops.scales, strict=True
+        )
+        if number
+    ]
+    logger.info(f"preset      {args['preset']}")
+    logger.info(f"data        {dataset.name}: {len(dataset):,} images")
+    logger.info(f"crops       {' + '.join(resolutions)}")
+    logger.info(
+        f"batch       {args['batch_size']} x {process.world_size} processes "
+        f"({process.launcher}) = {run.global_batch}; {run.iters_per_epoch:,} iterations an "
+        f"epoch, {args['epochs']} epochs, {run.num_iterations:,} iterations"
+    )
+    logger.info(
+        f"optimizer   {args.get('optimizer', 'sgd')}, peak learning rate {peak_lr:.4g} (scaling "
+        f"{args['lr_scaling']}), {args.get('warmup_epochs', 0)} epochs of warm-up"
+    )
+    logger.info(f"network     {args['arch']}, {run.precision} on {process.device}")
+    if args.get("optimizer") == "larc" and run.global_batch <= 1024 and peak_lr > 2:
+        logger.info(
+            f"note: the learning rate {peak_lr:.3g} is for 4096 images; --lr_scaling linear fits it to "
+            f"{run.global_batch}"
+        )
+    if args["knn_freq"] and dataset.labels is None:
+        logger.info("note: --knn_freq needs labels, and --data_path has no labels: no k-NN")

@@ -17,10 +17,6 @@ logger = logging.getLogger(__name__)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
-class Stopped(Exception):
-    """A signal asked for a stop in the middle of work that a later run does again, or goes on with."""
-
-
 class StopSignal:
     """Turns SIGTERM, SIGUSR1 and SIGUSR2 into a flag; a second signal does not kill either.
 

@@ -1,4 +1,4 @@
-"""src.cluster.self_label: golden values, a plain reference, extremes of the input types, several processes."""
+"""src.cluster.self_label: golden values, a plain reference, extremes of the input, processes."""
 
 import logging
 import logging.handlers

@@ -1,4 +1,4 @@
-"""src/evaluate/conv_features.py, src/evaluate/ten_crops.py: pooled maps, unscaled windows, ten crops of an image."""
+"""Convolutional maps and ten crops: pooled maps, unscaled windows, ten crops of an image."""
 
 import pytest
 import torch

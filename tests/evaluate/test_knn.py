@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from src.cluster import neighbours
 from src.cluster.neighbours import nearest_neighbours
-from src.evaluate.knn import few_label_accuracy, knn_accuracy, knn_votes, top_k_accuracy
+from src.evaluate.knn import few_label_accuracy, knn_accuracy, knn_votes
 from tests.gloo import run_ranks
 from tests.reference import assert_nearest, margins
 
@@ -54,10 +54,8 @@ def test_votes_and_accuracy_equal_the_golden_ones(knn_golden, backend):
         np.testing.assert_allclose(votes.numpy(), arrays[f"k{k}_votes"], rtol=1e-5)
         np.testing.assert_array_equal(votes.argmax(1).numpy(), arrays[f"k{k}_pred"])
         golden_accuracy = [float(arrays[f"k{k}_top1"]), float(arrays[f"k{k}_top5"])]
-        assert top_k_accuracy(votes, labels) == pytest.approx(golden_accuracy, abs=1e-12)
-        assert knn_accuracy(*inputs, labels, [k], temperature, backend)[k] == pytest.approx(
-            golden_accuracy, abs=1e-12
-        )
+        found = knn_accuracy(*inputs, labels, ks=[k], temperature=temperature, backend=backend)
+        assert found[k] == pytest.approx(golden_accuracy, abs=1e-12)
         _, indices = nearest_neighbours(inputs[0], inputs[2], k, backend)
         expected = np.sort(arrays[f"k{k}_neighbors"], axis=1)
         np.testing.assert_array_equal(indices.sort(1).values.numpy(), expected)
@@ -201,7 +199,7 @@ def test_votes_of_a_query_opposite_to_every_training_row_do_not_vanish():
 def test_k_beyond_the_training_set_lets_all_rows_vote_and_says_so(caplog):
     train, queries, labels = features_of(6), features_of(4, seed=1), torch.arange(6) % 3
     with caplog.at_level("INFO"):
-        votes = knn_votes(train, labels, queries, k=[2, 200])
+        votes = list(knn_votes(train, labels, queries, k=[2, 200]))
     np.testing.assert_allclose(votes[1], reference_votes(train, labels, queries, 6, 0.07, 3), 1e-5)
     np.testing.assert_allclose(votes[0], reference_votes(train, labels, queries, 2, 0.07, 3), 1e-5)
     assert "k = 200" in caplog.text and "6 training images" in caplog.text
@@ -255,19 +253,30 @@ def test_what_is_wrong_is_named(changes, sentence):
 # ============ accuracy ============
 
 
-def test_accuracy_ranks_equal_votes_by_class():
+def accuracy_of(votes, labels, monkeypatch, **options):
+    """What knn_accuracy says where these are the votes, by one training row a class."""
+    train = F.normalize(torch.ones(votes.shape[1], 2), dim=1)
+    monkeypatch.setattr("src.evaluate.knn.knn_votes", lambda *rows, **_: iter([votes]))
+    classes = torch.arange(votes.shape[1])
+    return knn_accuracy(train, classes, train[:0], labels, ks=[1], **options)[1]
+
+
+def test_accuracy_ranks_equal_votes_by_class(monkeypatch):
     votes = torch.tensor([[1.0, 3, 3, 0], [0, 0, 0, 0], [5, 1, 1, 1], [0, 0, 0, 2]])
     labels = torch.tensor([2, 1, 3, 3])  # ranks 1, 1, 3, 0
-    assert top_k_accuracy(votes, labels, (1, 2, 3, 4)) == [25.0, 75.0, 75.0, 100.0]
+    found = accuracy_of(votes, labels, monkeypatch, top=(1, 2, 3, 4))
+    assert found == [25.0, 75.0, 75.0, 100.0]
     order = votes.argsort(dim=1, descending=True, stable=True)
     expected = [100 * (order[:, :t] == labels[:, None]).any(1).double().mean() for t in (1, 2, 3)]
-    assert top_k_accuracy(votes, labels, (1, 2, 3)) == expected
+    assert accuracy_of(votes, labels, monkeypatch, top=(1, 2, 3)) == expected
 
 
-def test_top_5_of_fewer_classes_and_of_labels_never_seen():
+def test_top_5_of_fewer_classes_and_of_labels_never_seen(monkeypatch):
     votes = torch.tensor([[1.0, 2], [2, 1], [0, 0]])
-    assert top_k_accuracy(votes, torch.tensor([0, 0, 1]))[1] == 100.0
-    assert top_k_accuracy(votes, torch.tensor([7, 0, -1])) == pytest.approx([100 / 3, 100 / 3])
+    with monkeypatch.context() as patch:
+        assert accuracy_of(votes, torch.tensor([0, 0, 1]), patch)[1] == 100.0
+        found = accuracy_of(votes, torch.tensor([7, 0, -1]), patch)
+        assert found == pytest.approx([100 / 3, 100 / 3])
     accuracy = knn_accuracy(
         features_of(4), torch.tensor([0, 1, 0, 1]), features_of(4), torch.tensor([0, 1, 0, 5])
     )

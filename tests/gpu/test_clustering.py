@@ -9,7 +9,7 @@ import torch
 from src.cluster.kmeans import assign, euclidean_kmeans, spherical_kmeans
 from src.cluster.neighbours import nearest_neighbours
 from src.cluster.pca import fit_whitening, whiten
-from src.evaluate.knn import knn_votes, top_k_accuracy
+from src.evaluate.knn import knn_accuracy, knn_votes
 from tests.cluster import test_self_label
 from tests.gpu.host import to_device, to_host
 
@@ -41,12 +41,15 @@ def test_neighbours_votes_and_accuracy_equal_the_golden_ones(golden, device, aro
     train, train_labels, queries, labels = to_device(arrays, names, device)
     ks, temperature = arrays["ks"].tolist(), float(arrays["T"])
     with around():
-        votes_of_ks = knn_votes(train, train_labels, queries, ks, temperature)
+        votes_of_ks = list(knn_votes(train, train_labels, queries, ks, temperature))
+        accuracies = knn_accuracy(
+            train, train_labels, queries, labels, ks=ks, temperature=temperature
+        )
     for k, votes in zip(ks, votes_of_ks, strict=True):
         np.testing.assert_allclose(to_host(votes), arrays[f"k{k}_votes"], rtol=VOTES)
         np.testing.assert_array_equal(to_host(votes.argmax(1)), arrays[f"k{k}_pred"])
         expected = [float(arrays[f"k{k}_top1"]), float(arrays[f"k{k}_top5"])]
-        assert top_k_accuracy(votes, labels) == pytest.approx(expected, abs=1e-12)
+        assert accuracies[k] == pytest.approx(expected, abs=1e-12)
         with around():
             _, indices = nearest_neighbours(train, queries, k)
         expected = np.sort(arrays[f"k{k}_neighbors"], axis=1)

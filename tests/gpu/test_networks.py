@@ -9,10 +9,10 @@ import torch
 from main_dino import DINOLoss
 from main_swav import assign_codes, swav_loss
 from src import dist
-from src.gradients import clip_gradients
-from src.nets.heads import DINOHead, MultiCropWrapper
+from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.resnet import resnet10, resnet50
 from src.nets.vision_transformer import VisionTransformer
+from src.optim import clip_gradients
 from tests.golden_weights import fill
 from tests.gpu.host import relative_error, to_device, to_host
 from tests.nets import test_convnets, test_dino_heads, test_resnet, test_vision_transformer

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.gradients import clip_gradients
-from src.optim import LARC, LARS
+from src.optim import LARC, LARS, clip_gradients
 from tests.gpu.host import relative_error, to_host
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""src.labels.features and src.evaluate.feature_files: the published geometry, order, every size of dataset, processes, files."""
+"""Features and their files: the published geometry, order, every size of dataset, processes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""src.labels.memory_bank: rows by their number in the epoch, saved and shared out for any number of processes."""
+"""src.labels.memory_bank: rows by their number in the epoch, for any number of processes."""
 
 import logging
 
@@ -135,12 +135,16 @@ def test_the_health_of_an_assignment_is_logged_after_the_epoch_it_follows(tmp_pa
     run = FakeRun(tmp_path)
     labels = torch.tensor([[0, 0, 1, IGNORED]])
     with caplog.at_level(logging.INFO):
-        pseudo_labels.report_assignment(run, labels, None, None, [3], 0, 0.5)
+        pseudo_labels.report_assignment(
+            run, labels, None, None, num_clusters=[3], epoch=0, seconds=0.5
+        )
         for line in ({"epoch_float": 1.0, "loss": 2.0}, {"epoch_float": 1.0, "knn": 50.0}):
             run.log.write(0, {"epoch": 0, "iteration": 9, **line})
         truth = torch.tensor([1, 1, 0, 0])
         for _ in range(2):  # the second time after a resume
-            pseudo_labels.report_assignment(run, labels, labels, truth, [3], 1, 0.5)
+            pseudo_labels.report_assignment(
+                run, labels, labels, truth, num_clusters=[3], epoch=1, seconds=0.5
+            )
     lines = read_log(tmp_path)
     assert [sorted({"loss", "knn", "nmi_labels"} & line.keys()) for line in lines] == [
         *([], ["loss"], ["knn"], ["nmi_labels"])

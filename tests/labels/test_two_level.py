@@ -1,4 +1,4 @@
-"""src.labels.two_level and src.labels.row_file: the same clusters on any number of processes, and after any stop."""
+"""Two-level clusters and row files: the same on any number of processes, and after any stop."""
 
 import tempfile
 from pathlib import Path
@@ -10,12 +10,11 @@ import torch
 from src import dist
 from src.cluster.kmeans import euclidean_kmeans, initial_centroids
 from src.cluster.pca import fit_whitening, whiten
+from src.errors import RunError, Stopped
 from src.labels import row_file
 from src.labels.row_file import RowFile
 from src.labels.super_classes import cluster_groups
 from src.labels.two_level import TwoLevelClustering
-from src.run import flags
-from src.run.stop import Stopped
 from tests.gloo import run_ranks
 
 N, WIDTH, DIM, SUPER, SUB, ITERATIONS, SEED = 203, 12, 6, 2, 9, 4, 5
@@ -50,8 +49,16 @@ def cluster(folder, rank=0, world_size=1, stop=None, num_super=SUPER, previous=N
     row_file.CHUNK = 16
     groups = cluster_groups(num_super)
     member = rank * num_super // world_size
-    where = (Path(folder) / "clustering", {"seed": SEED, "m": num_super}, N, groups, member)
-    clustering = TwoLevelClustering(*where, CPU, "torch", stop or Stop())
+    clustering = TwoLevelClustering(
+        Path(folder) / "clustering",
+        {"seed": SEED, "m": num_super},
+        num_images=N,
+        groups=groups,
+        member=member,
+        device=CPU,
+        backend="torch",
+        stop=stop or Stop(),
+    )
 
     def extract(numbers, write):
         for first in range(0, len(numbers), 7):
@@ -60,7 +67,14 @@ def cluster(folder, rank=0, world_size=1, stop=None, num_super=SUPER, previous=N
             write(first, features()[numbers[first : first + 7]])
 
     rows = clustering.whitened(extract, WIDTH, DIM)
-    found = clustering.clusters(rows, num_super, SUB, ITERATIONS, SEED, previous)
+    found = clustering.clusters(
+        rows,
+        num_super=num_super,
+        num_sub=SUB,
+        iterations=ITERATIONS,
+        seed=SEED,
+        previous=previous,
+    )
     return [labels.tolist() for labels in found]
 
 
@@ -166,7 +180,7 @@ def test_a_warm_restart_begins_with_the_means_of_the_clusters_before(tmp_path):
 def test_a_cluster_with_fewer_images_than_sub_classes_gives_each_its_own(tmp_path, monkeypatch):
     first = torch.zeros(N, dtype=torch.int64)
     first[[3, 50, 90]] = 1
-    monkeypatch.setattr(TwoLevelClustering, "_first_level", lambda *args: first)
+    monkeypatch.setattr(TwoLevelClustering, "_first_level", lambda *args, **options: first)
     found = cluster(tmp_path)
     assert sorted(np.array(found[1])[[3, 50, 90]].tolist()) == [0, 1, 2]
 
@@ -184,7 +198,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path, 
 
 def test_features_that_are_all_alike_are_a_collapse(tmp_path, monkeypatch):
     monkeypatch.setattr("tests.labels.test_two_level.features", lambda: torch.ones(N, WIDTH))
-    with pytest.raises(flags.RunError, match="collapse: 1 of 2 first-level clusters"):
+    with pytest.raises(RunError, match="collapse: 1 of 2 first-level clusters"):
         cluster(tmp_path)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from src.nets.convnets import ResNetClassifier, TopLayer, build_convnet
 from src.nets.resnet import resnet10
 from src.nets.sobel import Sobel
-from src.run.setup import average_gradients
+from src.run.run import average_gradients
 from tests.gloo import run_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"

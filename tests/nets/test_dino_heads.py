@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.nets.heads import DINOHead, MultiCropWrapper, WeightNormLinear, unit_rows
+from src.nets.dino_head import DINOHead, MultiCropWrapper, WeightNormLinear, unit_rows
 from src.nets.resnet import resnet10
 from src.nets.vision_transformer import VisionTransformer, vit_tiny
 from src.nets.weights import CheckpointError, load_weights

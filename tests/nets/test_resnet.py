@@ -489,7 +489,7 @@ def test_a_torchvision_trunk_trains_with_multi_crop_and_the_swav_head():
 @pytest.mark.slow
 def test_a_vision_transformer_says_which_size_it_takes():
     model = build_model("vit_b_32")
-    with pytest.raises(ValueError, match="--arch vit_b_32 takes 224 px only"):
+    with pytest.raises(ValueError, match="--arch vit_b_32 takes images of 224 px only"):
         model(torch.zeros(1, 3, 96, 96))
 
 

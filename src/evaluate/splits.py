@@ -1,0 +1,172 @@
+"""Labelled images to fit and to validate a classifier on: splits, held-out parts, folds."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.datasets import ImageDataset, open_dataset
+from .voc import TESTED_ON, open_voc, voc_folder
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 10  # without a val split, every tenth image is classified by the others
+
+
+# ============ training and validation images ============
+def open_labelled_splits(
+    data_path: str, train_path: str | None = None, val_path: str | None = None, in_chans: int = 3
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and validation images with labels; (images, None) where nothing splits them.
+
+    train_path, val_path: where they are not in data_path. The labels of validation images are
+    numbered as the classes of the training images. Raises ValueError where labels are missing.
+    """
+    train_flag = "--train_path" if train_path else "--data_path"
+    val_flag = "--val_path" if val_path else "--data_path"
+    train = open_dataset(train_path or data_path, "train", in_chans, flag=train_flag)
+    val = open_dataset(val_path or data_path, "val", in_chans, flag=val_flag)
+    check_labelled(train, train_flag)
+    check_labelled(val, val_flag)
+    if val.same_files(train):
+        logger.info(f"{train.name} is one split: image 0, {HELD_OUT}, ... are held out")
+        return train, None
+    if train.classes and val.classes and train.classes != val.classes:
+        numbers = {name: i for i, name in enumerate(train.classes)}
+        order = [numbers.setdefault(name, len(numbers)) for name in val.classes]
+        val.labels, val.classes = torch.tensor(order)[val.labels], list(numbers)
+    return train, val
+
+
+def open_splits(
+    data_path: str, train_path: str | None, val_path: str | None, in_chans: int, split: str
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and validation images with labels; (images, None) where nothing splits them.
+
+    split: "train", or "trainval": those of train/ and val/ together, validated on test/. A folder
+    of VOC 2007 is known by what it holds. Raises as open_labelled_splits.
+    """
+    if voc_folder(data_path) is not None and not (train_path or val_path):
+        train = open_voc(data_path, split, in_chans)
+        return train, open_voc(data_path, TESTED_ON[split], in_chans)
+    if split == "train":
+        return open_labelled_splits(data_path, train_path, val_path, in_chans)
+    if train_path or val_path:
+        raise ValueError(f"--split {split} is for one --data_path: leave out the other paths")
+    folders = [Path(data_path).expanduser() / name for name in ("train", "val", "test")]
+    if not all(folder.is_dir() for folder in folders):
+        raise ValueError(
+            f"--split {split} needs --data_path with the folders train, val and test, or VOC 2007; "
+            f"{data_path} has not all of them"
+        )
+    parts = [open_dataset(data_path, folder.name, in_chans) for folder in folders]
+    for part in parts:
+        check_labelled(part, "--data_path")
+    train, val, test = parts
+    return Joined(train, val), test
+
+
+def check_labelled(dataset: ImageDataset, flag: str) -> None:
+    """Raise ValueError, naming `flag`, for a dataset without labels."""
+    if dataset.labels is None:
+        raise ValueError(
+            f"{flag} {dataset.name} has no labels, which this evaluation needs: give a folder "
+            "with one folder for each class, or shards with .cls entries"
+        )
+
+
+def count_classes(num_labels: int | None, *datasets: ImageDataset) -> int:
+    """The number of classes of the data; ValueError if that is more than num_labels."""
+    counts = [
+        data.labels.shape[1]
+        if data.labels.ndim == 2
+        else max(len(data.classes or ()), int(data.labels.max()) + 1)
+        for data in datasets
+    ]
+    if num_labels is not None and max(counts) > num_labels:
+        raise ValueError(
+            f"--num_labels {num_labels}, and the data has {max(counts)} classes: leave it out, "
+            "they are counted"
+        )
+    return max(counts)
+
+
+def split_features(
+    extract: Callable[[ImageDataset], tuple[Tensor, Tensor]],
+    train: ImageDataset,
+    val: ImageDataset | None,
+) -> list[Tensor]:
+    """[features (N, D), labels (N,)] of training, then of validation images, of this process.
+
+    extract: dataset -> features and sample indices of this process, see src.labels.features. Without `val`
+    every tenth image of `train` is held out.
+    """
+    features, indices = extract(train)
+    labels = train.labels[indices]
+    if val is None:
+        held_out = indices % HELD_OUT == 0
+        return [features[~held_out], labels[~held_out], features[held_out], labels[held_out]]
+    val_features, indices = extract(val)
+    return [features, labels, val_features, val.labels[indices]]
+
+
+# ============ parts of a dataset ============
+class Part:
+    """Some images of a dataset, given by their indices, as a dataset of their own."""
+
+    def __init__(self, dataset: ImageDataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
+        self.name, self.classes = dataset.name, dataset.classes
+        self.mean, self.std = dataset.mean, dataset.std
+        self.labels = dataset.labels[indices]
+        self.groups = None if dataset.groups is None else dataset.groups[indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def load(self, index: int) -> Tensor:
+        return self.dataset.load(self.indices[index])
+
+
+class Joined:
+    """Two datasets with the same classes, one after the other."""
+
+    def __init__(self, first: ImageDataset, second: ImageDataset):
+        self.parts, self.name = (first, second), f"{first.name} and {second.name}"
+        self.mean, self.std, self.classes = first.mean, first.std, first.classes
+        self.labels, self.groups = torch.cat([first.labels, second.labels]), None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, index: int) -> Tensor:
+        first, second = self.parts
+        return first.load(index) if index < len(first) else second.load(index - len(first))
+
+
+def hold_out(dataset: ImageDataset) -> tuple[Part, Part]:
+    """Nine tenths of a dataset for training, every tenth image for validation."""
+    every = range(len(dataset))
+    train = [i for i in every if i % HELD_OUT]
+    return Part(dataset, train), Part(dataset, list(every[::HELD_OUT]))
+
+
+def split_folds(dataset: ImageDataset, num_folds: int) -> Callable[[int], tuple[Part, Part]]:
+    """A function: fold i, 0 to num_folds - 1, -> the images of the other folds, and those of fold i.
+
+    The images, sorted by class, go to the folds in turns: each has its share of every class, and at
+    most one image more than another. Raises ValueError where a fold would be empty.
+    """
+    if len(dataset) < num_folds:
+        raise ValueError(f"--cross_valid {num_folds} is more than the {len(dataset)} images")
+    labels = dataset.labels if dataset.labels.ndim == 1 else torch.zeros(len(dataset))
+    fold = torch.empty(len(dataset), dtype=torch.int64)
+    fold[labels.argsort(stable=True)] = torch.arange(len(dataset)) % num_folds
+
+    def split(number):
+        masks = (fold != number, fold == number)
+        return tuple(Part(dataset, mask.nonzero().flatten().tolist()) for mask in masks)
+
+    return split

@@ -1,0 +1,107 @@
+"""Health of pseudo-labels and of their predictions, and what is wrong with a run of them."""
+
+import math
+
+import torch
+
+from ..run.health import NUM_LINES, code_entropy, same_embedding
+
+
+def normalized_mutual_information(a: torch.Tensor, b: torch.Tensor) -> float:
+    """NMI of two assignments of the same samples: I(A; B) / sqrt(H(A) H(B)) (thesis, section 3.2.2).
+
+    a, b: (N,) integers; samples that are negative in either are left out. 1 for the same partition,
+    whatever its numbers, 0 for independent ones, and 0 where no sample is left.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    known = (a.cpu() >= 0) & (b.cpu() >= 0)
+    if not known.any():
+        return 0.0
+    a, b = a.cpu()[known].numpy(), b.cpu()[known].numpy()
+    return float(normalized_mutual_info_score(a, b, average_method="geometric"))
+
+
+@torch.no_grad()
+def prediction_health(
+    logits: torch.Tensor, labels: torch.Tensor, ignored: int
+) -> dict[str, torch.Tensor]:
+    """How sure predictions are, and how often they agree with the pseudo-labels.
+
+    logits: (V * B, K), crop-major, before the softmax; labels: (B,), `ignored` for images without.
+    prediction_entropy: mean over rows, nats. accuracy: in percent, NaN when there is no label.
+    """
+    logits = logits.float()
+    known = (labels != ignored).repeat(len(logits) // len(labels))  # (V * B,)
+    agree = (logits.argmax(1) == labels.repeat(len(logits) // len(labels)))[known]
+    return {
+        "prediction_entropy": code_entropy(torch.softmax(logits, 1)),
+        "accuracy": 100 * agree.float().mean(),
+    }
+
+
+@torch.no_grad()
+def cluster_health(
+    assignments: torch.Tensor,
+    previous: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_clusters: list[int],
+) -> dict[str, float]:
+    """Sizes of the clusters of all heads, and NMI, the mean of the heads.
+
+    assignments, previous: (heads, N), negative for samples without; num_clusters: K of each head;
+    labels: (N,), of the data. Keys whose argument is None are left out.
+    """
+    heads = list(zip(assignments.cpu(), num_clusters, strict=True))
+    sizes = [torch.bincount(a[a >= 0], minlength=k) for a, k in heads]  # (K,) each
+    every = torch.cat(sizes).double()
+    health = {
+        "cluster_min": every.min().item(),
+        "cluster_median": every.median().item(),
+        "cluster_max": every.max().item(),
+        "clusters_empty": (every == 0).double().sum().item() / len(heads),
+    }
+    for key, other in (("nmi_previous", previous), ("nmi_labels", labels)):
+        if other is not None:
+            others = other.expand(len(heads), -1)
+            nmi = [
+                normalized_mutual_information(a, b)
+                for a, b in zip(assignments, others, strict=True)
+            ]
+            health[key] = sum(nmi) / len(nmi)
+    return health
+
+
+def diagnose_clusters(
+    history: list[dict],
+    num_prototypes: int,
+    ceiling: float | None = None,
+    lr: str = "--base_lr",
+    clusters: str | None = "--nmb_prototypes",
+) -> str | None:
+    """What is wrong with a run that predicts pseudo-labels of all images, or None.
+
+    In one sentence that names the flags that help.
+
+    history: log lines with `loss`, `prototypes_used` (by the predictions of a batch), `batch` and
+    `embedding_std`. num_prototypes: of the head that these are of. ceiling: the loss of predicting
+    nothing, ln(K) unless the heads differ. lr, clusters: the flags of the step size and of K,
+    None where K is given by the method.
+    """
+    recent = history[-NUM_LINES:]
+    if len(recent) < NUM_LINES or num_prototypes < 2:
+        return None
+    ceiling, last = math.log(num_prototypes) if ceiling is None else ceiling, recent[-1]
+    found = same_embedding(recent, f"lower {lr}")
+    if found:
+        return found
+    fewer = f", or ask for fewer clusters ({clusters})" if clusters else ""
+    if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
+        return f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; change {lr}{fewer}"
+    possible = min(num_prototypes, last["batch"])
+    if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
+        return (
+            f"only {last['prototypes_used']:.1f} of {possible} possible clusters are predicted; lower "
+            f"{lr}{fewer}"
+        )
+    return None

@@ -1,0 +1,59 @@
+"""Health of a representation: are the codes spread, are the prototypes used, has it collapsed?"""
+
+import math
+
+import torch
+
+from .. import dist
+
+NUM_LINES = 10  # of the log, all of them in trouble, before a run is said to collapse
+
+
+@torch.no_grad()
+def code_entropy(assignments: torch.Tensor) -> torch.Tensor:
+    """Mean entropy in nats of the rows of (B, K) assignments: 0 one-hot, ln(K) says nothing."""
+    return torch.special.entr(assignments.cpu().double()).sum(1).mean()
+
+
+@torch.no_grad()
+def prototype_usage(assignments: torch.Tensor) -> torch.Tensor:
+    """Number of prototypes in use by the batch of all processes, from (B, K) assignments.
+
+    Perplexity exp(H) of the histogram of the most likely prototype of each sample: 1 when all
+    samples choose the same one, at most min(K, B). The hard choice is counted, because Sinkhorn's
+    soft codes use all prototypes equally by construction (Eq. 4).
+    """
+    counts = torch.bincount(assignments.argmax(1).cpu(), minlength=assignments.shape[1]).double()
+    counts = dist.all_reduce_sum(counts)  # (K,)
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
+
+
+@torch.no_grad()
+def embedding_std(embeddings: torch.Tensor) -> torch.Tensor:
+    """Spread of L2-normalised (B, D) embeddings: 1 when uniform on the sphere, 0 when collapsed.
+
+    Standard deviation over the batch, averaged over dimensions, times sqrt(D).
+    """
+    z = embeddings.cpu().double()  # on the CPU: some devices have no float64
+    return z.std(0, unbiased=False).mean() * math.sqrt(z.shape[1])
+
+
+@torch.no_grad()
+def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
+    """Effective rank of (B, D) embeddings (RankMe, Garrido et al., 2023, arXiv:2210.02885, Eq. 1-2).
+
+    Exponential of the entropy of the normalised singular values: between 1 and min(B, D).
+    """
+    if not torch.isfinite(embeddings).all():
+        return torch.tensor(math.nan)
+    singular_values = torch.linalg.svdvals(embeddings.cpu().double())
+    p = singular_values / singular_values.sum().clamp(min=eps) + eps
+    return torch.special.entr(p).sum().exp()
+
+
+def same_embedding(recent: list[dict], remedies: str) -> str | None:
+    """The sentence for embeddings that are all alike in all of the lines, or None."""
+    if not all(line["embedding_std"] < 0.05 for line in recent):
+        return None
+    spread = f"standard deviation {recent[-1]['embedding_std']:.3f}, healthy is near 1"
+    return f"collapse: all images have the same embedding ({spread}); {remedies}"
