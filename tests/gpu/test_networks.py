@@ -9,13 +9,16 @@ import torch
 from main_dino import DINOLoss
 from main_swav import assign_codes, swav_loss
 from src import distributed
+from src.augment import Augment
 from src.gradients import clip_gradients
 from src.heads import DINOHead, MultiCropWrapper
+from src.optim import LARC
 from src.resnet import resnet10, resnet50
 from src.vision_transformer import VisionTransformer
 from tests import test_convnets, test_dino_heads, test_resnet, test_vision_transformer
 from tests.golden_weights import fill
 from tests.gpu.host import relative_error, to_device, to_host
+from tests.test_augment import MEAN, STD, SWAV, generator, random_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -144,11 +147,12 @@ def swav_step(model, crops, device, precision):
 
 
 def dino_step(student, crops, device, precision):
-    """As swav_step; the student is its own teacher."""
+    """As swav_step; the teacher is a copy of the student, before any step."""
+    teacher = copy.deepcopy(student)
     criterion = DINOLoss(16, 3, 0.04, 0.04, 0, 1).to(device)
     with distributed.autocast(device, precision):
         with torch.no_grad():
-            teacher_output = student(crops[:2])
+            teacher_output = teacher(crops[:2])
         student_output = student(crops)
     loss = criterion(student_output, teacher_output, 0)
     loss.backward()
@@ -197,3 +201,25 @@ def test_a_training_step_has_the_loss_and_gradient_of_float64(device, precision,
     buffers = zip(model.buffers(), exact.buffers(), strict=True)  # statistics of the batch norms
     for buffer, expected_buffer in buffers:
         assert relative_error(buffer, to_host(expected_buffer)) <= tolerances["gradient"]
+
+
+# ============ the host ============
+def test_the_host_waits_for_nothing_in_a_training_step_of_swav(device, precision):
+    if device.type != "cuda":
+        pytest.skip("only PyTorch's CUDA can tell where the host waits")
+    model = swav_network().train().to(device, memory_format=torch.channels_last)
+    augment = Augment(MEAN, STD, **SWAV)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
+    optimizer = LARC(sgd)
+    batch = random_batch(batch_size=8, counts=(2, 1), sizes=(32, 16))
+    batch = [images.pin_memory() for images in batch]
+    for mode in ("default", "error"):  # the first step sets up libraries and buffers
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            crops = [images.to(device, non_blocking=True) for images in batch]
+            loss = swav_step(model, augment(crops, generator(0)), device, precision)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
