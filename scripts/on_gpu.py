@@ -58,7 +58,7 @@ BENCHES = [
     "-m bench.input_pipeline --repeats 3",
 ]
 BENCHES_IN_SMALL = ["-m bench"]
-BENCH_SECONDS = 75  # at most for one of them
+BENCH_SECONDS, BENCH_SECONDS_IN_SMALL = 75, 170  # at most for one of these commands
 
 PROFILES = [
     "-m bench.step_profile --method swav --repeats 3",
@@ -334,10 +334,11 @@ def run_tests(task):
 
 
 def run_bench(task):
+    seconds = BENCH_SECONDS_IN_SMALL if task.args.smoke else BENCH_SECONDS
     for arguments in BENCHES_IN_SMALL if task.args.smoke else BENCHES:
         name = arguments.removeprefix("-m bench").strip(". ") or "all"
         flags = f" --device {task.args.device}" + (" --smoke" if task.args.smoke else "")
-        task.run("bench", name, arguments + flags, BENCH_SECONDS)
+        task.run("bench", name, arguments + flags, seconds)
 
 
 def run_profile(task):
@@ -380,9 +381,10 @@ def train(task, method, script, data, seconds):
     if task.args.smoke:
         arguments = script
     arguments += f" --device {task.args.device}"
+    shown = f"python {arguments}".replace(str(task.scratch / "images"), "FOLDER")
     if seconds < SHORTEST_RUN and not task.args.smoke:
         note = f"{max(0, seconds):.0f} s were left for it"
-        task.finish("cifar", method, f"python {arguments}", NOT_RUN, 0, note)
+        task.finish("cifar", method, shown, NOT_RUN, 0, note)
         return
     if not task.args.smoke:
         trial = follow(task, method, f"{arguments} --epochs 2 --knn_freq 2", deadline, "trial")
@@ -390,16 +392,23 @@ def train(task, method, script, data, seconds):
         if trial["status"] != OK or times is None:
             note = trial["note"] or "the log of two epochs has no k-NN: the images need labels"
             status = FAILED if trial["status"] == OK else trial["status"]
-            command = f"python {arguments} --epochs 2 --knn_freq 2"
+            command = f"{shown} --epochs 2 --knn_freq 2"
             task.finish("cifar", method, command, status, trial["seconds"], note)
             return
-        epochs, knn_freq = plan_run(deadline - time.monotonic(), *times)
         first, epoch, knn = times
+        left = deadline - time.monotonic()
+        epochs, knn_freq = plan_run(left, first, epoch, knn)
+        if epochs == 0:
+            note = f"a start takes {first:.0f} s, an epoch {epoch:.0f} s, a k-NN {knn:.0f} s, and "
+            note += f"{max(0, left):.0f} s were left"
+            task.finish("cifar", method, shown, NOT_RUN, 0, note)
+            return
         task.screen.say(
             f"    an epoch takes {epoch:.1f} s, a k-NN {knn:.1f} s, a start {first:.1f} s: "
             f"{epochs} epochs, a k-NN every {knn_freq}"
         )
         arguments += f" --epochs {epochs} --knn_freq {knn_freq}"
+        shown += f" --epochs {epochs} --knn_freq {knn_freq}"
     run = follow(task, method, arguments, deadline, "run")
     accuracies = [(moment, line["knn"]) for moment, line in run["lines"] if "knn" in line]
     rates = [line for _, line in run["lines"] if "images_per_second" in line]
@@ -411,7 +420,7 @@ def train(task, method, script, data, seconds):
         note = f"k-NN {top1:.2f} % after {moment / 60:.1f} minutes, "
         note += f"{rates[-1]['images_per_second']:,.0f} images/s, "
         note += f"{100 * rates[-1]['data_share']:.0f} % of the time waiting for data"
-    task.finish("cifar", method, f"python {arguments}", run["status"], run["seconds"], note)
+    task.finish("cifar", method, shown, run["status"], run["seconds"], note)
 
 
 def follow(task, method, arguments, deadline, folder):
@@ -443,7 +452,7 @@ def follow(task, method, arguments, deadline, folder):
         task.environment,
         watch,
     )
-    if folder != "trial" and log.path.exists():
+    if folder != "trial" and lines:
         shutil.copyfile(log.path, task.args.out / f"cifar_{method}.jsonl")
     note = note_of(status, seconds, output)
     return {"status": status, "seconds": seconds, "note": note, "lines": lines}
@@ -460,11 +469,13 @@ def epoch_times(lines):
 
 
 def plan_run(seconds, first, epoch, knn):
-    """Epochs that fit into `seconds`, a tenth of which is kept back, and epochs between two k-NN."""
+    """Epochs that fit into `seconds`, a tenth of which is kept back, and epochs between two k-NN.
+
+    first, epoch, knn: seconds as epoch_times has them. No epoch may fit.
+    """
     every = min(KNN_SECONDS, seconds / 3)
     knn_freq = max(1, round(every / epoch))
-    epochs = int((0.9 * seconds - first) / (epoch + knn / knn_freq))
-    epochs = max(1, epochs)
+    epochs = max(0, int((0.9 * seconds - first) / (epoch + knn / knn_freq)))
     return epochs, min(knn_freq, epochs)
 
 

@@ -157,7 +157,7 @@ def test_a_part_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(on_gpu, monkey
         "-c print(1)",
     ]
     monkeypatch.setattr(on_gpu, "BENCHES_IN_SMALL", commands)
-    monkeypatch.setattr(on_gpu, "BENCH_SECONDS", 2)
+    monkeypatch.setattr(on_gpu, "BENCH_SECONDS_IN_SMALL", 2)
     start = time.monotonic()
     assert on_gpu.main(["bench", "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert time.monotonic() - start < 30
@@ -267,6 +267,7 @@ def test_the_planned_run_fits_into_its_time_with_a_knn_about_every_minute(on_gpu
     assert epochs // knn_freq >= 2 or epoch == 50.0
 
 
+@pytest.mark.slow
 def test_every_method_of_cifar_trains_in_its_share_and_its_knn_comes_with_the_time(
     on_gpu, monkeypatch, tmp_path
 ):
@@ -277,7 +278,7 @@ def test_every_method_of_cifar_trains_in_its_share_and_its_knn_comes_with_the_ti
     )
     monkeypatch.setattr(on_gpu, "SHORTEST_RUN", 0.5)
     out = tmp_path / "out"
-    argv = ["cifar", "--minutes", "0.12", "--data_path", str(tmp_path), "--out", str(out)]
+    argv = ["cifar", "--minutes", "0.4", "--data_path", str(tmp_path), "--out", str(out)]
     assert on_gpu.main(argv) == 0
     rows = [line for line in read(out) if line["kind"] == "knn"]
     for method in ("swav", "dino"):
@@ -294,6 +295,20 @@ def test_every_method_of_cifar_trains_in_its_share_and_its_knn_comes_with_the_ti
     assert check_folder(out) == 2
 
 
+def test_a_method_of_which_no_epoch_fits_is_not_run(on_gpu, monkeypatch, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(on_gpu, "CIFAR_METHODS", {"swav": (str(script), 1)})
+    monkeypatch.setattr(on_gpu, "SHORTEST_RUN", 0.5)
+    out = tmp_path / "out"
+    monkeypatch.setattr(on_gpu, "epoch_times", lambda lines: (1.0, 100.0, 0.0))
+    argv = ["cifar", "--minutes", "0.5", "--data_path", str(tmp_path), "--out", str(out)]
+    assert on_gpu.main(argv) == 0
+    row = parts(out)["swav"]
+    assert row["status"] == "not run" and "an epoch 100 s" in row["note"]
+
+
+@pytest.mark.slow
 def test_a_method_that_fails_leaves_the_others_their_time(on_gpu, monkeypatch, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
@@ -303,10 +318,17 @@ def test_a_method_that_fails_leaves_the_others_their_time(on_gpu, monkeypatch, t
     monkeypatch.setattr(on_gpu, "CIFAR_METHODS", methods)
     monkeypatch.setattr(on_gpu, "SHORTEST_RUN", 0.5)
     out = tmp_path / "out"
-    argv = ["cifar", "--minutes", "0.08", "--data_path", str(tmp_path), "--out", str(out)]
+    argv = ["cifar", "--minutes", "0.2", "--data_path", str(tmp_path), "--out", str(out)]
     assert on_gpu.main(argv) == 1
     assert parts(out)["swav"]["note"] == "ValueError: --arch is not known"
     assert parts(out)["dino"]["status"] == "ok"
+
+
+def test_the_first_of_two_epochs_tells_how_long_the_start_takes(on_gpu):
+    lines = [(11.0, {"loss": 1, "epoch_float": 0.5}), (12.0, {"loss": 1, "epoch_float": 1.0})]
+    lines += [(15.0, {"loss": 1, "epoch_float": 2.0}), (19.0, {"knn": 50.0, "epoch_float": 2.0})]
+    assert on_gpu.epoch_times(lines) == (9.0, 3.0, 4.0)
+    assert on_gpu.epoch_times(lines[:3]) is None
 
 
 def archive(path, names):

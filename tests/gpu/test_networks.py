@@ -9,10 +9,12 @@ import torch
 from main_dino import DINOLoss
 from main_swav import assign_codes, swav_loss
 from src import dist
+from src.data.augment import Augment
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.resnet import resnet10, resnet50
 from src.nets.vision_transformer import VisionTransformer
-from src.optim import clip_gradients
+from src.optim import LARC, clip_gradients
+from tests.data.test_augment import MEAN, STD, SWAV, generator, random_batch
 from tests.golden_weights import fill
 from tests.gpu.host import relative_error, to_device, to_host
 from tests.nets import test_convnets, test_dino_heads, test_resnet, test_vision_transformer
@@ -144,11 +146,12 @@ def swav_step(model, crops, device, precision):
 
 
 def dino_step(student, crops, device, precision):
-    """As swav_step; the student is its own teacher."""
+    """As swav_step; the teacher is a copy of the student, before any step."""
+    teacher = copy.deepcopy(student)
     criterion = DINOLoss(16, 3, 0.04, 0.04, 0, 1).to(device)
     with dist.autocast(device, precision):
         with torch.no_grad():
-            teacher_output = student(crops[:2])
+            teacher_output = teacher(crops[:2])
         student_output = student(crops)
     loss = criterion(student_output, teacher_output, 0)
     loss.backward()
@@ -197,3 +200,25 @@ def test_a_training_step_has_the_loss_and_gradient_of_float64(device, precision,
     buffers = zip(model.buffers(), exact.buffers(), strict=True)  # statistics of the batch norms
     for buffer, expected_buffer in buffers:
         assert relative_error(buffer, to_host(expected_buffer)) <= tolerances["gradient"]
+
+
+# ============ the host ============
+def test_the_host_waits_for_nothing_in_a_training_step_of_swav(device, precision):
+    if device.type != "cuda":
+        pytest.skip("only PyTorch's CUDA can tell where the host waits")
+    model = swav_network().train().to(device, memory_format=torch.channels_last)
+    augment = Augment(MEAN, STD, **SWAV)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
+    optimizer = LARC(sgd)
+    batch = random_batch(batch_size=8, counts=(2, 1), sizes=(32, 16))
+    batch = [images.pin_memory() for images in batch]
+    for mode in ("default", "error"):  # the first step sets up libraries and buffers
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            crops = [images.to(device, non_blocking=True) for images in batch]
+            loss = swav_step(model, augment(crops, generator(0)), device, precision)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
