@@ -42,8 +42,6 @@ from src.labels.features import extract_features, raw_pixels
 from src.labels.health import cluster_health
 from src.labels.pseudo_labels import PseudoLabels, report_predictions
 from src.nets.convnets import build_convnet
-from src.nets.layers import forward_of_layer
-from src.nets.pretrained import open_pretrained, read_run_args
 from src.optim import build_optimizer, parameter_groups, step_lr
 from src.run import checkpoint, convnet_flags, flags, image_flags
 from src.run.log import describe_run, setup_logging
@@ -89,7 +87,7 @@ def clusterfit_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_features(features, num_clusters, iterations, backend, seed, on_step=None):
+def cluster_features(features, *, num_clusters, iterations, backend, seed, on_step=None):
     """Cluster the features at length 1 by k-means with squared distances (step 1).
 
     features: (n, D), of this process's images. on_step: see euclidean_kmeans. Returns the centroids
@@ -97,7 +95,9 @@ def cluster_features(features, num_clusters, iterations, backend, seed, on_step=
     """
     rows = F.normalize(features, dim=1)  # (n, D)
     centroids = initial_centroids(rows, num_clusters, seed)
-    return euclidean_kmeans(rows, centroids, iterations, "reseed", backend, on_step=on_step)
+    return euclidean_kmeans(
+        rows, centroids, iterations=iterations, empty="reseed", backend=backend, on_step=on_step
+    )
 
 
 # ============ one epoch ============
@@ -233,7 +233,7 @@ def fit(args, process, dataset, model, augment, assignments, folder):
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = step_lr(lr, epoch, args.decay_epochs, args.gamma)
+            group["lr"] = step_lr(lr, epoch, decay_epochs=args.decay_epochs, gamma=args.gamma)
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, labels, epoch, start)
         start = 0
@@ -248,6 +248,9 @@ def open_teacher(pretrained, dataset, *, arch="", checkpoint_key=None, layer="")
     Returns extract(device, **options) -> features (n, D) of this process's share of the dataset and
     their indices (n,), with options of extract_features. Raises ValueError and OSError.
     """
+    from src.nets.layers import forward_of_layer  # here, as clusters of pixels need no teacher
+    from src.nets.pretrained import open_pretrained, read_run_args
+
     try:
         teacher = open_pretrained(pretrained, arch or None, checkpoint_key=checkpoint_key)
     except CheckpointError as error:
@@ -312,14 +315,15 @@ def cluster_dataset(extract, dataset, folder, process, stop, args):
         "sizes": assignments.bincount(minlength=args.nmb_cluster).tolist(),
     }
     write_clusters(folder, assignments, centroids, summary)
-    text = (
-        f"sizes {values['cluster_min']:.0f} to {values['cluster_max']:.0f}, "
-        f"median {values['cluster_median']:.0f}"
-    )
+    texts = [
+        f"sizes {values['cluster_min']:.0f} to {values['cluster_max']:.0f}",
+        f"median {values['cluster_median']:.0f}",
+    ]
     if dataset.labels is not None:
-        text += f", NMI {values['nmi_labels']:.2f} with the labels"
+        texts.append(f"NMI {values['nmi_labels']:.2f} with the labels")
     logger.info(
-        f"clusters {args.nmb_cluster} of {len(dataset):,} images in {seconds:.1f} s: {text}"
+        f"clusters {args.nmb_cluster} of {len(dataset):,} images in {seconds:.1f} s: "
+        f"{', '.join(texts)}"
     )
     return assignments
 

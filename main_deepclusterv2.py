@@ -228,8 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     model = place_network(model, process, **flags.placement_options(args))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(args.optimizer, trained, args.wd)
-    num_batches = len(dataset) // global_batch + 1
-    bank, labels = build_memory(args, len(dataset), num_batches, process.device)
+    bank, labels = build_memory(args, len(dataset), global_batch, process.device)
     run = Run(
         args,
         process,
@@ -277,11 +276,11 @@ def main(argv: list[str] | None = None) -> int:
     return run.leave()
 
 
-def build_memory(args, num_images, num_batches, device):
-    """The memory bank of a process, for that many of its batches, and the labels of all images."""
+def build_memory(args, num_images, global_batch, device):
+    """The memory bank of this process, a batch longer than an epoch, and the labels of all images."""
     bank = MemoryBank(
         num_crops=len(args.crops_for_assign),
-        capacity=num_batches * args.batch_size,
+        capacity=(num_images // global_batch + 1) * args.batch_size,
         batch_size=args.batch_size,
         dim=args.head_dims[-1] if args.head_dims else args.feat_dim,
         device=device,
@@ -361,8 +360,8 @@ def check_args(args, global_batch: int, num_images: int) -> None:
     num_labelled = num_images - num_images % global_batch
     if max(args.nmb_prototypes) > num_labelled:
         raise ValueError(
-            f"--nmb_prototypes {max(args.nmb_prototypes)} is more clusters than the {num_labelled} images of an "
-            f"epoch's whole batches of --data_path {args.data_path}: use fewer"
+            f"--nmb_prototypes {max(args.nmb_prototypes)} is more clusters than the {num_labelled} images "
+            f"of an epoch's whole batches of --data_path {args.data_path}: use fewer"
         )
 
 

@@ -224,8 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     model = place_network(model, process, **flags.placement_options(args))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(args.optimizer, trained, args.wd)
-    num_batches = len(dataset) // global_batch + 1
-    bank, labels = build_memory(args, len(dataset), num_batches, process.device)
+    bank, labels = build_memory(args, len(dataset), global_batch, process.device)
     run = Run(
         args,
         process,
@@ -274,11 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     return run.leave()
 
 
-def build_memory(args, num_images, num_batches, device):
-    """The memory bank of a process, for that many of its batches, and the labels of all images."""
+def build_memory(args, num_images, global_batch, device):
+    """The memory bank of this process, a batch longer than an epoch, and the labels of all images."""
     bank = MemoryBank(
         num_crops=len(args.crops_for_assign),
-        capacity=num_batches * args.batch_size,
+        capacity=(num_images // global_batch + 1) * args.batch_size,
         batch_size=args.batch_size,
         dim=args.head_dims[-1] if args.head_dims else args.feat_dim,
         device=device,

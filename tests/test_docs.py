@@ -31,6 +31,8 @@ def commands(text: str) -> list[list[str]]:
     lines += re.findall(r"`([^`\n]+)`", prose(text))
     found = []
     for line in lines:
+        if not re.search(r"\.(py|sh)\b", line):
+            continue
         words = shlex.split(line, comments=True)
         for i, word in enumerate(words):
             launched = {"python", "bash", "sbatch", "torchrun"} & set(words[:i])

@@ -450,7 +450,7 @@ def test_the_bare_command_draws_digits_and_says_that_the_network_is_untrained(
         (["--conv", "10"], "--conv 10 is not one of the 9 convolutions: use 1 to 9"),
         (["--conv", "1", "--layer", "conv1"], "--conv 1 and --layer conv1: give one of them"),
         (["--layer", "layer4.0.conf2"], "near to it are layer4.0.conv2"),
-        (["--layer", "projection_head"], "--layer projection_head is not a module of this network"),
+        (["--layer", "projection_head"], "--layer projection_head comes after the features"),
         (["--top", "1298", "--conv", "1"], "--top 1298 is more than the 1297 images"),
         (["--clip", "1.5"], "must be a probability"),
         (["--mean", "0.5"], "--mean has 1 values and --in_chans is 3"),
