@@ -217,25 +217,28 @@ def is_wrong():
     return any(abs(y / math.exp(value) - 1) > 1e-6 for y, value in pairs)
 
 failures = 0
-for _ in range(3000):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = int(is_wrong())
-        finally:
-            os._exit(status)
-    failures += os.waitpid(child, 0)[1] != 0
+for _ in range(750):
+    children = []
+    for _ in range(4):  # more threads than cores: one of two is late more often
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                status = int(is_wrong())
+            finally:
+                os._exit(status)
+    failures += sum(os.waitpid(child, 0)[1] != 0 for child in children)
 print(failures)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two on a machine that has nothing else to do
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_the_first_exponential_of_3000_processes_on_two_threads_is_right():
     """Without settle_vector_functions it is wrong by 1.5e-4 in up to 1 of 300, on some processors."""
     command = [sys.executable, "-c", FIRST_EXPONENTIALS]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
     assert (found.stdout, found.stderr) == ("0\n", "")
 
 
