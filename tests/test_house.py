@@ -72,9 +72,9 @@ UPWARD_IMPORTS = {}
 CIRCLES = {}
 OVER_BUDGET = {
     "main_clusterfit": (40, 6500),
-    "main_deepcluster": (36, 5700),
+    "main_deepcluster": (36, 5800),
     "main_deepclusterv2": (27, 4900),
-    "main_deepercluster": (39, 6400),
+    "main_deepercluster": (39, 6500),
     "main_dino": (25, 4500),
     "main_rotnet": (28, 4500),
     "main_selav2": (26, 4700),
@@ -107,6 +107,7 @@ SPLATTED_LITERALS = {
     "tests/evaluate/test_knn.py": 1,
     "tests/gpu/test_losses.py": 1,
     "tests/gpu/test_networks.py": 1,
+    "tests/gpu/test_runs.py": 1,
     "tests/nets/test_backbones.py": 1,
     "tests/nets/test_convnets.py": 1,
     "tests/nets/test_pretrained.py": 1,
@@ -125,11 +126,12 @@ SPLATTED_LITERALS = {
     "tests/test_swav.py": 1,
     "tests/test_visualize_clusters.py": 1,
 }
-LONG_FUNCTIONS = {"eval_linear.py:main": 101, "main_selav2.py:main": 91}
+LONG_FUNCTIONS = {
+    "eval_linear.py:main": 101,
+}
 WIDE_LINES = {
     "eval_voc07.py": 1,
     "hubconf.py": 1,
-    "main_deepclusterv2.py": 1,
     "src/evaluate/linear_results.py": 1,
     "src/evaluate/voc_classifier.py": 1,
     "src/nets/weights.py": 1,

@@ -168,10 +168,14 @@ def test_run_passes_the_status_on():
     [("cuda:99", 8, "--device cuda:99"), ("cpu", 8, "--syncbn_process_group_size 8")],
 )
 def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words):
-    args = argparse.Namespace(device=device, sync_bn="pytorch", syncbn_process_group_size=size)
+    args = argparse.Namespace(
+        knn_freq=0, device=device, sync_bn="pytorch", syncbn_process_group_size=size
+    )
     with pytest.raises(ValueError, match=words):
         flags.check_runtime(args, world_size=12)
-    args = argparse.Namespace(device="cpu", sync_bn="pytorch", syncbn_process_group_size=8)
+    args = argparse.Namespace(
+        knn_freq=0, device="cpu", sync_bn="pytorch", syncbn_process_group_size=8
+    )
     for world_size in (1, 4, 8, 16):
         flags.check_runtime(args, world_size)
 
