@@ -260,7 +260,6 @@ def main(argv: list[str] | None = None) -> int:
         method_state={"pseudo_labels": labels},
     )
     run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
-    run.num_iterations = run.iters_per_epoch * args.epochs
     lr = args.lr * flags.lr_factor(args, global_batch)
     for group in optimizer.param_groups:
         group["lr"] = lr

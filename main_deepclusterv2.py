@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ epochs ============
     if labels.epoch < 0 and not bank.num_rows:
         sampler.set_epoch(args.epochs)  # crops that training does not see
-        fill_memory(run, bank, loader, args.crops_for_assign, seed=args.seed, epoch=args.epochs)
+        fill_memory(run, bank, loader, args.crops_for_assign, epoch=args.epochs)
         if run.stopping:
             return run.leave()
         run.save(0, 0)

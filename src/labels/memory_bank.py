@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import dist
-from ..data.multicrop import generator
 from ..run.log import duration
 
 logger = logging.getLogger(__name__)
@@ -101,22 +100,16 @@ class MemoryBank:
 
 
 @torch.no_grad()
-def fill_memory(
-    run, bank: MemoryBank, loader, crops_for_assign: list[int], *, seed: int, epoch: int
-) -> None:
+def fill_memory(run, bank: MemoryBank, loader, crops_for_assign: list[int], epoch: int) -> None:
     """Embed every image with the untrained network: what the first assignment works on.
 
-    Its crops are drawn from (seed, epoch), as those of an epoch after the last. In training mode, as
-    the rows that follow: batch norm sees batches. Stops early when a signal asks the run to stop.
+    epoch: whose crops these are, one after the last. In training mode, as the rows that follow: batch
+    norm sees batches. Stops early when a signal asks the run to stop.
     """
     start = logged = time.perf_counter()
     total = len(loader)
-    run.network.train()
-    for done, (batch, indices) in enumerate(loader, 1):
-        draws = generator(seed, epoch, done - 1, run.process.rank)
-        torch.manual_seed(draws.initial_seed())
-        crops = [crop.to(run.process.device, non_blocking=True) for crop in batch]
-        crops = run.augment(crops, draws)
+    for _, crops, indices in run.iterate(loader, epoch, start=0, picture_crops=False):
+        done = run.done
         with run.autocast():
             embeddings = [run.network(crops[crop])[0] for crop in crops_for_assign]  # (B, D) each
         bank.push(indices, torch.stack(embeddings))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from .. import dist
+from ..data.datasets import NAMES
 from ..errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,7 @@ def probability(text: str) -> float:
 #
 # imagenet is what the parsers say themselves, the published values. The others were found by trials
 # on two CPU cores (digits) and are what the README and RESULTS.md run.
-PRESET_OF = {"digits": "tiny"} | dict.fromkeys(
-    ("cifar10", "cifar100", "stl10", "stl10_unlabeled", "svhn", "mnist", "fashion_mnist"), "cifar"
-)
+PRESET_OF = {**dict.fromkeys(NAMES, "cifar"), "digits": "tiny"}
 
 # Side in pixels and share of the image's area of the crops, for one or two resolutions.
 # imagenet: SwAV, arXiv:2006.09882, appendix A.2. Images of cifar are 32 px, those of digits 8 px.

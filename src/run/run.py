@@ -73,7 +73,6 @@ class Run:
         self.scaler = dist.grad_scaler(process.device, precision)
         self.num_images, self.global_batch = num_images, global_batch
         self.iters_per_epoch = num_images // global_batch  # the last, smaller batch is left out
-        self.num_iterations = self.iters_per_epoch * args.epochs
         self.method_state, self.saved = method_state or {}, saved or {"model": module}
         self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
         self.stop, self.stopping = StopSignal(), False
@@ -110,6 +109,11 @@ class Run:
     def iteration(self) -> int:
         """Number of the iteration under way, from the start of the run."""
         return self.epoch * self.iters_per_epoch + self.done - 1
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the whole run."""
+        return self.iters_per_epoch * self.arguments["epochs"]
 
     def autocast(self) -> AbstractContextManager:
         """Context in which the network computes in --precision."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 
-from src.data.datasets import open_dataset
+from src.data.datasets import NAMES, open_dataset
 from src.data.small_sets import STATISTICS, TORCHVISION, read_small_set, split_evenly
 
 
@@ -40,6 +40,10 @@ def test_digits_are_gray_repeated_or_one_channel():
     assert (colour.load(7) == gray.load(7)).all()
     assert len(colour.mean) == 3 and len(gray.std) == 1
     assert len(open_dataset("digits", "val")) == 500
+
+
+def test_every_name_has_its_images_and_its_statistics():
+    assert {*NAMES} == {"digits", *TORCHVISION} == STATISTICS.keys()
 
 
 def test_even_split_is_exact_and_in_proportion():
