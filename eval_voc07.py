@@ -70,7 +70,8 @@ STOP_CHECK = 10  # iterations between agreeing on a signal, when there are sever
 def train(state, loader, labels, start, args, stop, log):
     """Train from iteration `start` on; returns the iterations done, fewer when a signal stopped it.
 
-    loader: of src.evaluate.voc_training.training_images. labels (N, 20): 1, 0, or 255, which the loss leaves out.
+    loader: of src.evaluate.voc_training.training_images. labels (N, 20): 1, 0, or 255, which the loss
+    leaves out.
     """
     world_size, stopwatch = dist.world_size(), Stopwatch()
     network, optimizer, scaler = state.network, state.optimizer, state.scaler

@@ -10,7 +10,8 @@ this repository, a full training checkpoint, a released file. checkpoint_key: it
 missing or do not fit stop the loading. What is returned is the trunk in training mode, without a
 head: images (B, 3, H, W), normalised with the mean and standard deviation of ImageNet, to features
 (B, D). The entry `trunk` needs no name of a network, loads whatever the evaluations do, and is in
-evaluation mode: torch.hub.load("/path/to/this", "trunk", "runs/mine", source="local"). Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV), arXiv:1807.05520 (DeepCluster),
+evaluation mode: torch.hub.load("/path/to/this", "trunk", "runs/mine", source="local").
+Published: arXiv:2104.14294 (DINO), arXiv:2006.09882 (SwAV), arXiv:1807.05520 (DeepCluster),
 arXiv:1905.01278 (DeeperCluster). The last two take the derivatives of a grey image first (Sobel);
 with rgb=True these are part of the first convolution, exactly but for DeepCluster's image border.
 

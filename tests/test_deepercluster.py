@@ -1,4 +1,4 @@
-"""main_deepercluster.py and src/labels/super_classes.py: Eq. 3.4, rotations, and who holds which super-class."""
+"""main_deepercluster.py and src/labels/super_classes.py: Eq. 3.4, rotations, who holds which class."""
 
 import math
 

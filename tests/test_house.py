@@ -129,18 +129,7 @@ SPLATTED_LITERALS = {
 LONG_FUNCTIONS = {
     "eval_linear.py:main": 101,
 }
-WIDE_LINES = {
-    "eval_voc07.py": 1,
-    "hubconf.py": 1,
-    "src/evaluate/linear_results.py": 1,
-    "src/evaluate/voc_classifier.py": 1,
-    "src/nets/weights.py": 1,
-    "src/run/image_flags.py": 1,
-    "tests/evaluate/test_knn.py": 1,
-    "tests/nets/test_pretrained.py": 2,
-    "tests/test_deepercluster.py": 1,
-    "tests/test_main_offline.py": 1,
-}
+WIDE_LINES = {}
 TAKERS_OF_ARGS = {
     "src/evaluate/linear_protocols.py:_protocol": 1,
     "src/evaluate/linear_protocols.py:fill_in_batch": 1,

@@ -311,7 +311,8 @@ def test_a_part_of_the_data_is_all_that_a_run_sees(tmp_path):
 def test_the_published_lines_run(tmp_path):
     folder = images(tmp_path / "images", 80, size=40)
     line = f"{folder} --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10 --verbose --workers 0 "
-    line += f"--exp {tmp_path / 'dc'} --epochs 1 --batch 16 --clustering Kmeans --seed 31 --width 0.03 --size_crops 32"
+    line += f"--exp {tmp_path / 'dc'} --epochs 1 --batch 16 --clustering Kmeans --seed 31 "
+    line += "--width 0.03 --size_crops 32"
     assert script("deepcluster").main(shlex.split(line)) == 0
     group = state_of(tmp_path / "dc")["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["lr"], group["momentum"]) == (1e-5, 0.05, 0.9)

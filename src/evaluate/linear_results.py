@@ -28,8 +28,8 @@ def figures(history: list[dict]) -> dict[str, str]:
 def summary(lrs: list, history: list[dict]) -> tuple[list[dict], int]:
     """A row of results for each learning rate, and the number of the best by validation.
 
-    history: by epoch, what src.evaluate.linear_classifiers.accuracies returned and `epoch`. The best epoch is the
-    first with the largest top-1, or mean average precision.
+    history: by epoch, what src.evaluate.linear_classifiers.accuracies returned and `epoch`. The best
+    epoch is the first with the largest top-1, or mean average precision.
     """
     names, rows = list(figures(history)), []
     for i, lr in enumerate(lrs):

@@ -13,10 +13,10 @@ WEIGHT_STD, BIAS = 0.01, 0.1  # of the classifier at the start, as published
 class VOCClassifier(nn.Module):
     """Images (B, C, S, S) -> scores (B, num_classes).
 
-    backbone: the model of src.nets.pretrained.open_pretrained. Of AlexNet and VGG16 with batch norm the linear layers
-    start anew and belong to the classifier; of other networks a linear layer alone is one. The rest,
-    the trunk, is frozen with only_classifier; train_batchnorm leaves the scale and shift of its batch
-    norms to be trained. In training, too, the trunk is in evaluation mode: its batch norms use the
+    backbone: the model of src.nets.pretrained.open_pretrained. Of AlexNet and VGG16 with batch norm the
+    linear layers start anew and belong to the classifier; of other networks a linear layer alone is
+    one. The rest, the trunk, is frozen with only_classifier; train_batchnorm leaves the scale and shift
+    of its batch norms to be trained. In training, too, the trunk is in evaluation mode: its batch norms use the
     statistics they have.
     """
 

@@ -1,7 +1,8 @@
 """Reading weights from elsewhere into a network, safely, and saying what fitted.
 
 Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
-checkpoints, torchvision's, safetensors. Only tensors, plain containers, argparse.Namespace and numpy scalars are unpickled.
+checkpoints, torchvision's, safetensors. Only tensors, plain containers, argparse.Namespace and numpy
+scalars are unpickled.
 """
 
 import argparse

@@ -76,7 +76,7 @@ def add_augment_args(parser: argparse.ArgumentParser) -> None:
     add("--jitter_prob", type=probability, default=0.8, help="probability of the colour jitter")
     add("--grayscale", type=probability, default=0.2, help="probability of grayscale")
     add("--blur", type=probability, nargs="+", default=[0.5],
-        help="probability of the Gaussian blur of each crop; the last one holds for further crops")  # fmt: skip
+        help="probability of each crop's Gaussian blur; the last one holds for further crops")  # fmt: skip
     add("--blur_sigma", type=positive(float), nargs=2, default=[0.1, 2.0],
         help="range of the blur's standard deviation, in pixels")  # fmt: skip
     add("--solarize", type=probability, nargs="+", default=[0.0],

@@ -1,4 +1,4 @@
-"""src.evaluate.knn and src.cluster.neighbours: golden votes, ties, extremes, blocks, several processes, faiss."""
+"""src.evaluate.knn and src.cluster.neighbours: golden votes, ties, extremes, blocks, processes, faiss."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""src.nets.pretrained: the network of a run, a checkpoint, a released file, or torchvision, and what is known of it."""
+"""src.nets.pretrained: networks of runs, checkpoints and files, and what is known of them."""
 
 import json
 
@@ -49,7 +49,7 @@ def dino_networks():
 
 
 def make_run(folder, arguments, networks, method="swav"):
-    """A run's folder as the scripts leave it, with a copy of its checkpoint that has no args.json beside it."""
+    """A run's folder as the scripts leave it, and a copy of its checkpoint without args.json beside it."""
     state = {name: network.state_dict() for name, network in networks.items()}
     state |= {"epoch": 1, "method": method, "args": arguments}
     checkpoint.save_checkpoint(folder, state, keep_as="ckp-1")
