@@ -16,8 +16,8 @@ class VOCClassifier(nn.Module):
     backbone: the model of src.nets.pretrained.open_pretrained. Of AlexNet and VGG16 with batch norm the
     linear layers start anew and belong to the classifier; of other networks a linear layer alone is
     one. The rest, the trunk, is frozen with only_classifier; train_batchnorm leaves the scale and shift
-    of its batch norms to be trained. In training, too, the trunk is in evaluation mode: its batch norms use the
-    statistics they have.
+    of its batch norms to be trained. In training, too, the trunk is in evaluation mode: its batch
+    norms use the statistics they have.
     """
 
     def __init__(
