@@ -6,7 +6,7 @@ Caron, Bojanowski, Joulin, Douze: Deep Clustering for Unsupervised Learning of V
   Eq. 3.2         k-means of the whitened features    cluster_features; pca.py and kmeans.py of src/cluster
   section 3.1.1   power iteration clustering          cluster_features; src/cluster/pic.py
   section 3.2.1   sampling uniform over clusters      src/labels/sampling.py
-  section 3.2.1   networks, Sobel filters             src/nets/alexnet.py, src/nets/vgg.py, src/nets/sobel.py
+  section 3.2.1   networks, Sobel filters             src/nets/convnets.py, src/nets/sobel.py
 
   python main_deepcluster.py                                      digits, two minutes on two cores
   python main_deepcluster.py /imagenet/train --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10000

@@ -5,7 +5,7 @@ Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Im
   Eq. 2           classification of rotations         rotation_loss
   section 3.2     four rotations of each image        rotations
   section 3.1     learning rate in steps              step_lr of src/optim.py
-  thesis, 3.3.1   networks, Sobel filters             src/nets/alexnet.py, src/nets/vgg.py, src/nets/sobel.py
+  thesis, 3.3.1   networks, Sobel filters             src/nets/convnets.py, src/nets/sobel.py
 
   python main_rotnet.py                                           digits, a minute on two cores
   python main_rotnet.py --data_path cifar10

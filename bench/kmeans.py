@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
 from bench.measure import get_parser, median_seconds, parse_args, peak_megabytes, print_table
-from src.cluster.exact_sums import exact_rows, member_sums
+from src.cluster.exact_sums import exact_rows, extent, member_sums
 from src.cluster.kmeans import assign, initial_centroids, spherical_kmeans
-from src.cluster.kmeans_start import extent
 
 
 def members_by_scipy(assignments, num_clusters):

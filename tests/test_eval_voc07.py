@@ -19,7 +19,7 @@ from src.evaluate.ten_crops import RandomTenCrops, TenCrops
 from src.evaluate.voc import CLASSES, multilabel_loss, open_voc, voc_folder
 from src.evaluate.voc_classifier import VOCClassifier
 from src.evaluate.voc_training import Training, training_images
-from src.nets.alexnet import AlexNet
+from src.nets.convnets import AlexNet
 from src.nets.resnet import build_model
 from src.run import checkpoint, flags
 from tests.gloo import run_ranks

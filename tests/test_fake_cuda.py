@@ -39,9 +39,8 @@ import main_selav2
 import main_simclr
 import main_swav
 from src import dist as distributed
-from src.cluster import exact_sums, kmeans, kmeans_start, neighbours
-from src.cluster.label_plan import Plan
-from src.cluster.self_label import self_labels
+from src.cluster import exact_sums, kmeans, neighbours
+from src.cluster.self_label import Plan, self_labels
 from src.cluster.sinkhorn import sinkhorn
 from src.data.augment import Augment
 from src.dist import collectives
@@ -123,12 +122,12 @@ WAITS = {
     ),
     "dino_loss_with_sinkhorn": ("sinkhorn.py: _range", "the teacher's scores have no known bound"),
     "sinkhorn_without_a_bound": ("sinkhorn.py: _range", "float32 or float64, by the scores' range"),
-    "kmeans_check": ("kmeans_start.py: extent", "once a clustering, for bad features"),
-    "kmeans_count": ("kmeans_start.py: num_rows", "once a clustering"),
+    "kmeans_check": ("exact_sums.py: extent", "once a clustering, for bad features"),
+    "kmeans_count": ("exact_sums.py: num_rows", "once a clustering"),
     "kmeans_m_step": ("exact_sums.py: member_sums", "bincount; as many bags as the sizes ask for"),
     "kmeans_reseed": ("kmeans.py: _reseed", "as many centroids as there are empty clusters"),
     "sela_check": ("self_label.py: _largest", "once an assignment, for bad embeddings"),
-    "sela_next_step": ("label_plan.py: step", "each iteration: does the kernel still serve?"),
+    "sela_next_step": ("self_label.py: step", "each iteration: does the kernel still serve?"),
     "knn_check": ("neighbours.py: nearest_neighbours", "once a search, for rows of all processes"),
     "knn_search_by_groups": ("neighbours.py: _block_keys", "queries whose neighbours tie"),
 }
@@ -682,13 +681,13 @@ def kmeans_euclidean_e_step():
 @case
 def kmeans_check():
     features = empty(ROWS, DIM)
-    return lambda: kmeans_start.extent(features)
+    return lambda: exact_sums.extent(features)
 
 
 @case
 def kmeans_count():
     features = empty(ROWS, DIM)
-    return lambda: kmeans_start.num_rows(features, 100)
+    return lambda: exact_sums.num_rows(features, 100)
 
 
 @case

@@ -16,11 +16,10 @@ from src.data import photometry
 from src.data.datasets import open_dataset
 from src.data.small_sets import STATISTICS
 from src.labels.features import centre_crop
-from src.nets.alexnet import AlexNet
 from src.nets.backbones import build_backbone
+from src.nets.convnets import VGG16, AlexNet
 from src.nets.resnet import build_model
 from src.nets.sobel import sobel_to_rgb
-from src.nets.vgg import VGG16
 from src.pictures import activations, responses
 from src.pictures import filters as filter_pictures
 from src.pictures.attention import CAPTION, GAP

@@ -1,15 +1,58 @@
 """The sums of k-means' M-step, without rounding of their own: the same in any order of the rows."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dist
-from .kmeans_start import block_rows
 
 BAG = 8  # rows whose sums float32 holds exactly, once the rows are rounded
 SPREAD = 5  # powers of 2 between the largest entries of two rows up to which they are rounded alike
 WHOLE = 2**30  # bytes up to which the features are rounded, or moved to the device, once for all
+
+
+def block_rows(device: torch.device, width: int, entries: int) -> int:
+    """Rows of `width` entries worked on at a time: `entries` in all, 2^24 on a GPU."""
+    return max(64, min(4096, entries // width) if device.type == "cpu" else 2**24 // width)
+
+
+def extent(features: Tensor, device: torch.device | None = None) -> tuple[int, int]:
+    """Exponents e of the largest and the smallest row: its largest entry is in [2^(e-1), 2^e).
+
+    features: (n, D), this process's rows; all-zero rows count for nothing. One pass, in blocks on
+    `device`, that of the features by default.
+    Both are those of all processes. Raises ValueError on all of them if any entry is not finite.
+    """
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"k-means needs features of shape (n, D), not {tuple(features.shape)}")
+    device = features.device if device is None else device
+    ends = [torch.tensor([0.0, 0.0, -math.inf], device=device)]  # broken, largest, -smallest
+    for block in features.split(block_rows(device, features.shape[1], 2**18)):
+        top = block.to(device).float().abs().amax(1)  # (b,)
+        if len(top):
+            smallest = top.where(top > 0, math.inf).amin()
+            ends.append(torch.stack([1 - top.isfinite().all().float(), top.amax(), -smallest]))
+    broken, largest, smallest = torch.stack(ends).nan_to_num(nan=0.0).amax(0).tolist()
+    ends = torch.tensor([broken, largest, smallest], device=device)
+    broken, largest, smallest = dist.all_reduce_max(ends).tolist()
+    if broken:
+        raise ValueError("k-means needs finite features, and some are NaN or infinite")
+    if largest == 0:  # no row, or zeros only
+        return 0, 0
+    return math.frexp(largest)[1], math.frexp(-smallest)[1]
+
+
+def num_rows(features: Tensor, num_clusters: int) -> int:
+    """The rows of all processes. Raises ValueError for no cluster, or more clusters than rows."""
+    total = int(dist.all_reduce_sum(torch.tensor([len(features)], device=features.device)))
+    if not 1 <= num_clusters <= total:
+        raise ValueError(
+            f"k-means cannot make {num_clusters} clusters of the {total} rows of all processes: "
+            f"ask for 1 to {total}"
+        )
+    return total
 
 
 class ExactRows:
@@ -48,7 +91,7 @@ def placed(features: Tensor, device: torch.device) -> Tensor:
 def exact_rows(
     features: Tensor, largest: int, smallest: int, device: torch.device | None = None
 ) -> ExactRows | None:
-    """ExactRows of features with these exponents (src.cluster.kmeans_start.extent); None where that hurts.
+    """ExactRows of features with these exponents (see extent); None where that hurts.
 
     None if some row's largest entry is over 32 to 64 times smaller than another's: sums are then
     ordinary float64 ones, whose dependence on the order rarely reaches the float32 centroids.

@@ -3,6 +3,7 @@
 Every process keeps its own rows; an iteration exchanges K x (D + 1) sums and counts and no more.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .exact_sums import exact_rows, member_sums, placed
-from .kmeans_start import block_rows, extent, faiss_centroids, num_rows
-from .kmeans_start import initial_centroids as initial_centroids
+from .. import dist
+from .exact_sums import block_rows, exact_rows, extent, member_sums, num_rows, placed
 from .neighbours import full_precision
 
 BLOCK = 2**21  # scores that the E-step holds at a time on a CPU, in its cache
 GROUP = 64  # columns of which only the maximum is compared at first
 MANY = 1024  # centroids from which on that pays
+DRAWS = 4096  # candidates of k-means++ that are looked up at once
+ROUNDS = 8  # ... and how often before the farthest row is taken without a draw
 SPLIT = 0.01  # distance of the two halves of a cluster from its centroid, in norms of the centroid
 
 
@@ -210,3 +212,136 @@ def _reseed(means, counts, spherical, step, exponent):
     moves = F.normalize(moves, dim=1) * norms * SPLIT
     means = means.index_copy(0, donors, centroids - moves)
     return means.index_copy(0, empty[:num_donors], centroids + moves)
+
+
+# ============ what it starts from ============
+@torch.no_grad()
+def initial_centroids(
+    features: Tensor,
+    num_clusters: int,
+    seed: int,
+    method: str = "random",
+    positions: Tensor | None = None,
+) -> Tensor:
+    """num_clusters different rows of all processes; the same ones for a seed at any number of them.
+
+    features: (n, D), this process's rows. positions: (n,) int64, ascending: their numbers among the
+    N rows of all processes, where each of 0 to N-1 belongs to one process; None: in rank order.
+    method: "random" (uniform), or "k-means++" (Arthur and Vassilvitskii 2007): each next row with a
+    probability proportional to its squared distance from the nearest one chosen so far, which costs
+    num_clusters passes over the features.
+    Returns (K, D) float32, identical on all processes.
+    Raises ValueError for no cluster, more clusters than rows, non-finite features, another method,
+    or positions that do not number the rows.
+    """
+    if method not in ("random", "k-means++"):
+        raise ValueError(f"method {method!r} of initial_centroids must be random or k-means++")
+    exponent, _ = extent(features)
+    total = num_rows(features, num_clusters)
+    if positions is None:
+        counts = dist.all_gather_rows(torch.tensor([len(features)], device=features.device))
+        first = int(counts[: dist.rank()].sum())
+        positions = torch.arange(first, first + len(features))
+    if positions.shape != (len(features),):
+        raise ValueError(
+            f"positions must number the {len(features)} rows, not be {tuple(positions.shape)}"
+        )
+    positions = positions.to(features.device)
+    generator = torch.Generator().manual_seed(seed)
+    if method == "random":
+        chosen = torch.randperm(total, generator=generator)[:num_clusters]
+    else:
+        chosen = _plus_plus(features, positions, num_clusters, total, generator, exponent)
+    return _rows_at(features, positions, chosen)
+
+
+def _owned(positions, wanted):
+    """Which of the `wanted` (B,) positions are of this process (B,), and their local rows."""
+    wanted = wanted.to(positions.device)
+    if not len(positions):
+        return torch.zeros_like(wanted, dtype=torch.bool), wanted[:0]
+    at = torch.searchsorted(positions, wanted).clamp_(max=len(positions) - 1)
+    mine = positions[at] == wanted
+    return mine, at[mine]
+
+
+def _rows_at(features, positions, chosen):
+    """The rows at the positions `chosen` (K,), from whichever process owns each: (K, D) float32."""
+    mine, at = _owned(positions, chosen)
+    rows = torch.zeros(len(chosen), features.shape[1] + 1, device=features.device)
+    rows[mine, :-1] = features[at].float()
+    rows[mine, -1] = 1.0  # owners
+    rows = dist.all_reduce_sum(rows)
+    if (rows[:, -1] != 1).any():
+        raise ValueError("positions must ascend and give each of 0 to N-1 to one row of a process")
+    return rows[:, :-1].contiguous()
+
+
+def _plus_plus(features, positions, num_clusters, total, generator, exponent):
+    """Positions (K,) drawn by squared distances, from proposals that all processes make alike.
+
+    A uniform proposal that is kept with probability d^2 / max(d^2) is a draw by d^2, and needs no
+    sum over processes, whose rounding would depend on their number. Distances are taken row by row
+    and not by a product, so that a copy of a chosen row is at 0 and is never drawn.
+    """
+    scale = 2.0 ** -max(-100, min(100, exponent))  # no square overflows
+    distances = torch.full((len(features),), math.inf, device=features.device)  # squared
+    rows = block_rows(features.device, features.shape[1], 2**18)
+    chosen = torch.randint(total, (1,), generator=generator)
+    while len(chosen) < num_clusters:
+        centroid = _rows_at(features, positions, chosen[-1:]) * scale
+        for block, nearest in zip(features.split(rows), distances.split(rows), strict=True):
+            far = torch.cdist(
+                block.float() * scale, centroid, compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            nearest.copy_(torch.minimum(nearest, far[:, 0].square()))
+        if not dist.all_reduce_max((distances > 0).any().long()[None]).item():
+            # Only copies of chosen rows are left: all that were not chosen are as good.
+            weights = torch.ones_like(distances)
+            weights[_owned(positions, chosen)[1]] = 0.0
+        else:
+            weights = distances
+        chosen = torch.cat([chosen, _draw(weights, positions, total, generator)])
+    return chosen
+
+
+def _draw(weights, positions, total, generator):
+    """One position (1,) with a probability proportional to the weights of all processes."""
+    top = weights.amax() if len(weights) else weights.new_zeros(())
+    top = dist.all_reduce_max(top[None])
+    for _ in range(ROUNDS):
+        proposed = torch.randint(total, (DRAWS,), generator=generator)
+        keep = torch.rand(DRAWS, generator=generator).to(weights.device)  # in [0, 1)
+        mine, at = _owned(positions, proposed)
+        found = torch.zeros_like(keep)
+        found[mine] = weights[at]
+        accepted = (keep * top < dist.all_reduce_sum(found)).nonzero()
+        if len(accepted):
+            return proposed[accepted[0].cpu()]
+    farthest = positions[weights == top]  # so few that the proposals missed them all
+    first = farthest[:1] if len(farthest) else positions.new_full((1,), total)
+    return -dist.all_reduce_max(-first).cpu()
+
+
+def faiss_centroids(
+    features: Tensor, centroids: Tensor, iterations: int, spherical: bool
+) -> Tensor:
+    """Centroids (K, D) by faiss.Kmeans from the given ones, on all rows, which rank 0 trains on.
+
+    Every process holds the rows of all for a moment. faiss re-seeds empty clusters in its own way.
+    """
+    try:
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
+        import faiss
+    except ImportError:
+        raise ValueError('backend="faiss" needs the package faiss: pip install faiss-cpu') from None
+    rows = dist.all_gather_rows(features.float().cpu()).contiguous()
+    found = centroids.cpu().contiguous()
+    if dist.is_main() and iterations:
+        limits = {"min_points_per_centroid": 1, "max_points_per_centroid": 2**31 - 1}  # no sampling
+        kmeans = faiss.Kmeans(
+            rows.shape[1], len(found), niter=iterations, spherical=spherical, **limits
+        )
+        kmeans.train(rows.numpy(), init_centroids=found.numpy())
+        found = torch.from_numpy(kmeans.centroids)
+    return dist.broadcast(found).to(features.device)

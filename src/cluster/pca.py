@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dist
-from .kmeans_start import block_rows
+from .exact_sums import block_rows
 from .neighbours import full_precision
 
 BITS, ROWS = (

@@ -57,7 +57,7 @@ def pool_map(maps: Tensor, pooling: Pooling, kind: str = "max") -> Tensor:
 def conv_input(model: nn.Module, conv: int, kind: str = "max") -> Callable[[Tensor], Tensor]:
     """Images (B, C, S, S) -> the pooled map after convolution `conv`, its BN and ReLU, (B, D).
 
-    model: src.nets.alexnet.AlexNet or src.nets.vgg.VGG16, convolutions counted from 1. Raises ValueError for
+    model: src.nets.convnets.AlexNet or VGG16, convolutions counted from 1. Raises ValueError for
     another network, or a convolution that it has not.
     """
     count = getattr(model, "num_convs", None)

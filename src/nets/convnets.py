@@ -4,16 +4,68 @@ model = build_convnet("alexnet", num_classes=10000, sobel=True)
 features = model.forward_backbone(images)  # (B, 4096), what is clustered
 features, scores = model(images)  # (B, 4096), (B, 10000)
 model.top_layer.reset(20000, generator)  # after a clustering
+
+The names of parameters are those of the released checkpoints.
 """
 
 from torch import Tensor, nn
 
-from .alexnet import AlexNet
 from .resnet import ARCHITECTURES, build_model
-from .top_layer import Classifier, TopLayer
-from .vgg import VGG16
+from .top_layer import POOL, Classifier, PlainNetwork, TopLayer
 
-__all__ = ["PLAIN", "ResNetClassifier", "TopLayer", "build_convnet"]
+__all__ = ["PLAIN", "AlexNet", "ResNetClassifier", "TopLayer", "VGG16", "build_convnet"]
+
+
+class AlexNet(PlainNetwork):
+    """AlexNet with batch norm, as DeepCluster trains it (Caron et al. 2018, arXiv:1807.05520, 3.3).
+
+    Krizhevsky et al. 2012 in one column of five convolutions, with batch norm in the place of local
+    response normalisation. Made for images of 224 px, and takes others from 63 px on; see PlainNetwork.
+    """
+
+    convolutions = (
+        *((96, 11, 4, 2), POOL),
+        *((256, 5, 1, 2), POOL),
+        *((384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), POOL),
+    )
+    pool, cells, smallest = (3, 2), 6, 63
+
+    @staticmethod
+    def linear_layers(inputs: int, num_features: int, dropout: float) -> list[nn.Module]:
+        return [
+            nn.Dropout(dropout),
+            nn.Linear(inputs, num_features),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(num_features, num_features),
+        ]
+
+
+class VGG16(PlainNetwork):
+    """VGG-16 with batch norm, as DeepCluster and DeeperCluster train it.
+
+    Simonyan & Zisserman 2015, arXiv:1409.1556, configuration D; Caron et al. 2018, arXiv:1807.05520,
+    and 2019, arXiv:1905.01278. Made for images of 224 px, and takes others from 32 px on; see
+    PlainNetwork.
+    """
+
+    convolutions = (
+        *((64, 3, 1, 1), (64, 3, 1, 1), POOL),
+        *((128, 3, 1, 1), (128, 3, 1, 1), POOL),
+        *((256, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), POOL),
+        *((512, 3, 1, 1), (512, 3, 1, 1), (512, 3, 1, 1), POOL) * 2,
+    )
+    pool, cells, smallest = (2, 2), 7, 32
+
+    @staticmethod
+    def linear_layers(inputs: int, num_features: int, dropout: float) -> list[nn.Module]:
+        return [
+            nn.Linear(inputs, num_features),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(num_features, num_features),
+        ]
+
 
 PLAIN = {"alexnet": AlexNet, "vgg16": VGG16}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.cluster import exact_sums, kmeans, kmeans_start
+from src.cluster import exact_sums, kmeans
 from src.cluster.kmeans import assign, euclidean_kmeans, initial_centroids, spherical_kmeans
 from tests.gloo import run_ranks
 from tests.reference import assert_best
@@ -386,7 +386,7 @@ def test_plus_plus_draws_by_squared_distance():
 def test_draws_are_accepted_in_proportion_to_the_weights():
     weights = torch.tensor([0.0, 1.0, 4.0, 9.0, 0.0, 16.0, 0.5])
     generator = torch.Generator().manual_seed(0)
-    draw = kmeans_start._draw
+    draw = kmeans._draw
     drawn = torch.cat([draw(weights, torch.arange(7), 7, generator) for _ in range(1500)])
     expected = 1500 * weights / weights.sum()
     deviations = (drawn.bincount(minlength=7) - expected).abs()

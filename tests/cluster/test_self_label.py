@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import peak_megabytes
-from src.cluster import label_plan, self_label
+from src.cluster import self_label
 from src.cluster.self_label import reassignment_epochs, reassignment_times, self_labels
 from tests.gloo import run_ranks
 from tests.reference import assert_best, log_softmax, logsumexp
@@ -114,13 +114,13 @@ def count_steps(monkeypatch):
     """Record which of the two ways each iteration takes."""
     steps = []
     for name in ("_scaling_step", "_logarithmic_step"):
-        step = getattr(label_plan.Plan, name)
+        step = getattr(self_label.Plan, name)
 
         def counted(self, scales, name=name, step=step):
             steps.append(name)
             return step(self, scales)
 
-        monkeypatch.setattr(label_plan.Plan, name, counted)
+        monkeypatch.setattr(self_label.Plan, name, counted)
     return steps
 
 
@@ -131,8 +131,8 @@ def test_a_kernel_made_once_or_often_and_logarithms_give_the_same(
 ):
     embeddings, prototypes = data(200, 12, dtype=torch.float64)
     log_plan, iterations, log_r = published(embeddings @ prototypes.T, 0.1, 0.01)
-    monkeypatch.setattr(label_plan, "NEAR", near)
-    monkeypatch.setattr(label_plan, "FAR", far)
+    monkeypatch.setattr(self_label, "NEAR", near)
+    monkeypatch.setattr(self_label, "FAR", far)
     steps = count_steps(monkeypatch)
     found = self_labels(embeddings, prototypes, 0.1, 0.01, max_bytes=max_bytes)
     logarithmic = steps.count("_logarithmic_step")
@@ -149,8 +149,8 @@ def test_the_error_of_every_iteration_is_the_same_by_kernels_and_logarithms(monk
     embeddings, prototypes = data(100, 12, dtype=torch.float64)
     errors = []
     for near, far in [(20, 250), (2, 250), (20, 0.01)]:
-        monkeypatch.setattr(label_plan, "NEAR", near)
-        monkeypatch.setattr(label_plan, "FAR", far)
+        monkeypatch.setattr(self_label, "NEAR", near)
+        monkeypatch.setattr(self_label, "FAR", far)
         found = [self_labels(embeddings, prototypes, 0.1, 0.01, 1e-9, n) for n in range(1, 26)]
         errors.append([each.error for each in found])
     np.testing.assert_allclose(errors[:2], [errors[2]] * 2, rtol=1e-9)
@@ -170,7 +170,7 @@ def test_a_float32_kernel_needs_no_more_iterations_than_float64():
 def test_neither_blocks_nor_keeping_the_scores_change_the_result(monkeypatch, block):
     embeddings, prototypes = data(333, 20)
     log_plan, iterations, log_r = published(embeddings.double() @ prototypes.double().T)
-    monkeypatch.setattr(label_plan, "BLOCK", block)
+    monkeypatch.setattr(self_label, "BLOCK", block)
     kept = self_labels(embeddings, prototypes)
     computed_anew = self_labels(embeddings, prototypes, max_bytes=0)
     assert torch.equal(kept.log_scales, computed_anew.log_scales)
@@ -221,7 +221,7 @@ def test_the_input_is_left_as_it_was_and_the_result_carries_no_gradient():
 
 
 def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
-    monkeypatch.setattr(label_plan, "BLOCK", 2**14)
+    monkeypatch.setattr(self_label, "BLOCK", 2**14)
     options = {"max_iterations": 3, "tolerance": 1e-300, "max_bytes": 0}
     peaks = []
     for num_rows in (1000, 4000):
@@ -306,7 +306,7 @@ def test_equal_scores_give_equal_scales():
 
 def test_labels_that_tie_go_to_the_lowest_prototype():
     scores = torch.tensor([[0.0, 1.0, 0.5, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.5, 1.0, 1.0]])
-    plan = label_plan.Plan(scores, torch.eye(4), epsilon=0.5, max_bytes=0)
+    plan = self_label.Plan(scores, torch.eye(4), epsilon=0.5, max_bytes=0)
     assert plan.labels(torch.zeros(4, dtype=torch.float64)).tolist() == [1, 0, 2]
     assert plan.labels(torch.tensor([0, 0, 1, 0]).double()).tolist() == [1, 2, 2]
 
@@ -413,7 +413,7 @@ def label_my_rows(rank, world_size, splits):
         rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         for name, options in CASES.items():
             embeddings, prototypes = case(name)
-            label_plan.NEAR = 2.0 if name == "kernels" else 20.0
+            self_label.NEAR = 2.0 if name == "kernels" else 20.0
             try:
                 found = self_labels(embeddings[rows], prototypes, **options)
                 results[sizes, name] = found.labels.numpy(), *found[1:3], found.log_scales.numpy()
@@ -425,7 +425,7 @@ def label_my_rows(rank, world_size, splits):
 
 @pytest.mark.parametrize("splits", [[(60, 60), (120, 0)], [(30, 0, 77, 13)]], ids=str)
 def test_processes_with_their_rows_equal_one_process_with_all(monkeypatch, splits):
-    monkeypatch.setattr(label_plan, "NEAR", label_plan.NEAR)  # to be restored
+    monkeypatch.setattr(self_label, "NEAR", self_label.NEAR)  # to be restored
     size = len(splits[0])
     shares = run_ranks(label_my_rows, size, splits)
     ((expected, warnings),) = run_ranks(label_my_rows, 1, [(120,)])

@@ -16,9 +16,9 @@ from src.evaluate.conv_features import (
 )
 from src.evaluate.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
 from src.labels.features import centre_crop
-from src.nets.alexnet import AlexNet
+from src.nets.convnets import VGG16 as VGG16Network
+from src.nets.convnets import AlexNet
 from src.nets.resnet import build_model
-from src.nets.vgg import VGG16 as VGG16Network
 
 
 class Noise:
