@@ -33,7 +33,7 @@ import torch
 from src import dist
 from src.data.datasets import open_dataset
 from src.evaluate import flags as eval_flags
-from src.evaluate import linear_protocols
+from src.evaluate import linear_flags
 from src.evaluate.conv_features import KINDS, conv_input
 from src.evaluate.linear_classifiers import (
     LinearClassifiers,
@@ -45,7 +45,7 @@ from src.evaluate.linear_classifiers import (
 )
 from src.evaluate.linear_features import CachedBatches, FrozenFeatures, linear_input
 from src.evaluate.linear_files import Probe, saved_classifiers
-from src.evaluate.linear_protocols import (
+from src.evaluate.linear_flags import (
     DINO_BATCH,
     PROTOCOLS,
     REFERENCE_BATCH,
@@ -190,19 +190,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # ============ an evaluation alone ============
     if args.evaluate:
-        classifiers, lrs, epoch = saved
-        features, labels = frozen.of(val, args.batch_size or DINO_BATCH, args.tencrops)
-        classifiers.to(process.device)
-        views = VIEWS if args.tencrops else 1
-        result = accuracies(classifiers, features, labels, device=process.device, views=views)
-        path = out / "eval_linear_evaluate.json"
-        report(
-            lrs,
-            [{"epoch": epoch, **result}],
-            settings=settings | named,
-            path=path,
-            untrained=not args.pretrained,
-        )
+        evaluate(saved, frozen, val, settings=settings | named, args=args)
         dist.shutdown()
         return 0
 
@@ -239,6 +227,23 @@ def main(argv: list[str] | None = None) -> int:
     stop.restore()
     dist.shutdown()
     return 0
+
+
+def evaluate(saved, frozen, val, *, settings, args):
+    """Write the accuracies of saved classifiers, (classifiers, learning rates, epoch)."""
+    classifiers, lrs, epoch = saved
+    device = frozen.process.device
+    features, labels = frozen.of(val, args.batch_size or DINO_BATCH, args.tencrops)
+    classifiers.to(device)
+    views = VIEWS if args.tencrops else 1
+    result = accuracies(classifiers, features, labels, device=device, views=views)
+    report(
+        lrs,
+        [{"epoch": epoch, **result}],
+        settings=settings,
+        path=Path(args.dump_path) / "eval_linear_evaluate.json",
+        untrained=not args.pretrained,
+    )
 
 
 def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settings, stop, args):
@@ -361,7 +366,7 @@ def count_features(forward, args):
 # ============ arguments ============
 def parse_args(argv):
     """The arguments; what is not on the command line is of the run that is evaluated, or the protocol."""
-    args, _ = linear_protocols.parse_args(get_parser(), argv)
+    args, _ = linear_flags.parse_args(get_parser(), argv)
     return args
 
 

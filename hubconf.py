@@ -174,8 +174,8 @@ def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **op
     if pretrained is not False:
         weights = _ours("nets.weights").read_weights(pretrained, checkpoint_key)
         said |= _ours("nets.recognise").recognise(weights, arch)
-    options = {**said, "sobel_padding": sobel_padding, **options}
-    model = _ours("nets.convnets").build_convnet(**options)
+    said |= {"sobel_padding": sobel_padding, **options}  # what the caller says wins
+    model = _ours("nets.convnets").build_convnet(**said)
     if pretrained is not False:
         _ours("nets.weights").fit_weights(model, weights, pretrained)
     if rgb and model.sobel is not None:

@@ -51,7 +51,15 @@ from src.pictures import attention as attention_maps
 from src.pictures import cluster_tables, curves, responses
 from src.pictures import filters as filter_pictures
 from src.pictures import flags as picture_flags
-from src.pictures.clusters import add_cluster_args, check_folders, draw_clusters, image_names
+from src.pictures.clusters import (
+    add_cluster_args,
+    check_folders,
+    choose_clusters,
+    draw_sheet,
+    draw_sizes,
+    image_names,
+    write_folders,
+)
 from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
 from src.run import checkpoint, flags, image_flags
@@ -194,13 +202,24 @@ def clusters(args):
     weights = "" if args.num_clusters else args.pretrained
     heads, dino = cluster_tables.read_heads(weights, args.checkpoint_key)
     dataset = open_split(args)
-    cluster_tables.check_request(args, [len(weight) for weight, _ in heads], len(dataset))
+    check_request(args, [len(weight) for weight, _ in heads], len(dataset))
     folder = Path(args.dump_path)
     check_folders(folder, args.folders)
     checkpoint.check_writable(folder)
     feature = args.feature if args.num_clusters else "backbone" if dino else "embedding"
     network = eval_flags.open_network(args, feature)
-    features = cluster_tables.features_of(network, dino, dataset, args)
+    device = dist.resolve_device(args.device)
+    precision = "fp32" if args.use_fp16 is False else args.precision
+    features = cluster_tables.features_of(
+        network,
+        dino,
+        dataset,
+        size=args.size,
+        device=device,
+        precision=dist.resolve_precision(precision, device),
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
 
     names, readable = image_names(dataset)
     by_head = cluster_tables.group(
@@ -217,7 +236,7 @@ def clusters(args):
         heads=[by_one_head for by_one_head, _, _ in by_head],
         settings={**{name: getattr(args, name) for name in CLUSTER_SETTINGS}, "feature": feature},
     )
-    draw_clusters(folder, found, dataset, names, args)
+    draw_clusters(args, found, dataset, names, folder)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, clusters mean little")
     numbers = found.summary()
@@ -231,6 +250,41 @@ def clusters(args):
     )
     if 2 * (found.sizes == 0).sum() > len(found.sizes):
         logger.info("note: most prototypes are nearest to no image, as in a run that is young")
+
+
+def check_request(args, sizes, num_images):
+    """Raise ValueError for clusters that are not there; sizes: how many each head has."""
+    of_run = f"--pretrained {args.pretrained}" if args.pretrained else "an untrained network"
+    number, wanted = args.num_clusters, max(args.show or [0])
+    if number and number > num_images:
+        images = f"the {num_images} images of --data_path {args.data_path}"
+        raise ValueError(f"--num_clusters {number} is more than {images}: use fewer")
+    if number and args.head:
+        raise ValueError(f"--head {args.head} is of prototypes: leave it out with --num_clusters")
+    if not number and not sizes:
+        raise ValueError(
+            f"{of_run} has no prototypes, which SwAV, DeepCluster-v2, SeLa-v2 and DINO train: give "
+            "--num_clusters to cluster its features by k-means"
+        )
+    if not number and args.head >= len(sizes):
+        raise ValueError(
+            f"--head {args.head} is not one of the {len(sizes)} of {of_run}, from 0 on"
+        )
+    number = number or sizes[args.head]
+    if wanted >= number:
+        raise ValueError(f"--show {wanted} is not there: clusters are numbered 0 to {number - 1}")
+
+
+def draw_clusters(args, found, dataset, names, folder):
+    """clusters.png, sizes.png where matplotlib is installed, and with --folders folders."""
+    shown = args.show or choose_clusters(found.sizes, args.num_shown)
+    draw_sheet(found, dataset, shown, args.num_images, args.seed, folder / "clusters.png")
+    try:
+        draw_sizes(found, folder / "sizes.png")
+    except ImportError:
+        logger.warning("no sizes.png: pip install matplotlib")
+    if args.folders:
+        write_folders(folder / "folders", found, dataset, names)
 
 
 def open_split(args):

@@ -34,8 +34,17 @@ def published(student, teacher, center):
 
 
 def build_criterion(out_dim, num_crops, device="cpu"):
-    temps = (TEACHER_TEMP, TEACHER_TEMP, 0, 1, STUDENT_TEMP, CENTER_MOMENTUM)
-    return DINOLoss(out_dim, num_crops, *temps).to(device)
+    loss = DINOLoss(
+        out_dim,
+        num_crops,
+        warmup_teacher_temp=TEACHER_TEMP,
+        teacher_temp=TEACHER_TEMP,
+        warmup_teacher_temp_epochs=0,
+        epochs=1,
+        student_temp=STUDENT_TEMP,
+        center_momentum=CENTER_MOMENTUM,
+    )
+    return loss.to(device)
 
 
 def main(argv=None):

@@ -60,8 +60,11 @@ def main(argv=None):
     data = clustered(args.rows, args.prototypes, args.dim, args.device)
 
     def ours(max_bytes, data=data):
-        limits = {"tolerance": 1e-300, "max_bytes": max_bytes}
-        return lambda n: self_labels(*data, TEMPERATURE, EPSILON, max_iterations=n, **limits).labels
+        return lambda n: (
+            self_labels(
+                *data, TEMPERATURE, EPSILON, tolerance=1e-300, max_iterations=n, max_bytes=max_bytes
+            ).labels
+        )
 
     forms = {
         "published": lambda n: published(published_plan(*data), n),

@@ -107,11 +107,19 @@ def test_a_script_has_the_values_of_the_published_run(path, tmp_path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_the_network_loss_and_optimizer_of_a_script_can_be_built(path, tmp_path):
     args = parsed(path, tmp_path)
-    options = {**flags.backbone_options(args), **flags.vit_options(args, args.global_crops_size)}
-    build_backbone(args.arch, drop_path_rate=args.drop_path_rate, **options)
+    build_backbone(
+        args.arch,
+        drop_path_rate=args.drop_path_rate,
+        **flags.backbone_options(args),
+        **flags.vit_options(args, args.global_crops_size),
+    )
     main_dino.DINOLoss(
-        *(args.out_dim, 2 + args.local_crops_number, args.warmup_teacher_temp),
-        *(args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs),
+        out_dim=args.out_dim,
+        nmb_crops=2 + args.local_crops_number,
+        warmup_teacher_temp=args.warmup_teacher_temp,
+        teacher_temp=args.teacher_temp,
+        warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs,
+        epochs=args.epochs,
     )
     assert args.optimizer in ("adamw", "lars")
 

@@ -27,6 +27,7 @@ SMALL = {"arch": "resnet18", "stem": "small", "width": 0.125, "in_chans": 3}
 HEAD = {"hidden_mlp": 16, "feat_dim": 8, "head_dims": None, "head_bn": True}
 QUICK = ["--workers", "0", "--device", "cpu", "--nb_knn", "1", "20", "--size", "8"]
 NETWORK = ["--arch", "resnet18", "--stem", "small", "--width", "0.125"]
+FEW_LABELS = ["--labels_per_class", 5, "--draws", 3]
 
 
 def evaluate(tmp_path, *argv):
@@ -203,11 +204,10 @@ def parse(*argv):
     return eval_flags.parse_args(eval_knn.get_parser(), list(map(str, argv)))[0]
 
 
-def small_vit(seed=0, **options):
+def small_vit(seed):
     """A vit_tiny of an eighth of the width, for images of 16 px."""
     torch.manual_seed(seed)
-    options = {"patch_size": 4, "img_size": 16, "width": 0.125, "depth": 3, **options}
-    return ARCHITECTURES["vit_tiny"](**options).eval()
+    return ARCHITECTURES["vit_tiny"](patch_size=4, img_size=16, width=0.125, depth=3).eval()
 
 
 def dino_checkpoint(student, teacher):
@@ -363,11 +363,11 @@ def test_files_of_the_published_sizes_are_known(tmp_path):
 @pytest.mark.parametrize("body", ["", "body."])
 def test_features_of_a_released_classifier_are_its_own(tmp_path, images, body):
     path, folder = tmp_path / "released.pth.tar", tmp_path / "dump"
-    options = {"sobel": True, "sobel_padding": 2 if body else 1}
-    model = released_classifier(path, "alexnet", body=body, **options)
+    padding = 2 if body else 1
+    model = released_classifier(path, "alexnet", body=body, sobel=True, sobel_padding=padding)
     argv = ["--data_path", images, "--pretrained", path, "--size", 67]
     _, settings = evaluate(tmp_path, *argv, "--dump_features", folder)
-    assert settings["sobel"] is True and settings["sobel_padding"] == (2 if body else 1)
+    assert settings["sobel"] is True and settings["sobel_padding"] == padding
     dataset = open_dataset(str(images))
     expected, _ = extract_features(
         model.forward_backbone,
@@ -461,9 +461,7 @@ def test_classes_of_two_folders_are_matched_by_name(tmp_path, images):
 def test_few_labels_report_k_up_to_their_number_for_each_kind_of_features(tmp_path):
     make_run(tmp_path / "run")
     rows, _ = evaluate(
-        tmp_path,
-        *("--pretrained", tmp_path / "run", "--raw_pixels", "--labels_per_class", 5),
-        *("--draws", 3, "--nb_knn", 20, 100),
+        tmp_path, "--pretrained", tmp_path / "run", "--raw_pixels", *FEW_LABELS, "--nb_knn", 20, 100
     )
     few = [r for r in rows if r["labels"] == 5]
     assert [r["k"] for r in few] == [1, 5, 20] * 2 and all(r["std"] > 0 for r in few)
@@ -560,7 +558,7 @@ def script(tmp_path, name, launcher, *argv):
 @pytest.mark.slow
 def test_two_processes_under_torchrun_give_the_table_of_one(tmp_path):
     make_run(tmp_path / "run")
-    argv = ["--pretrained", tmp_path / "run", "--labels_per_class", 5, "--draws", 3, "--raw_pixels"]
+    argv = ["--pretrained", tmp_path / "run", *FEW_LABELS, "--raw_pixels"]
     one, _ = script(tmp_path, "one", [], *argv, "--dump_features", tmp_path / "dump")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     two, said = script(tmp_path, "two", torchrun, *argv)
@@ -568,8 +566,7 @@ def test_two_processes_under_torchrun_give_the_table_of_one(tmp_path):
     assert said.count("top-1") == 1 and said.count("written to") == 1  # one process speaks
     # what one process dumped, two load
     loaded, _ = script(
-        *(tmp_path, "three", torchrun, "--load_features", tmp_path / "dump"),
-        *("--labels_per_class", 5, "--draws", 3, "--seed", 3),
+        tmp_path, "three", torchrun, "--load_features", tmp_path / "dump", *FEW_LABELS, "--seed", 3
     )
     assert loaded == nearly([row for row in one if row["features"] == "backbone"])
 

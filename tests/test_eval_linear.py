@@ -26,7 +26,7 @@ from src.evaluate.linear_classifiers import (
     losses,
 )
 from src.evaluate.linear_features import FrozenFeatures, ImageBatches, linear_input
-from src.evaluate.linear_protocols import chosen_folds
+from src.evaluate.linear_flags import chosen_folds
 from src.evaluate.linear_results import summary
 from src.evaluate.splits import split_folds
 from src.labels.features import extract_features
@@ -768,8 +768,7 @@ def test_the_larger_of_two_numbers_is_that_of_the_folds():
 def test_all_folds_are_evaluated_one_after_the_other(images, tmp_path, capsys):
     argv = [*NETWORK, "--data_path", images, "--lrs", "0.01", "0.1", "--cache_features"]
     single = evaluate(
-        *(tmp_path / "one", *argv, "--cross_valid", "3", "--kfold", "1"),
-        name="eval_linear_fold1.json",
+        tmp_path / "one", *argv, "--cross_valid", "3", "--kfold", "1", name="eval_linear_fold1.json"
     )
     assert single["settings"]["fold"] == [1, 3] and single["settings"]["images"] == [40, 20, 2]
     assert not (tmp_path / "one" / "eval_linear.json").exists()

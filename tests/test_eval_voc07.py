@@ -135,11 +135,10 @@ def test_the_11_points_are_the_highest_precisions_at_a_recall_or_beyond():
     area, points = average_precision(scores, positive)
     assert points == pytest.approx((4 * 1 + 3 * 2 / 3 + 4 * 3 / 5) / 11)
     assert area == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
-    tenths = torch.arange(10.0).flip(0), torch.ones(10, dtype=torch.bool)
-    assert average_precision(*tenths) == (1.0, 1.0)
-    fifths = torch.arange(10.0).flip(0), torch.tensor([True, False] * 5)
+    scores = torch.arange(10.0).flip(0)
+    assert average_precision(scores, torch.ones(10, dtype=torch.bool)) == (1.0, 1.0)
     # recall 1/5 precision 1; 2/5, 2/3; 3/5, 3/5; 4/5, 4/7; 1, 5/9: recalls 0.2, 0.4, ... are reached
-    _, points = average_precision(*fifths)
+    _, points = average_precision(scores, torch.tensor([True, False] * 5))
     assert points == pytest.approx((3 * 1 + 2 * 2 / 3 + 2 * 3 / 5 + 2 * 4 / 7 + 2 * 5 / 9) / 11)
     nan = average_precision(torch.tensor([torch.nan, 1.0]), torch.tensor([True, False]))
     assert nan == (0.5, 0.5)  # what is no number comes last
@@ -272,8 +271,21 @@ def test_the_network_of_a_file_is_fine_tuned(voc, tmp_path):
     weights = AlexNet(width=1 / 32, sobel=True, num_classes=7).state_dict()
     torch.save({"arch": "alexnet", "state_dict": weights}, tmp_path / "alexnet.pth")
     found = run(
-        *(tmp_path / "out", voc, "--arch", "alexnet", "--width", 1 / 32, "--sobel", "--size", 63),
-        *("--model", tmp_path / "alexnet.pth", "--nit", "2", "--stem", "imagenet"),
+        tmp_path / "out",
+        voc,
+        "--arch",
+        "alexnet",
+        "--width",
+        1 / 32,
+        "--sobel",
+        "--size",
+        63,
+        "--model",
+        tmp_path / "alexnet.pth",
+        "--nit",
+        "2",
+        "--stem",
+        "imagenet",
     )
     assert found["settings"]["sobel"] and found["settings"]["pretrained"].endswith("alexnet.pth")
     state = torch.load(tmp_path / "out/voc07/fc6_8/checkpoint.pth", weights_only=True)["module"]

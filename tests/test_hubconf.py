@@ -271,8 +271,15 @@ ANY_RUN |= {"data_path": "digits", "mean": None, "std": None, "size_crops": [16,
 
 @pytest.fixture
 def run_of_swav(tmp_path):
-    options = {"stem": "small", "width": 0.125, "hidden_mlp": 16, "output_dim": 8}
-    network = build_model("resnet18", normalize=True, nmb_prototypes=[6], **options)
+    network = build_model(
+        "resnet18",
+        stem="small",
+        width=0.125,
+        normalize=True,
+        hidden_mlp=16,
+        output_dim=8,
+        nmb_prototypes=[6],
+    )
     checkpoint.save_checkpoint(tmp_path / "run", {"model": network.state_dict(), "epoch": 1})
     arguments = {**ANY_RUN, "hidden_mlp": 16, "feat_dim": 8, "nmb_prototypes": [6]}
     (tmp_path / "run" / "args.json").write_text(json.dumps(arguments))

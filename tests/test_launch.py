@@ -191,8 +191,20 @@ def launch(*words, path="", **environ):
 @submitit
 def test_a_local_job_of_two_processes_really_runs(task, tmp_path):
     run = launch(
-        *(task, "--nmb_crops", 2, 6, "--nodes", 1, "--ngpus", 2, "--timeout", 5),
-        *("--dump_path", tmp_path / "run", "--cluster", "local"),
+        task,
+        "--nmb_crops",
+        2,
+        6,
+        "--nodes",
+        1,
+        "--ngpus",
+        2,
+        "--timeout",
+        5,
+        "--dump_path",
+        tmp_path / "run",
+        "--cluster",
+        "local",
         CUDA_VISIBLE_DEVICES="",
     )
     assert run.returncode == 0, run.stdout + run.stderr
@@ -269,9 +281,31 @@ def batch_environment(slurm):
 @submitit
 def test_what_is_submitted_to_slurm(task, tmp_path, slurm):
     run = launch(
-        *(task, "--nodes", 8, "--ngpus", 8, "--timeout", 2800, "--partition", "learnfair"),
-        *("--use_volta32", "--comment", "for a paper", "--qos", "high", "--account", "vision"),
-        *("--nmb_crops", 2, 6, "--dump_path", tmp_path / "run", "--cpus", 8, "--mem", 450),
+        task,
+        "--nodes",
+        8,
+        "--ngpus",
+        8,
+        "--timeout",
+        2800,
+        "--partition",
+        "learnfair",
+        "--use_volta32",
+        "--comment",
+        "for a paper",
+        "--qos",
+        "high",
+        "--account",
+        "vision",
+        "--nmb_crops",
+        2,
+        6,
+        "--dump_path",
+        tmp_path / "run",
+        "--cpus",
+        8,
+        "--mem",
+        450,
         path=slurm,
     )
     assert run.returncode == 0, run.stdout + run.stderr
@@ -296,8 +330,17 @@ def test_what_is_submitted_to_slurm(task, tmp_path, slurm):
 @pytest.mark.slow
 def test_a_preempted_slurm_job_saves_requeues_and_goes_on(task, tmp_path, slurm):
     launched = launch(
-        *(task, "--wait_for_signal", "--nodes", 1, "--ngpus", 2, "--nmb_crops", 2, 4),
-        *("--dump_path", tmp_path / "run"),
+        task,
+        "--wait_for_signal",
+        "--nodes",
+        1,
+        "--ngpus",
+        2,
+        "--nmb_crops",
+        2,
+        4,
+        "--dump_path",
+        tmp_path / "run",
         path=slurm,
     )
     assert launched.returncode == 0, launched.stderr

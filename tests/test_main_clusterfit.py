@@ -123,8 +123,9 @@ def test_the_steps_one_after_the_other_equal_both(whole, tmp_path):
     for name in ("assignments.npy", "centroids.npy"):
         path = tmp_path / "a" / "clusters" / name
         assert path.read_bytes() == (whole[0] / "clusters" / name).read_bytes()
-    argv = ("fit", "--clusters", tmp_path / "a" / "clusters", "--epochs", 1)
-    status, values = train(tmp_path / "b", *argv)
+    status, values = train(
+        tmp_path / "b", "fit", "--clusters", tmp_path / "a" / "clusters", "--epochs", 1
+    )
     assert status == 0
     assert values == {i: loss for i, loss in whole[1].items() if i < 10}
 

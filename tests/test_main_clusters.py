@@ -241,10 +241,12 @@ def test_selav2_keeps_its_labels_between_the_times_of_the_schedule(tmp_path):
 
 @both
 def test_data_without_labels_and_broken_files_train_through(tmp_path, method):
-    folder = images(tmp_path / "images", 150, broken_every=50)
-    argv = ("--data_path", folder, "--preset", "tiny", "--batch_size", 50, "--epochs", 2)
-    assert train(method, tmp_path / "run", *argv)[0] == 0
-    assert all("nmi_labels" not in line for line in assignments(tmp_path / "run"))
+    folder, run = images(tmp_path / "images", 150, broken_every=50), tmp_path / "run"
+    status, _ = train(
+        method, run, "--data_path", folder, "--preset", "tiny", "--batch_size", 50, "--epochs", 2
+    )
+    assert status == 0
+    assert all("nmi_labels" not in line for line in assignments(run))
 
 
 @both
@@ -333,8 +335,8 @@ def test_the_bank_gets_the_embeddings_of_its_crops_and_leaves_out_what_is_not_fi
     tmp_path, monkeypatch, method
 ):
     spy = Spy(monkeypatch)
-    argv = ("--crops_for_assign", 0, 2, "--freeze_prototypes_niters", 0)
-    assert train(method, tmp_path, *argv)[0] == 0
+    status, _ = train(method, tmp_path, "--crops_for_assign", 0, 2, "--freeze_prototypes_niters", 0)
+    assert status == 0
     first_pass, training = spy.forwards[:20], spy.forwards[20:]
     for i, pushed in enumerate(spy.pushes[:10]):
         for (crop, embedding), side, row in zip(first_pass[2 * i :], (12, 8), pushed, strict=False):

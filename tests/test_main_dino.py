@@ -304,8 +304,10 @@ def test_a_folder_of_another_network_or_method_is_refused_and_left_as_it_is(whol
 
 def test_a_folder_of_images_without_labels_trains(tmp_path):
     folder = images(tmp_path / "images", 60, broken_every=20, size=20)
-    argv = ("--data_path", folder, "--epochs", 1, "--batch_size", 20, "--knn_freq", 1)
-    assert train(tmp_path / "run", *argv)[0] == 0
+    status, _ = train(
+        tmp_path / "run", "--data_path", folder, "--epochs", 1, "--batch_size", 20, "--knn_freq", 1
+    )
+    assert status == 0
     text = (tmp_path / "run" / "train.log").read_text()
     assert "60 images" in text and "00020.jpg" in text and "00040.jpg" in text
     arguments = json.loads((tmp_path / "run" / "args.json").read_text())

@@ -32,6 +32,7 @@ OF_METHOD = {
     "deepcluster": ["--reassign", "1", "--niter", "5"],
     "deepercluster": ["--reassignment", "1", "--niter", "5", "--super_classes", "8"],
 }
+TINY = ["--preset", "tiny", "--batch_size", 48]  # for images in folders and shards
 both, slow = pytest.mark.parametrize("method", METHODS), pytest.mark.slow
 
 
@@ -188,7 +189,7 @@ def test_deepcluster_leaves_its_clustering_at_once(whole, tmp_path, monkeypatch,
 
 def test_another_number_of_images_is_refused_on_resume(tmp_path, capsys):
     folder = images(tmp_path / "images", 130)
-    argv = ("--data_path", folder, "--preset", "tiny", "--batch_size", 48, "--size_dataset", 100)
+    argv = ("--data_path", folder, *TINY, "--size_dataset", 100)
     assert train("deepercluster", tmp_path / "run", *argv, "--epochs", 1)[0] == 0
     (folder / "00003.jpg").unlink()
     with pytest.raises(SystemExit) as stop:
@@ -249,14 +250,16 @@ def test_several_processes_make_the_assignments_and_losses_of_one(tmp_path, meth
 @pytest.mark.slow
 def test_another_number_of_processes_takes_over_classifiers_and_momentum(tmp_path):
     _, expected = train("deepercluster", tmp_path / "one", *NO_DRAWS)
-    argv = (*NO_DRAWS, "--batch_size", 32, "--checkpoint_iters", 1)
-    mixed = start("deepercluster", tmp_path / "mixed", *argv, processes=4)
-    wait_for_lines(tmp_path / "mixed", mixed, 6)
+    folder = tmp_path / "mixed"
+    mixed = start(
+        "deepercluster", folder, *NO_DRAWS, "--batch_size", 32, "--checkpoint_iters", 1, processes=4
+    )
+    wait_for_lines(folder, mixed, 6)
     for pid in [*children_of(mixed), mixed.pid]:
         os.kill(pid, signal.SIGKILL)
     mixed.communicate()
-    assert train("deepercluster", tmp_path / "mixed", *NO_DRAWS)[0] == 0
-    assert losses(tmp_path / "mixed") == pytest.approx(expected, rel=2e-2)
+    assert train("deepercluster", folder, *NO_DRAWS)[0] == 0
+    assert losses(folder) == pytest.approx(expected, rel=2e-2)
 
 
 VGG = "--arch vgg16 --width 0.0625 --size_crops 32 --sobel --dropout 0.2"
@@ -344,9 +347,10 @@ def test_uncurated_images_come_from_flat_folders_and_from_tar_shards(tmp_path):
                 tar.add(path, path.name)
     shards = str(tmp_path / "shard-{0..1}.tar")
     for name, data in (("flat", folder), ("tar", shards)):
-        argv = ("--data_path", data, "--preset", "tiny", "--batch_size", 48, "--epochs", 1)
-        assert train("deepercluster", tmp_path / name, *argv)[0] == 0
-        assert len(losses(tmp_path / name)) == 2
+        status, values = train(
+            "deepercluster", tmp_path / name, "--data_path", data, *TINY, "--epochs", 1
+        )
+        assert status == 0 and len(values) == 2
         assert (labels_of(tmp_path / name) >= 0).all()
 
 

@@ -22,6 +22,7 @@ SMALL = shlex.split(
     "--size_crops 16 8 --temperature 0.1 --batch_size 128 --epochs 2 --warmup_epochs 0 --base_lr 0.1 "
     "--workers 0 --log_freq 1 --knn_freq 0 --no-tensorboard"
 )
+FEW = ["--epochs", 1, "--batch_size", 400]  # three iterations
 
 
 def train(folder, *argv):
@@ -137,15 +138,13 @@ def test_another_number_of_processes_takes_the_run_over(tmp_path):
     ],
 )
 def test_options_train(tmp_path, argv):
-    argv = ("--epochs", 1, "--batch_size", 400, *argv.split())
-    status, values = train(tmp_path, *argv)
+    status, values = train(tmp_path, *FEW, *argv.split())
     assert status == 0 and len(values) == 3
     assert all(0 < loss < 400 for loss in values.values())
 
 
 def test_training_goes_on_from_given_weights(whole, tmp_path):
-    argv = ("--epochs", 1, "--batch_size", 400, "--base_lr", 1e-9, "--final_lr", 0)
-    train(tmp_path, *argv, "--init_from", whole[0])
+    train(tmp_path, *FEW, "--base_lr", 1e-9, "--final_lr", 0, "--init_from", whole[0])
     states = [
         torch.load(folder / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
         for folder in (tmp_path, whole[0])

@@ -86,16 +86,18 @@ def test_a_run_leaves_what_the_readme_promises(whole):
 
 def test_the_prototypes_stay_frozen_for_as_long_as_asked(whole, few, tmp_path):
     train(tmp_path / "a", *few, "--epochs", 1, "--freeze_prototypes_niters", 100)
-    fixed = ("--fixed_prototypes", "--freeze_prototypes_niters", 0)
-    train(tmp_path / "b", *few, "--epochs", 1, *fixed)
+    train(
+        tmp_path / "b", *few, "--epochs", 1, "--fixed_prototypes", "--freeze_prototypes_niters", 0
+    )
     weights = {}
     for name in "ab":
         state = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
         weights[name] = state["model"]["prototypes.weight"]
     torch.manual_seed(31)
-    options = {"stem": "small", "width": 0.125, "hidden_mlp": 32, "output_dim": 16}
-    fresh = main_swav.build_model("resnet10", nmb_prototypes=10, **options).prototypes.weight
-    fresh = torch.nn.functional.normalize(fresh.detach(), dim=1)
+    network = main_swav.build_model(
+        "resnet10", stem="small", width=0.125, hidden_mlp=32, output_dim=16, nmb_prototypes=10
+    )
+    fresh = torch.nn.functional.normalize(network.prototypes.weight.detach(), dim=1)
     torch.testing.assert_close(weights["a"], fresh)
     torch.testing.assert_close(weights["b"], fresh)
     state = torch.load(whole[0] / "checkpoint.pth", weights_only=True)
@@ -173,8 +175,9 @@ def test_a_signal_to_one_process_of_two_stops_both_at_the_same_iteration(tmp_pat
     "name, processes", [("SIGTERM", 1), pytest.param("SIGUSR1", 2, marks=pytest.mark.slow)]
 )
 def test_a_signal_finishes_the_iteration_saves_and_leaves(tmp_path, name, processes):
-    argv = ("--batch_size", 128 // processes, "--epochs", 400)
-    process = start(tmp_path, *argv, processes=processes)
+    process = start(
+        tmp_path, "--batch_size", 128 // processes, "--epochs", 400, processes=processes
+    )
     wait_for_lines(tmp_path, process, 3)
     if processes == 1:
         process.send_signal(getattr(signal, name))
@@ -225,10 +228,10 @@ def test_every_option_trains(tmp_path, few, argv):
 
 
 def test_training_goes_on_from_given_weights(whole, few, tmp_path):
-    frozen = ("--epochs", 1, "--base_lr", "1e-9", "--final_lr", 0)
-    train(tmp_path, *few, *frozen, "--init_from", whole[0] / "checkpoint.pth")
+    given = whole[0] / "checkpoint.pth"
+    train(tmp_path, *few, "--epochs", 1, "--base_lr", "1e-9", "--final_lr", 0, "--init_from", given)
     assert re.search(r"matched (\d+) of \1 tensors", (tmp_path / "train.log").read_text())
-    old = torch.load(whole[0] / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
+    old = torch.load(given, weights_only=True)["model"]["conv1.weight"]
     new = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]["conv1.weight"]
     torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
 
@@ -356,10 +359,20 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, few, capsys):
 def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoint(tmp_path, few):
     train(tmp_path, *few, "--epochs", "1")
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    argv = (*few, "--epochs", 3, "--optimizer", "sgd", "--base_lr", "1e30")
     for log_freq in (50, 1):
         with pytest.raises(main_swav.flags.RunError, match="--base_lr"):
-            train(tmp_path, *argv, "--log_freq", log_freq)
+            train(
+                tmp_path,
+                *few,
+                "--epochs",
+                3,
+                "--optimizer",
+                "sgd",
+                "--base_lr",
+                "1e30",
+                "--log_freq",
+                log_freq,
+            )
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 

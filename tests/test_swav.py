@@ -18,11 +18,12 @@ from tests.gloo import run_ranks
 CROPS, ASSIGN, TEMPERATURE = [2, 6], [0, 1], 0.1
 
 
-def step(embedding, prototypes, queue, crops_for_assign=ASSIGN, **options):
+def step(embedding, prototypes, queue, crops_for_assign=ASSIGN, hard=False):
     """One training step's loss, gradient and codes for embeddings (V, B, D), queue pushed after."""
     scores = (embedding @ prototypes.t()).requires_grad_()  # (V, B, K)
-    options = {"hard": False, "epsilon": 0.05, "iterations": 3, **options}
-    codes = assign_codes(scores.detach(), prototypes, crops_for_assign, queue, **options)
+    codes = assign_codes(
+        scores.detach(), prototypes, crops_for_assign, queue, hard, epsilon=0.05, iterations=3
+    )
     loss = swav_loss(scores.flatten(0, 1), codes, CROPS, crops_for_assign, TEMPERATURE)
     loss.backward()
     if queue is not None:
@@ -122,9 +123,7 @@ def _train_steps(rank, world_size, embeddings, prototypes, sizes, length):
         mine = embedding[:, start : start + sizes[rank]]  # (V, b, D)
         scores = mine @ prototypes.t()
         codes = assign_codes(
-            *(scores.detach(), prototypes.detach(), ASSIGN, queue, False),
-            epsilon=0.05,
-            iterations=3,
+            scores.detach(), prototypes.detach(), ASSIGN, queue, False, epsilon=0.05, iterations=3
         )
         loss = swav_loss(scores.flatten(0, 1), codes, CROPS, ASSIGN, TEMPERATURE)
         prototypes.grad = None

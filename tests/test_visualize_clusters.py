@@ -173,8 +173,9 @@ def test_the_cluster_of_dino_is_the_largest_output_of_the_teacher(tmp_path, head
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         backbone = build_backbone("vit_tiny", patch_size=4, img_size=8, depth=1, width=0.34)
-        sizes = {"hidden_dim": 20, "bottleneck_dim": 6}
-        network = MultiCropWrapper(backbone, DINOHead(backbone.num_features, 16, **sizes, **head))
+        network = MultiCropWrapper(
+            backbone, DINOHead(backbone.num_features, 16, hidden_dim=20, bottleneck_dim=6, **head)
+        )
         for parameter in network.head.parameters():  # all of it matters
             torch.nn.init.normal_(parameter)
         networks[name] = network.eval()

@@ -56,8 +56,9 @@ def spherical_kmeans(
     Raises ValueError on all processes for more clusters than rows, K = 0, features that are not
     finite or of another size than the centroids, another `empty` or `backend`.
     """
-    options = empty, backend, device, on_step, first_step
-    return _kmeans(features, centroids, iterations, True, *options)
+    return _kmeans(
+        features, centroids, iterations, True, empty, backend, device, on_step, first_step
+    )
 
 
 def euclidean_kmeans(
@@ -74,8 +75,9 @@ def euclidean_kmeans(
 
     Rows of any length; everything else is as in spherical_kmeans.
     """
-    options = empty, backend, device, on_step, first_step
-    return _kmeans(features, centroids, iterations, False, *options)
+    return _kmeans(
+        features, centroids, iterations, False, empty, backend, device, on_step, first_step
+    )
 
 
 def assign(
@@ -338,10 +340,14 @@ def faiss_centroids(
     rows = dist.all_gather_rows(features.float().cpu()).contiguous()
     found = centroids.cpu().contiguous()
     if dist.is_main() and iterations:
-        limits = {"min_points_per_centroid": 1, "max_points_per_centroid": 2**31 - 1}  # no sampling
-        kmeans = faiss.Kmeans(
-            rows.shape[1], len(found), niter=iterations, spherical=spherical, **limits
+        kmeans_of_faiss = faiss.Kmeans(
+            rows.shape[1],
+            len(found),
+            niter=iterations,
+            spherical=spherical,
+            min_points_per_centroid=1,
+            max_points_per_centroid=2**31 - 1,  # no sampling
         )
-        kmeans.train(rows.numpy(), init_centroids=found.numpy())
-        found = torch.from_numpy(kmeans.centroids)
+        kmeans_of_faiss.train(rows.numpy(), init_centroids=found.numpy())
+        found = torch.from_numpy(kmeans_of_faiss.centroids)
     return dist.broadcast(found).to(features.device)

@@ -83,8 +83,15 @@ def self_labels(
     """
     _check(embeddings, prototypes, temperature, epsilon, tolerance, max_iterations)
     if embeddings.device.type == "mps":  # which has no float64
-        numbers = (temperature, epsilon, tolerance, max_iterations, max_bytes)
-        found = self_labels(embeddings.cpu(), prototypes.cpu(), *numbers)
+        found = self_labels(
+            embeddings.cpu(),
+            prototypes.cpu(),
+            temperature,
+            epsilon,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            max_bytes=max_bytes,
+        )
         return found._replace(labels=found.labels.to(embeddings.device))
     total, dtype = _agree(embeddings, prototypes, epsilon)
     plan = Plan(embeddings, prototypes.to(embeddings.device, dtype), epsilon, max_bytes)
@@ -103,7 +110,10 @@ def self_labels(
         logger.warning(
             "the assignment did not converge in %d iterations: its error is %.3g, "
             "--sinkhorn_tolerance %g; raise the tolerance, or --epsilon %g",
-            *(max_iterations, error, tolerance, epsilon),
+            max_iterations,
+            error,
+            tolerance,
+            epsilon,
         )
     return SelfLabels(plan.labels(log_scales), iteration + 1, error, log_scales)
 

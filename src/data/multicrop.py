@@ -106,10 +106,9 @@ def draw_window(height, width, scale, ratio, generator) -> tuple[int, int, int, 
     uniform; after ten draws that do not fit, the largest central window within `ratio`.
     """
     area = height * width
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(TRIES):
-        target = area * generator.uniform(*scale)
-        aspect = math.exp(generator.uniform(*log_ratio))
+        target = area * generator.uniform(scale[0], scale[1])
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             top = int(generator.random() * (height - h + 1))

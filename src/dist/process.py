@@ -92,9 +92,14 @@ def init(device: str = "auto", timeout: float = TIMEOUT) -> Process:
         method = rendezvous(launch, os.environ)
         logger.info("%s meets the others at %s", launch, method)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        place = {"rank": launch.rank, "world_size": launch.world_size}
         try:
-            dist.init_process_group(backend, method, timedelta(seconds=timeout), **place)
+            dist.init_process_group(
+                backend,
+                init_method=method,
+                timeout=timedelta(seconds=timeout),
+                rank=launch.rank,
+                world_size=launch.world_size,
+            )
         except RuntimeError as error:
             raise ConnectionError(
                 f"rank {launch.rank} of {launch.world_size} did not meet the others at {method} "

@@ -151,9 +151,9 @@ def extract_features(
 def _log_progress(dataset, done, total, seconds, waited):
     if dist.is_main():
         logger.info(
-            "features of %s: %d of %d images, %.0f images/s, data %.1f s, compute %.1f s, ETA %.0f s",
-            *(dataset.name, done, total, done / seconds, waited, seconds - waited),
-            seconds / done * (total - done),
+            f"features of {dataset.name}: {done} of {total} images, {done / seconds:.0f} images/s, "
+            f"data {waited:.1f} s, compute {seconds - waited:.1f} s, "
+            f"ETA {seconds / done * (total - done):.0f} s"
         )
 
 

@@ -10,7 +10,6 @@ be read is in cluster -1.
 import csv
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dist
 from ..cluster.kmeans import initial_centroids, spherical_kmeans
 from ..labels.features import extract_features
 from ..labels.health import normalized_mutual_information
@@ -79,15 +77,23 @@ def _dino_head(weights):
     return head.eval()
 
 
-def features_of(network: Pretrained, dino: DINOHead | None, dataset, args) -> Tensor:
+def features_of(
+    network: Pretrained,
+    dino: DINOHead | None,
+    dataset,
+    *,
+    size: int,
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    workers: int,
+) -> Tensor:
     """What clusters are made of, (N, D), on the device where they are made.
 
     It is the output of the network, or, where `dino` is its head, what its last layer is applied to.
-    Raises ValueError for values that are not finite.
+    size: side in pixels of the images. precision, batch_size, workers: see extract_features. Raises
+    ValueError for values that are not finite.
     """
-    device = dist.resolve_device(args.device)
-    precision = "fp32" if args.use_fp16 is False else args.precision
-    precision = dist.resolve_precision(precision, device)
     model = network.model.to(device)
     mean, std = network.normalisation(dataset, IMAGENET_RED if dino else None)
 
@@ -100,40 +106,17 @@ def features_of(network: Pretrained, dino: DINOHead | None, dataset, args) -> Te
     features, _ = extract_features(
         before_last_layer if dino else model,
         dataset,
-        args.size,
+        size,
         mean=mean,
         std=std,
         device=device,
-        batch_size=args.batch_size,
-        num_workers=args.workers,
+        batch_size=batch_size,
+        num_workers=workers,
         precision=precision,
     )
     if not features.isfinite().all():
-        raise ValueError(f"--pretrained {args.pretrained} makes features that are not finite")
+        raise ValueError("the network of --pretrained makes features that are not finite")
     return features.to(device if device.type != "mps" else "cpu")
-
-
-def check_request(args, sizes: Sequence[int], num_images: int) -> None:
-    """Raise ValueError on what is not there; sizes: clusters of each head, of read_heads."""
-    of_run = f"--pretrained {args.pretrained}" if args.pretrained else "an untrained network"
-    number, wanted = args.num_clusters, max(args.show or [0])
-    if number and number > num_images:
-        images = f"the {num_images} images of --data_path {args.data_path}"
-        raise ValueError(f"--num_clusters {number} is more than {images}: use fewer")
-    if number and args.head:
-        raise ValueError(f"--head {args.head} is of prototypes: leave it out with --num_clusters")
-    if not number and not sizes:
-        raise ValueError(
-            f"{of_run} has no prototypes, which SwAV, DeepCluster-v2, SeLa-v2 and DINO train: give "
-            "--num_clusters to cluster its features by k-means"
-        )
-    if not number and args.head >= len(sizes):
-        raise ValueError(
-            f"--head {args.head} is not one of the {len(sizes)} of {of_run}, from 0 on"
-        )
-    number = number or sizes[args.head]
-    if wanted >= number:
-        raise ValueError(f"--show {wanted} is not there: clusters are numbered 0 to {number - 1}")
 
 
 # ============ clusters ============

@@ -79,20 +79,6 @@ def choose_images(clusters: Clusters, cluster: int, number: int, seed: int) -> t
     return nearest, draws.permutation(rest)[:number].tolist()
 
 
-def draw_clusters(
-    folder: Path, clusters: Clusters, dataset: ImageDataset, names: Sequence[str], args
-) -> None:
-    """clusters.png, sizes.png where matplotlib is installed, and with --folders folders."""
-    shown = args.show or choose_clusters(clusters.sizes, args.num_shown)
-    draw_sheet(clusters, dataset, shown, args.num_images, args.seed, folder / "clusters.png")
-    try:
-        draw_sizes(clusters, folder / "sizes.png")
-    except ImportError:
-        logger.warning("no sizes.png: pip install matplotlib")
-    if args.folders:
-        write_folders(folder / "folders", clusters, dataset, names)
-
-
 # ============ sheet ============
 def sheet_size(num_rows: int, num_images: int) -> tuple[int, int]:
     """Width and height in pixels of a sheet with so many clusters and so many images of each kind."""

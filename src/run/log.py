@@ -36,12 +36,12 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
             logging.getLogger(name).setLevel(logging.DEBUG)
 
 
-def describe_run(args: dict, folder: str | Path) -> None:
+def describe_run(arguments: dict, folder: str | Path) -> None:
     """Log the command, the versions and the git state; write the resolved arguments to args.json."""
     logger.info("command: %s", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     logger.info("torch %s, python %s, git %s", torch.__version__, sys.version.split()[0], _git())
     path = Path(folder) / "args.json"
-    path.write_text(json.dumps(args, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
 
 
 def _git():

@@ -371,9 +371,8 @@ def test_no_warning_where_the_tolerance_was_reached(caplog):
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
-    arguments = {"embeddings": torch.ones(3, 4), "prototypes": torch.ones(2, 4), **arguments}
     with pytest.raises(ValueError, match=message):
-        self_labels(**arguments)
+        self_labels(**{"embeddings": torch.ones(3, 4), "prototypes": torch.ones(2, 4), **arguments})
 
 
 # ============ across processes ============

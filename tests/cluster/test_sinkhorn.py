@@ -87,9 +87,8 @@ def test_the_scores_are_left_as_they_were_and_carry_no_gradient():
     "arguments", [{"epsilon": 0.0}, {"epsilon": -1.0}, {"iterations": 0}, {"scores": torch.ones(3)}]
 )
 def test_bad_arguments_are_named(arguments):
-    arguments = {"scores": torch.ones(3, 2), **arguments}
     with pytest.raises(ValueError, match="sinkhorn needs"):
-        sinkhorn(**arguments)
+        sinkhorn(**{"scores": torch.ones(3, 2), **arguments})
 
 
 def _sinkhorn_of_my_rows(rank, world_size, scores, sizes, epsilon, bound):

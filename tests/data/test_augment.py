@@ -63,8 +63,8 @@ def test_crops_are_crop_major_float_and_in_the_order_of_the_batch():
 
 def test_resolutions_have_draws_of_their_own():
     (images,) = random_batch(batch_size=8, counts=(1,), sizes=(16,))
-    options = {**OFF, "flip_prob": 0.5}
-    first, second = Augment(MEAN, STD, **options)([images, images], generator())
+    flipped = Augment(MEAN, STD, **{**OFF, "flip_prob": 0.5})
+    first, second = flipped([images, images], generator())
     assert 0 < sum(map(torch.equal, first, second)) < 8
     blurred = Augment(MEAN, STD, **{**OFF, "blur_prob": [0.0, 1.0]})
     first, second = blurred([images, images], generator())
@@ -249,14 +249,16 @@ def test_strength_zero_takes_one_operation_out_and_changes_no_other_draw():
 
 
 def test_probabilities_may_differ_from_crop_to_crop():
-    options = {**SWAV, "blur_prob": [1.0, 0.1, 0.5], "solarize_prob": [0.0, 0.2, 0.0]}
-    draws = draw_parameters(generator(), 3, 4000, **options)
+    blur, solarize = [1.0, 0.1, 0.5], [0.0, 0.2, 0.0]
+    draws = draw_parameters(
+        generator(), 3, 4000, **{**SWAV, "blur_prob": blur, "solarize_prob": solarize}
+    )
     blurred = (draws.sigma > 0).reshape(3, 4000).mean(axis=1)
     solarized = draws.solarize.reshape(3, 4000).mean(axis=1)
-    assert np.abs(blurred - [1.0, 0.1, 0.5]).max() < 0.03 and blurred[0] == 1
-    assert np.abs(solarized - [0.0, 0.2, 0.0]).max() < 0.03
+    assert np.abs(blurred - blur).max() < 0.03 and blurred[0] == 1
+    assert np.abs(solarized - solarize).max() < 0.03
     batch = random_batch(counts=(2, 1))
-    assert len(Augment(MEAN, STD, blur_prob=[1.0, 0.1, 0.5])(batch, generator())) == 3
+    assert len(Augment(MEAN, STD, blur_prob=blur)(batch, generator())) == 3
     with pytest.raises(ValueError, match="blur_prob has 2 values, one a crop makes 3"):
         Augment(MEAN, STD, blur_prob=[1.0, 0.1])(batch, generator())
 

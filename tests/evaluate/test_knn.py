@@ -325,9 +325,8 @@ def test_few_labels_draw_exactly_n_of_each_class(monkeypatch):
 
 @pytest.mark.parametrize("per_class, draws", [(0, 20), (5, 0)])
 def test_few_labels_need_a_label_and_a_draw(per_class, draws):
-    data = (*clusters(20, 0), *clusters(20, 1))
     with pytest.raises(ValueError, match="at least 1"):
-        few_label_accuracy(*data, per_class, draws)
+        few_label_accuracy(*clusters(20, 0), *clusters(20, 1), per_class, draws)
 
 
 # ============ processes ============

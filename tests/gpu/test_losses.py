@@ -61,8 +61,9 @@ def check_swav(found, expected, tolerances):
     """found: loss, gradient and codes of a step; expected: the same of the golden file."""
     loss, gradient, codes = found
     np.testing.assert_allclose(loss, expected[0], atol=tolerances["loss"], rtol=0)
-    gradient_tolerance = {"atol": tolerances["gradient"], "rtol": 1e-4}
-    np.testing.assert_allclose(to_host(gradient), expected[1], **gradient_tolerance)
+    np.testing.assert_allclose(
+        to_host(gradient), expected[1], atol=tolerances["gradient"], rtol=1e-4
+    )
     np.testing.assert_allclose(to_host(codes), expected[2], atol=tolerances["codes"], rtol=0)
 
 

@@ -161,8 +161,9 @@ def dino_step(student, crops, device, precision):
 
 def swav_network():
     torch.manual_seed(0)
-    head = {"normalize": True, "hidden_mlp": 32, "output_dim": 16, "nmb_prototypes": 12}
-    return resnet10(**head, stem="small", width=0.25)
+    return resnet10(
+        normalize=True, hidden_mlp=32, output_dim=16, nmb_prototypes=12, stem="small", width=0.25
+    )
 
 
 def dino_network():

@@ -226,8 +226,8 @@ def test_a_linear_classifier_of_the_device_is_as_good_on_the_cpu(run, device, tm
     found = evaluate("eval_linear", tmp_path, run, "--device", device, *argv)
     assert math.isfinite(found["results"][0]["loss"])
     assert found["best_top1"] > 60 and found["top5"] > 90  # 10 and 50 are chance
-    words = ("--evaluate", "--device", "cpu")
-    again = evaluate("eval_linear", tmp_path, run, *words, name="eval_linear_evaluate.json")
+    name = "eval_linear_evaluate.json"
+    again = evaluate("eval_linear", tmp_path, run, "--evaluate", "--device", "cpu", name=name)
     assert again["top1"] == pytest.approx(found["top1"], abs=TOP1)
 
 

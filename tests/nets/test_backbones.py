@@ -32,8 +32,16 @@ def test_every_network_maps_images_to_its_features(arch, features, options, size
 
 
 def test_options_reach_a_vision_transformer():
-    options = {"patch_size": 5, "img_size": 40, "in_chans": 2, "drop_path_rate": 0.3}
-    model = build_backbone("vit_small", **options, num_registers=3, depth=4, width=0.5)
+    model = build_backbone(
+        "vit_small",
+        patch_size=5,
+        img_size=40,
+        in_chans=2,
+        drop_path_rate=0.3,
+        num_registers=3,
+        depth=4,
+        width=0.5,
+    )
     assert isinstance(model, VisionTransformer)
     assert model.patch_embed.proj.weight.shape == (192, 2, 5, 5)
     assert (model.grid, model.num_registers, len(model.blocks)) == ((8, 8), 3, 4)

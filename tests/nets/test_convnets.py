@@ -26,11 +26,10 @@ def images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small(arch, num_classes=0, seed=0, **options):
+def small(arch, num_classes=0, seed=0, sobel=True, width=1 / 16, **options):
     """A network of a sixteenth of the width, in evaluation mode, whose batch norms do something."""
     torch.manual_seed(seed)
-    options = {"sobel": True, "width": 1 / 16, **options}
-    model = build_convnet(arch, num_classes, **options)
+    model = build_convnet(arch, num_classes, sobel=sobel, width=width, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)

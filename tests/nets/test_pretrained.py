@@ -33,8 +33,8 @@ def swav_network(seed=5):
 
 def clusters_network():
     torch.manual_seed(5)
-    options = {"stem": "small", "width": 0.125, "sobel": True, "sobel_padding": 2}
-    return build_convnet("resnet10", 7, **options).eval()
+    network = build_convnet("resnet10", 7, stem="small", width=0.125, sobel=True, sobel_padding=2)
+    return network.eval()
 
 
 def dino_networks():

@@ -125,8 +125,19 @@ def test_a_bad_value_is_one_line_with_the_flag_and_status_2(argv, capsys):
 
 def test_published_spellings_are_taken():
     args = parse(
-        *("--output_dir", "x", "--num_workers", "3", "--local-rank=1", "--world_size", "8"),
-        *("--rank", "2", "--dist_url", "env://", "--use_fp16", "false"),
+        "--output_dir",
+        "x",
+        "--num_workers",
+        "3",
+        "--local-rank=1",
+        "--world_size",
+        "8",
+        "--rank",
+        "2",
+        "--dist_url",
+        "env://",
+        "--use_fp16",
+        "false",
     )
     assert (args.dump_path, args.workers, args.precision) == ("x", 3, "fp32")
     assert parse("--local_rank", "3", "--use_fp16", "true").precision == "auto"
