@@ -214,8 +214,10 @@ def fit(args, process, dataset, model, augment, assignments, folder):
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=args.batch_size * process.world_size,
+        image_size=args.size_crops[0],
+        num_prototypes=num_clusters,
         method_state={"pseudo_labels": labels},
     )
     lr = args.lr * flags.lr_factor(args, run.global_batch)
@@ -229,6 +231,7 @@ def fit(args, process, dataset, model, augment, assignments, folder):
         )
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
+    run.catch_up()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -237,7 +240,7 @@ def fit(args, process, dataset, model, augment, assignments, folder):
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, labels, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], num_clusters):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

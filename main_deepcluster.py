@@ -158,6 +158,7 @@ def cluster_dataset(run, dataset, labels, epoch, args):
     before = labels.replace(torch.tensor(share(len(dataset))), clusters[None], epoch)
     draws = generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW)
     run.module.top_layer.reset(num_clusters, draws)
+    run.num_prototypes = num_clusters  # PIC finds how many
     report_assignment(
         run,
         labels.labels,
@@ -255,8 +256,10 @@ def main(argv: list[str] | None = None) -> int:
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=args.nmb_cluster,
         method_state={"pseudo_labels": labels},
     )
     run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
@@ -275,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
+    run.catch_up()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -288,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, draw_epoch(run, labels, epoch=epoch, seed=args.seed), start)
         train_one_epoch(run, loader, labels, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], model.top_layer.out_features):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

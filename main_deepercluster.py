@@ -238,8 +238,6 @@ def cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args):
         for p in top_layer.parameters():
             run.optimizer.state.pop(p, None)
     heads.reset(num_sub, args.seed, epoch)
-    run.save(epoch, start)
-    clustering.remove()
     report_assignment(
         run,
         one_label(labels.labels, num_sub),
@@ -249,6 +247,8 @@ def cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args):
         epoch=epoch,
         seconds=time.perf_counter() - began,
     )
+    run.save(epoch, start)  # after the line of the log, which a run that is killed here writes anew
+    clustering.remove()
 
 
 def open_clustering(run, num_images, groups, epoch, args):
@@ -343,8 +343,11 @@ def main(argv: list[str] | None = None) -> int:
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
+        dataset=dataset,
         num_images=num_images,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=args.super_classes * num_sub,
         method_state={"pseudo_labels": labels, "sub_classifiers": heads},
     )
     log_plan(run, crops, peak_lr=lr)
@@ -354,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
         first_epoch, start = args.epoch, args.start_iter
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
+    run.catch_up()
 
     # ============ epochs ============
     groups = cluster_groups(num_clusters)
@@ -370,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, order, start)
         train_one_epoch(run, loader, places, heads, labels, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], args.super_classes * num_sub):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

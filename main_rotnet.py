@@ -162,8 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=NUM_ROTATIONS,
     )
     lr = args.lr * flags.lr_factor(args, global_batch)
     log_plan(run, crops, peak_lr=lr)
@@ -171,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
+    run.catch_up()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], NUM_ROTATIONS):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

@@ -234,8 +234,10 @@ def main(argv: list[str] | None = None) -> int:
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=mean_prototypes(args),
         method_state={"memory_bank": bank, "pseudo_labels": labels},
     )
     factor = flags.lr_factor(args, global_batch)
@@ -253,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
+    run.catch_up()
 
     # ============ epochs ============
     if labels.epoch < 0 and not bank.num_rows:
@@ -268,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], mean_prototypes(args)):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

@@ -143,7 +143,7 @@ def pair_cosines(embedding: torch.Tensor) -> tuple[float, float]:
     return positive, negative
 
 
-def diagnose(history: list[dict], num_negatives: int) -> str | None:
+def diagnose(history: list[dict], num_negatives: int) -> health.Trouble | None:
     """What is wrong with a run, in one sentence that names the flags that help, or None.
 
     history: the latest log lines, oldest first, with `loss` and `embedding_std`. num_negatives: of a
@@ -158,9 +158,10 @@ def diagnose(history: list[dict], num_negatives: int) -> str | None:
     if found:
         return found
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return (
+        return health.Trouble(
+            "loss",
             f"the loss stays at ln(1 + {num_negatives}) = {ceiling:.3f}, what identical embeddings "
-            "give; lower --temperature (0.1), or change --base_lr"
+            "give; lower --temperature (0.1), or change --base_lr",
         )
     return None
 
@@ -215,8 +216,10 @@ def main(argv: list[str] | None = None) -> int:
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=1 + count_negatives(args, global_batch),
     )
     factor = flags.lr_factor(args, global_batch)
     schedule = cosine_schedule(
@@ -232,15 +235,14 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
         describe_run(vars(args), args.dump_path)
+    run.catch_up()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, schedule, epoch, start, args)
         start = 0
-        if run.end_epoch(
-            epoch, model, dataset, args.size_crops[0], 1 + count_negatives(args, global_batch)
-        ):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

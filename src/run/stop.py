@@ -9,6 +9,7 @@ import threading
 import torch
 
 from .. import dist
+from .lock import release_folders
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def leave(stop: StopSignal, hint: str = "the same command continues") -> int:
     if dist.is_main():
         logger.warning("stopped by %s; %s", stop.name, hint)
     requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
+    release_folders()
     stop.restore()
     dist.shutdown()
     return 128 + getattr(signal, stop.name)
