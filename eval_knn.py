@@ -39,8 +39,9 @@ from src.labels.features import extract_features, raw_pixels
 from src.nets.pretrained import MODEL_FLAGS
 from src.pictures.neighbours import draw_neighbours
 from src.run import checkpoint, flags
-from src.run.lock import hold_folder, release_folders
+from src.run.lock import hold_folder
 from src.run.log import setup_logging
+from src.run.stop import finish
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if not settings["pretrained"]:
             logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
         logger.info(f"{seconds:.1f} s, written to {path}")
-    release_folders()
-    dist.shutdown()
-    return 0
+    return finish()
 
 
 # ============ arguments ============

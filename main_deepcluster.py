@@ -49,7 +49,7 @@ from src.labels.sampling import PlannedSampler, uniform_over_clusters
 from src.nets.convnets import build_convnet
 from src.optim import build_optimizer
 from src.run import checkpoint, convnet_flags, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network, share_buffers
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -251,7 +250,6 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="deepcluster",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
@@ -276,9 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(
             f"note: this epoch still has {num_clusters} clusters, the next {args.nmb_cluster}"
         )
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
-    run.catch_up()
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):

@@ -57,7 +57,7 @@ from src.nets.convnets import build_convnet
 from src.nets.weights import fingerprint, load_weights
 from src.optim import build_optimizer, grad_norm
 from src.run import checkpoint, convnet_flags, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network, share_buffers
 
 logger = logging.getLogger(__name__)
@@ -318,7 +318,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -338,7 +337,6 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="deepercluster",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
@@ -355,9 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
         first_epoch, start = args.epoch, args.start_iter
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
-    run.catch_up()
+    run.begin()
 
     # ============ epochs ============
     groups = cluster_groups(num_clusters)

@@ -41,7 +41,7 @@ from src.nets.backbones import build_backbone
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.optim import build_optimizer, clip_gradients, cosine_schedule, parameter_groups
 from src.run import checkpoint, flags, health, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -301,7 +301,6 @@ def main(argv: list[str] | None = None) -> int:
     start_teacher(student, teacher, args.init_from)
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(
@@ -328,7 +327,6 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="dino",
-        precision=precision,
         module=student,
         network=average_gradients(student, process),
         augment=augment,
@@ -351,9 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     log_plan(run, crops, peak_lr=peak_lr)
     log_teacher(args)
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
-    run.catch_up()
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):

@@ -49,7 +49,7 @@ from src.labels.pseudo_labels import (
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, cosine_schedule
 from src.run import checkpoint, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.init_from, allow_missing=("projection_head", "prototypes"))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -229,7 +228,6 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="selav2",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
@@ -253,9 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     reassigned = reassignment_epochs(args.epochs, args.nmb_reassignments)
     log_assignments(args, len(dataset), len(reassigned))
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
-    run.catch_up()
+    run.begin()
 
     # ============ epochs ============
     if labels.epoch < 0 and not bank.num_rows:

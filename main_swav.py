@@ -38,7 +38,7 @@ from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, cosine_schedule
 from src.run import checkpoint, flags, health, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,6 @@ def main(argv: list[str] | None = None) -> int:
             prototypes.requires_grad_(False)
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -310,7 +309,6 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="swav",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
@@ -333,9 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     log_plan(run, crops, peak_lr=args.base_lr * factor)
     log_codes(args, global_batch, queue_length)
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
-    run.catch_up()
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):

@@ -109,7 +109,7 @@ class RunLog:
         kept, redone = [], []
         for text in self.path.read_text(errors="replace").splitlines():
             line = _parse(text)
-            if line and _place(line) <= (epoch_float + 1e-9, assigned, True):
+            if line and _is_before(line, epoch_float, assigned):
                 kept.append(line)
             elif text.strip():
                 redone.append(text)
@@ -154,6 +154,14 @@ def _parse(text):
         return None
     known = isinstance(line, dict) and isinstance(line.get("epoch_float"), int | float)
     return line if known else None
+
+
+def _is_before(line, epoch_float, assigned):
+    """Whether a line was written before the run was saved at that place; see RunLog.rewind."""
+    place, *kind = _place(line)
+    if math.isclose(place, epoch_float, rel_tol=1e-12):
+        return kind <= [assigned, True]
+    return place < epoch_float
 
 
 def _place(line):

@@ -30,9 +30,9 @@ from ..errors import RunError
 from ..optim import grad_norm, norms, same_kind
 from . import checkpoint
 from .health import Trouble
-from .lock import hold_folder, release_folders
-from .log import RunLog, Stopwatch, duration
-from .stop import StopSignal, leave
+from .lock import hold_folder
+from .log import RunLog, Stopwatch, describe_run, duration
+from .stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,6 @@ class Run:
         process,
         *,
         method,
-        precision,
         module,
         network,
         augment,
@@ -79,10 +78,11 @@ class Run:
     ):
         self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
         hold_folder(self.folder)
-        self.process, self.method, self.precision = process, method, precision
+        self.process, self.method = process, method
+        self.precision = dist.resolve_precision(args.precision, process.device)
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
-        self.scaler = dist.grad_scaler(process.device, precision)
+        self.scaler = dist.grad_scaler(process.device, self.precision)
         self.dataset, self.num_images = dataset, num_images or len(dataset)
         self.global_batch = global_batch
         self.evaluated = module if evaluated is None else evaluated
@@ -190,11 +190,14 @@ class Run:
         every, is_last = self.arguments["knn_freq"], epoch + 1 == self.arguments["epochs"]
         return bool(every) and (is_last or (epoch + 1) % every == 0)
 
-    def catch_up(self) -> None:
-        """Do what the epoch before still owed when the run ended: its k-NN and its curves.
+    def begin(self) -> None:
+        """Describe the run in its folder, and do what the epoch before still owed: k-NN and curves.
 
-        All processes call it, after resume().
+        All processes call it, after resume(), and not before: a run that may not go on leaves the
+        folder as it was.
         """
+        if self.process.rank == 0:
+            describe_run(self.arguments, self.folder)
         epoch, start = self.resumed_at
         if epoch == 0 or start > 0:
             return
@@ -319,10 +322,7 @@ class Run:
         """Leave after the last epoch. Returns the exit status."""
         logger.info(f"all epochs are done: {self.folder / checkpoint.NEWEST}")
         self.log.close()
-        release_folders()
-        self.stop.restore()
-        dist.shutdown()
-        return 0
+        return finish(self.stop)
 
     def stopped(self) -> int:
         """Leave after a signal: the run is saved; under Slurm, have it run again. Returns the status."""
