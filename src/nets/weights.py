@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,13 @@ PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder."
 OWN_PREFIXES = PREFIXES[:3]  # networks of ours have them too
 SOBEL = "sobel."  # filters before a trunk, whose names do not start as the trunk's do
 COUNTER = "num_batches_tracked"  # of a batch normalisation: a file may lack it, and all fit
+# What a file may have besides the layers of a trunk, by the first part of its name: classifiers, which
+# some networks keep a normalisation under; and what makes a trunk another network, wherever it stands.
+CLASSIFIERS = ("fc", "classifier", "heads", "head")
+OF_A_TRUNK = re.compile(
+    r"(layer|block|stage|stem|conv|bn\d*$|norm|patch_embed|pos_embed|rope|sobel$|(?!mask_)\w+_tokens?$)"
+)
+COUNTS_OF_A_PROFILER = ("total_ops", "total_params")  # thop leaves them in every layer
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,10 @@ def load_weights(
 
     Of the usual prefixes, the one under which most tensors fit is taken off the names (or put on,
     where the network has it and the file has not). allow_missing: starts of names that the file may
-    lack or have in another shape. Raises as read_weights, and CheckpointError, before anything is
-    changed, when nothing fits or when tensors outside allow_missing are missing.
+    lack, have in another shape or have more of. Raises as read_weights, and CheckpointError, before
+    anything is changed, when nothing fits, when tensors outside allow_missing are missing, and when
+    the file has layers outside allow_missing that the network lacks: heads, decoders and other
+    networks may be left over.
     """
     return fit_weights(module, read_weights(path, checkpoint_key), path, allow_missing)
 
@@ -120,8 +130,7 @@ def fit_weights(
     """What load_weights does with tensors of a file, `source`, that is read already."""
     module = dist.unwrapped(module)
     own = module.state_dict()
-    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
-    renamed = max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
+    renamed = _best_names(weights, own)
     matched = [name for name in own if _fits(own, renamed, name)]
     wrong_shape = [name for name in own if name in renamed and name not in matched]
     missing = [name for name in own if name not in renamed and not name.endswith(COUNTER)]
@@ -140,6 +149,19 @@ def fit_weights(
         raise CheckpointError(
             f"{source} lacks {len(required)} of the {len(own)} tensors of this network, or has them "
             f"in another shape ({_some(required)}): check --arch and the flags of its head"
+        )
+    foreign = [
+        renamed[name][0]
+        for name in renamed
+        if renamed[name][0] in left_over
+        and not name.startswith(tuple(allow_missing))
+        and _is_layer_of_trunk(name, own)
+    ]
+    if foreign:
+        raise CheckpointError(
+            f"{source} has {len(foreign)} tensors of layers that this network lacks ({_some(foreign)}), "
+            "without which its features would be others: check --arch, or take the file of a network "
+            "that is built here"
         )
     module.load_state_dict({name: renamed[name][1] for name in matched}, strict=False)
     logger.info(
@@ -210,6 +232,23 @@ def _allowed_globals():
     old_and_new = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     return [argparse.Namespace, np.dtype, *old_and_new, *kinds]
+
+
+def _best_names(weights, own):
+    """{name in the network: (name in the file, tensor)} under the prefixes with which most tensors fit."""
+    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
+    return max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
+
+
+def _is_layer_of_trunk(name, own):
+    """Whether a tensor that a network lacks changes its features: it is in a module of the network, or
+    is called like part of a trunk. Heads, decoders, projectors and other networks beside it do not."""
+    prefix = next(p for p in reversed(OWN_PREFIXES) if name.startswith(p))
+    parts = name.removeprefix(prefix).split(".")
+    if parts[0] in CLASSIFIERS or parts[-1] in (COUNTER, *COUNTS_OF_A_PROFILER):
+        return False
+    modules = [prefix + ".".join(parts[:i]) + "." for i in range(1, len(parts))]
+    return any(n.startswith(tuple(modules)) for n in own) or bool(OF_A_TRUNK.match(parts[0]))
 
 
 def _rename(weights, strip, put):

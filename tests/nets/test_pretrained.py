@@ -216,6 +216,25 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
     assert len(fetched) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [({"init_values": 0.1}, "blocks.0.ls1.gamma"), ({"qk_norm": True}, "blocks.0.attn.q_norm.")],
+)
+def test_vision_transformers_of_timm_with_layers_that_ours_lack_are_refused(
+    tmp_path, options, layer
+):
+    timm = pytest.importorskip("timm")
+    size = {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 2}
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", **size).eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    assert open_pretrained(tmp_path / "plain.pth", "vit_micro").options["depth"] == 1
+    other = timm.create_model("vit_tiny_patch16_224", **size, **options)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(OSError, match=f"layers that this network lacks .*{layer}"):
+        open_pretrained(tmp_path / "other.pth", "vit_micro")
+
+
 def test_arguments_in_a_file_of_others_are_not_taken_for_those_of_a_run(tmp_path):
     state = build_model("resnet10", width=0.125).state_dict()
     torch.save({"model": state, "args": {"arch": "vgg16", "data_path": "theirs"}}, tmp_path / "a")
