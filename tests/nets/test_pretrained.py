@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.data.datasets import SWAV_RED_STD, ImageDataset, usual_std
-from src.nets import pretrained
+from src.nets import downloads, pretrained
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
 from src.nets.dino_head import DINOHead, MultiCropWrapper
@@ -198,11 +198,12 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
     models = pytest.importorskip("torchvision.models")
     fetched, theirs = [], models.get_model("resnet18").state_dict()
 
-    def fetch(url, **options):
+    def fetch(url):
         fetched.append(url)
-        return theirs
+        torch.save(theirs, tmp_path / "theirs.pth")
+        return tmp_path / "theirs.pth"
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    monkeypatch.setattr(downloads, "fetch", fetch)
     found = open_pretrained("torchvision:resnet18")
     assert fetched == [models.ResNet18_Weights.DEFAULT.url]
     assert (found.arch, found.imagenet_red, found.run_args) == ("resnet18", IMAGENET_RED, {})

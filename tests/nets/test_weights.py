@@ -245,6 +245,35 @@ def test_safetensors(tmp_path):
     assert equal(read_weights(path), source)
 
 
+@pytest.mark.parametrize("start", ["", "backbone.", "model.backbone."])
+@pytest.mark.parametrize("first_stage", [4, 2])  # torchvision's networks have a ReLU and a pooling
+def test_resnets_without_names_as_lightly_keeps_them(tmp_path, start, first_stage):
+    source, target = resnet(), resnet()
+    numbers = {"conv1": 0, "bn1": 1} | {f"layer{i + 1}": first_stage + i for i in range(4)}
+    state = {"projection_head.layers.0.weight": torch.ones(3, 3)}
+    for name, value in source.state_dict().items():
+        part, rest = name.split(".", 1)
+        state[f"{start}{numbers[part]}.{rest}"] = value
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "lightly.ckpt")
+    report = load_weights(target, tmp_path / "lightly.ckpt")
+    assert report.missing == [] and report.left_over == ["projection_head.layers.0.weight"]
+    assert equal(source.state_dict(), target)
+
+
+def test_a_file_with_sections_of_other_names_is_told_which_to_ask_for(tmp_path):
+    source, target = trunk(), trunk()
+    sections = {"encoder": source.state_dict(), "target_encoder": trunk().state_dict()}
+    torch.save({"opt": {"lr": 1.0}, **sections, "epoch": 3}, tmp_path / "jepa.pth")
+    words = "sections encoder, target_encoder: .*--checkpoint_key encoder$"
+    with pytest.raises(ValueError, match=words) as error:
+        load_weights(target, tmp_path / "jepa.pth")
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=words):  # a section without tensors is of no use
+        load_weights(target, tmp_path / "jepa.pth", "opt")
+    load_weights(target, tmp_path / "jepa.pth", "encoder")
+    assert equal(source.state_dict(), target)
+
+
 # ============ layers that the network lacks ============
 def resnet(**options):
     return build_model("resnet18", stem="small", width=1 / 16, **options)
@@ -324,9 +353,13 @@ def test_what_is_not_a_file_of_weights_is_one_sentence(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save(trunk().state_dict(), tmp_path / "half.pth")
     (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:500])
+    torch.save({"a": torch.ones(10000)}, tmp_path / "flipped.pth")
+    contents = bytearray((tmp_path / "flipped.pth").read_bytes())
+    contents[len(contents) // 2] ^= 1  # one bit of a tensor
+    (tmp_path / "flipped.pth").write_bytes(contents)
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    for name in ("text", "empty", "half", "numbers", "tensor"):
+    for name in ("text", "empty", "half", "flipped", "numbers", "tensor"):
         with pytest.raises(CheckpointError, match=f"{name}.pth") as error:
             read_weights(tmp_path / f"{name}.pth")
         assert "\n" not in str(error.value)
