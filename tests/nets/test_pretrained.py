@@ -109,6 +109,32 @@ def test_a_run_of_a_classifier_of_clusters_gives_what_comes_before_its_top_layer
     assert found.model.sobel.padding == 2
 
 
+@torch.no_grad()
+def test_a_vgg16_of_deepercluster_without_sobel_filters_is_padded_as_published(tmp_path):
+    torch.manual_seed(0)
+    options = {"sobel": False, "width": 1 / 16}
+    padded = build_convnet("vgg16", 5, image_padding=1, **options).eval()
+    body = {
+        name.replace("top_layer", "pred_layer") if "top_layer" in name else f"body.{name}": x
+        for name, x in padded.state_dict().items()
+    }
+    torch.save({"state_dict": body}, tmp_path / "deepercluster.pth")
+    assert_same(
+        open_pretrained(tmp_path / "deepercluster.pth").model, padded.forward_backbone(IMAGES)
+    )
+    # not so DeepCluster's, nor a run that began before there was the flag
+    plain = build_convnet("vgg16", 5, **options).eval()
+    plain.load_state_dict(padded.state_dict())
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "deepcluster.pth")
+    assert_same(open_pretrained(tmp_path / "deepcluster.pth").model, plain.forward_backbone(IMAGES))
+    for network, said in ((plain, {}), (padded, {"image_padding": 1})):
+        arguments = {"arch": "vgg16", "sobel_padding": 2, **options, **said}
+        folder = tmp_path / f"run{len(said)}"
+        folder.mkdir()
+        make_run(folder, arguments, {"model": network}, "deepercluster")
+        assert_same(open_pretrained(folder).model, network.forward_backbone(IMAGES))
+
+
 def test_the_caller_wins_over_the_run_and_the_run_over_the_file(tmp_path):
     make_run(tmp_path, {**SWAV, "mean": [0.1] * 3}, {"model": swav_network()})
     found = open_pretrained(tmp_path, image_size=20, std=[0.3] * 3, seed=9)
