@@ -174,7 +174,8 @@ def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **op
     if pretrained is not False:
         weights = _ours("nets.weights").read_weights(pretrained, checkpoint_key)
         said |= _ours("nets.recognise").recognise(weights, arch)
-    said |= {"sobel_padding": sobel_padding, **options}  # what the caller says wins
+    # Without Sobel filters DeeperCluster pads by one less. What the caller says wins.
+    said |= {"sobel_padding": sobel_padding, "image_padding": sobel_padding - 1, **options}
     model = _ours("nets.convnets").build_convnet(**said)
     if pretrained is not False:
         _ours("nets.weights").fit_weights(model, weights, pretrained)

@@ -87,6 +87,7 @@ SETTINGS = (
     "mean",
     "std",
     "sobel_padding",
+    "image_padding",
     "in_chans",
 )
 NUM_ROTATIONS = 4  # by 0, 90, 180 and 270 degrees

@@ -90,7 +90,9 @@ def assign_codes(scores, prototypes, crops_for_assign, queue, hard, **sinkhorn_a
         problem = scores[crop]  # (B, K)
         if queue is not None and queue.full:
             problem = torch.cat([queue.embeddings[i] @ prototypes.t(), problem])  # (L + B, K)
-        q = sinkhorn(problem, max_score=MAX_SCORE, **sinkhorn_args)[-batch_size:]  # (B, K)
+        total_rows = len(problem) * dist.world_size()  # as many on each process
+        q = sinkhorn(problem, max_score=MAX_SCORE, total_rows=total_rows, **sinkhorn_args)
+        q = q[-batch_size:]  # (B, K)
         codes.append(F.one_hot(q.argmax(1), q.shape[1]).to(q.dtype) if hard else q)
     return codes
 

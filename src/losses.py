@@ -24,9 +24,11 @@ def swapped_cross_entropy(
     scores: (V, B, K), any floating type, carries gradient. assignments: one (B, K) for each entry of
     `views`, constants, rows need not sum to 1. views: the views that the assignments belong to.
     Returns a float32 scalar. Whatever the type of the scores, all is computed in float32, and the
-    gradient is rounded to that type once. All q_i share one softmax, and the gradient
-    (softmax * mass - sum of q) / temperature is formed while a block of scores is in the cache:
-    beyond the scores only the gradient is held. The result can be differentiated once.
+    gradient is rounded to that type once: in float16 not before a loss scale has reached it, since
+    most of its entries, of the size 1 / (K B), would be rounded to zero. All q_i share one softmax,
+    and the gradient (softmax * mass - sum of q) / temperature is formed while a block of scores is in
+    the cache: beyond the scores only the gradient is held, of float16 scores in float32. The result
+    can be differentiated once.
     """
     return _SwappedCrossEntropy.apply(scores, assignments, views, temperature, weight)
 
@@ -42,7 +44,9 @@ class _SwappedCrossEntropy(torch.autograd.Function):
             mass[view] -= own  # no view predicts its own assignment
         mass *= scale
         max_logit, max_p = torch.empty_like(mass), torch.empty_like(mass)
-        gradient = scores.new_empty(scores.shape)
+        # Scores in float16 come with a loss scale, which reaches the gradient in the backward pass.
+        kept_type = torch.float32 if scores.dtype == torch.float16 else scores.dtype
+        gradient = scores.new_empty(scores.shape, dtype=kept_type)
         products = []  # -scale * (logits . assignments), pair by pair
         # A block is some rows of one view, or all rows of some views: contiguous in memory.
         block = GPU_BLOCK if scores.is_cuda else CPU_BLOCK
@@ -58,8 +62,8 @@ class _SwappedCrossEntropy(torch.autograd.Function):
             tensors = (scores, gradient, mass, max_logit, max_p)
             blocks = zip(*(x[:, rows].split(views_at_once) for x in tensors), strict=True)
             for i, (s, g, m, largest, most) in enumerate(blocks):  # the logits, (n, b, K):
-                if s.dtype == torch.float32:
-                    p = torch.mul(s, 1 / temperature, out=g)
+                if kept_type == torch.float32:
+                    p = torch.mul(s.float(), 1 / temperature, out=g)
                 else:
                     p = s.float().mul_(1 / temperature)
                 inside = [view - i * views_at_once for view in views]
@@ -75,7 +79,7 @@ class _SwappedCrossEntropy(torch.autograd.Function):
                     x.add_(y, alpha=scale)
                 if p is not g:
                     g.copy_(p)
-        ctx.gradient = gradient
+        ctx.gradient, ctx.dtype = gradient, scores.dtype
         log_sum_exp = max_logit - max_p.log()  # (V, B, 1)
         loss = torch.vdot(mass.flatten(), log_sum_exp.flatten()) + torch.stack(products).sum()
         return loss * temperature
@@ -85,6 +89,9 @@ class _SwappedCrossEntropy(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("swapped_cross_entropy can be differentiated only once")
-        if grad_output.is_cuda or grad_output != 1:  # on a GPU looking would be a synchronisation
+        if gradient.dtype != ctx.dtype:
+            rounded = torch.empty_like(gradient, dtype=ctx.dtype)
+            gradient = torch.mul(gradient, grad_output, out=rounded)
+        elif grad_output.is_cuda or grad_output != 1:  # on a GPU looking would be a synchronisation
             gradient.mul_(grad_output)
         return gradient, None, None, None, None

@@ -132,6 +132,42 @@ def test_half_precision_outputs_are_summed_in_float32(dtype):
     np.testing.assert_allclose(criterion.center, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "num_crops, batch, num_outputs",
+    [(4, 64, 8192), pytest.param(10, 256, 65536, marks=pytest.mark.slow)],
+)
+def test_the_gradient_in_half_precision_is_scaled_before_it_is_rounded(
+    num_crops, batch, num_outputs
+):
+    """At the start of a run most entries, about 1 / (K B), are below what fp16 can hold unscaled."""
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    student = torch.randn(num_crops * batch, num_outputs, generator=draw).mul_(0.062).half()
+    teacher = torch.randn(2 * batch, num_outputs, generator=draw).mul_(0.062).half()
+    criterion, loss_scale = DINOLoss(num_outputs, num_crops, 0.04, 0.04, 0, 1), 2.0**16
+
+    student.requires_grad_()
+    (loss_scale * criterion(student, teacher, 0)).backward()
+    criterion.center.zero_()
+    targets = criterion.probabilities(teacher, 0).chunk(2)
+    error = size = zeros = zeros_of_plain = 0
+    for crop in range(num_crops):  # crop by crop, since all in float32 are large
+        rows = slice(crop * batch, (crop + 1) * batch)
+        scores = student.detach()[rows].requires_grad_()
+        exact = scores.detach().float().requires_grad_()
+        for leaf in (scores, exact):
+            log_p = torch.log_softmax(leaf.float() / 0.1, 1)
+            others = [q for i, q in enumerate(targets) if i != crop]
+            loss = sum(-(q * log_p).sum(1).mean() for q in others) / (2 * (num_crops - 1))
+            (loss_scale * loss).backward()
+        error += (student.grad[rows].float() - exact.grad).square().sum().item()
+        size += exact.grad.square().sum().item()
+        zeros += (student.grad[rows] == 0).sum().item()
+        zeros_of_plain += (scores.grad == 0).sum().item()
+    assert (error / size) ** 0.5 < 1e-3
+    assert zeros <= 1.01 * zeros_of_plain + 1  # entries at the very edge of rounding to zero
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", TEACHER_OUTPUTS)
 def test_the_largest_outputs_stay_finite(dtype, kind):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -167,14 +168,17 @@ def test_what_the_entries_build_is_what_their_help_says(downloaded):
         ("swav_resnet50w5", "deepcluster/swav_RN50w5_400ep_pretrain.pth.tar"),
     ],
 )
-def test_the_released_weights_are_asked_for_where_they_were_published(monkeypatch, entry, address):
+def test_the_released_weights_are_asked_for_where_they_were_published(
+    monkeypatch, tmp_path, entry, address
+):
     asked = []
 
     def download(url, **options):
         asked.append(url)
         raise OSError("no network here")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", download)
     with torch.device("meta"), pytest.raises(OSError, match="no network here"):
         load(entry)
     assert asked == [f"https://dl.fbaipublicfiles.com/{address}"]

@@ -18,6 +18,7 @@ def sinkhorn(
     iterations: int = 3,
     dtype: torch.dtype = torch.float32,
     max_score: float | None = None,
+    total_rows: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Assign samples to prototypes so that the batch is split equally among the prototypes.
@@ -30,7 +31,8 @@ def sinkhorn(
     epsilon: entropy regularisation of Eq. 3, > 0. iterations: at least 1 (appendix C.4: 3 suffice).
     dtype: float32 or float64, the precision to compute in.
     out: (B, K) in `dtype` to write to, if the caller has one: fresh memory costs a CPU a third more.
-    max_score: a known bound on |score|, if any (1 for cosines): saves a pass and a synchronisation.
+    max_score: a known bound on |score|, if any (1 for cosines), and total_rows: the number of rows of
+    all processes, if known: together they save a pass and a synchronisation.
     Returns assignments (B, K) in `dtype`: non-negative, every row sums to 1. Finite for all finite
     scores: where the range of scores / epsilon is too wide for exp() in float32 the same computation
     runs in float64, and beyond that on logarithms.
@@ -42,14 +44,15 @@ def sinkhorn(
         )
     if scores.ndim != 2 or scores.shape[1] == 0:
         raise ValueError(f"sinkhorn needs scores of shape (B, K), not {tuple(scores.shape)}")
-    top, spread = _range(scores, max_score)
-    # u and v lie between exp(-spread / epsilon) / (B K) and its inverse.
-    batch_size = max(1, len(scores)) * dist.world_size()
-    exponent = spread / epsilon + math.log(batch_size * scores.shape[1])
+    top, spread, total_rows = _range(scores, max_score, total_rows)
+    # u and v lie between exp(-spread / epsilon) / (B K) and its inverse. All that decides is the same
+    # on all processes: they must exchange the same numbers.
+    exponent = spread / epsilon + math.log(max(1, total_rows) * scores.shape[1])
+    known = {"max_score": max_score, "total_rows": total_rows}
     if scores.device.type == "mps" and exponent > LARGEST_EXPONENT[torch.float32]:
-        return sinkhorn(scores.cpu(), epsilon, iterations, dtype, max_score).to(scores.device)
+        return sinkhorn(scores.cpu(), epsilon, iterations, dtype, **known).to(scores.device)
     if dtype == torch.float32 and exponent > LARGEST_EXPONENT[torch.float32]:
-        return sinkhorn(scores, epsilon, iterations, torch.float64, max_score).float()
+        return sinkhorn(scores, epsilon, iterations, torch.float64, **known).float()
     if exponent > LARGEST_EXPONENT[torch.float64]:
         return _log_sinkhorn(scores, epsilon, iterations).to(dtype)
     q = torch.empty(scores.shape, dtype=dtype, device=scores.device) if out is None else out
@@ -58,16 +61,23 @@ def sinkhorn(
         return _scaling_sinkhorn(scores, epsilon, iterations, top, q)
 
 
-def _range(scores, max_score):
-    """The largest score of all processes and the distance from it to the smallest."""
+def _range(scores, max_score, total_rows):
+    """The largest score of all processes, the distance from it to the smallest, and their rows.
+
+    Where the rows are to be found, they are as many as if all processes had those of the largest.
+    """
     if max_score is not None:
-        return max_score, 2 * max_score
-    extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=scores.device)
+        if total_rows is None:
+            num_rows = torch.tensor([len(scores)], device=scores.device)
+            total_rows = int(dist.all_reduce_max(num_rows)) * dist.world_size()
+        return max_score, 2 * max_score, total_rows
+    extremes = torch.full((3,), -math.inf, dtype=torch.float64, device=scores.device)
+    extremes[2] = len(scores)
     if scores.numel():
         low, high = torch.aminmax(scores)
-        extremes = torch.stack([high, -low]).double()
-    high, minus_low = dist.all_reduce_max(extremes).tolist()
-    return high, high + minus_low
+        extremes[:2] = torch.stack([high, -low])
+    high, minus_low, num_rows = dist.all_reduce_max(extremes).tolist()
+    return high, high + minus_low, int(num_rows) * dist.world_size()
 
 
 def _scaling_sinkhorn(scores, epsilon, iterations, top, q):

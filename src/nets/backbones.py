@@ -30,6 +30,7 @@ def build_backbone(
     zero_init_residual: bool = False,
     sobel: bool | None = None,
     sobel_padding: int = 1,
+    image_padding: int = 0,
 ) -> nn.Module:
     """An untrained network of (B, in_chans, S, S) -> (B, num_features), which is its attribute.
 
@@ -40,7 +41,8 @@ def build_backbone(
     network of src.nets.convnets without its top layer, whose alexnet and vgg16 are not torchvision's.
 
     What published commands and presets give whatever the arch is not used where it has no meaning:
-    patch_size, img_size and drop_path_rate by convolutional networks, stem by transformers. Raises
+    patch_size, img_size and drop_path_rate by convolutional networks, stem by transformers,
+    image_padding by all but the vgg16 of src.nets.convnets. Raises
     ValueError on any other option that arch has no use for, and on an unknown name.
     """
     of_resnets = {"zero_init_residual": zero_init_residual, "sobel": bool(sobel)}
@@ -64,7 +66,7 @@ def build_backbone(
     if sobel is not None:
         from .convnets import build_convnet
 
-        options |= {"sobel": sobel, "sobel_padding": sobel_padding}
+        options |= {"sobel": sobel, "sobel_padding": sobel_padding, "image_padding": image_padding}
         return build_convnet(arch, in_chans=in_chans, **options)
     if arch not in resnet.ARCHITECTURES:
         from torchvision import models

@@ -99,18 +99,22 @@ def build_convnet(
     width: float = 1.0,
     zero_init_residual: bool = False,
     dropout: float = 0.5,
+    image_padding: int = 0,
 ) -> nn.Module:
     """The untrained network of `arch`, with a top layer if there are classes; see Classifier.
 
     arch: alexnet or vgg16, ours, with batch norm; a name of src.nets.resnet.ARCHITECTURES or, without
     Sobel, a torchvision classification network. sobel_padding: see src.nets.sobel.Sobel. stem: of ResNets,
-    and not used by others, which presets give it too; nor is dropout used by ResNets. Raises
-    ValueError on an unknown name and on options that do not fit.
+    and not used by others, which presets give it too; nor is dropout used by ResNets. image_padding:
+    zeros around the images of vgg16 where there are no Sobel filters, 1 in DeeperCluster; not used by
+    others. Raises ValueError on an unknown name and on options that do not fit.
     """
     filters = {"sobel": sobel, "sobel_padding": sobel_padding, "in_chans": in_chans}
     if arch in PLAIN:
         if zero_init_residual:
             raise ValueError(f"--zero_init_residual needs a ResNet: for --arch {arch} leave it out")
+        if arch == "vgg16":
+            filters["image_padding"] = image_padding
         return PLAIN[arch](num_classes, width=width, dropout=dropout, **filters)
     options = {"width": width, "zero_init_residual": zero_init_residual}
     if sobel and arch not in ARCHITECTURES:

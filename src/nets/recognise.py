@@ -68,7 +68,10 @@ def _recognise_sobel(weights):
 
 
 def _recognise_plain(weights):
-    """arch, width and sobel of AlexNet or VGG-16 with batch norm, whose last linear layer tells the width."""
+    """arch, width and sobel of AlexNet or VGG-16 with batch norm, whose last linear layer tells the width.
+
+    Without Sobel filters, DeeperCluster's VGG-16, whose trunk is called body, pads images by 1.
+    """
     layers = {name.removeprefix("body."): x for name, x in weights.items()}
     # torchvision's networks end in classifier.6, and without batch norm 1 is a ReLU.
     if "features.1.running_mean" not in layers or "classifier.6.weight" in layers:
@@ -77,7 +80,9 @@ def _recognise_plain(weights):
     for arch, (last, kernel) in PLAIN.items():
         if side == kernel and last in layers:
             width = len(layers[last]) / 4096
-            return {"arch": arch, "width": width, "sobel": f"{SOBEL}0.weight" in weights}
+            said = {"arch": arch, "width": width, "sobel": f"{SOBEL}0.weight" in weights}
+            is_padded = arch == "vgg16" and not said["sobel"] and layers.keys() != weights.keys()
+            return {**said, "image_padding": 1} if is_padded else said
     return {}
 
 

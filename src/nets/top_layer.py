@@ -60,7 +60,8 @@ class Classifier(nn.Module):
     """Sobel filters if `sobel`, a trunk, a top layer if there are classes.
 
     trunk: the layers of the trunk, by attribute; how features come out of them is forward_backbone,
-    of a subclass. Raises ValueError on other images than of three channels for Sobel filters.
+    of a subclass. image_padding: zeros around images that see no Sobel filters, in pixels. Raises
+    ValueError on other images than of three channels for Sobel filters.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Classifier(nn.Module):
         sobel: bool,
         sobel_padding: int,
         in_chans: int,
+        image_padding: int = 0,
     ):
         super().__init__()
         if sobel and in_chans != 3:
@@ -80,6 +82,7 @@ class Classifier(nn.Module):
             )
         self.num_features = num_features
         self.sobel = Sobel(sobel_padding) if sobel else None
+        self.image_padding = 0 if sobel else image_padding
         for name, module in trunk.items():
             self.add_module(name, module)
         # Last, so that the trunk of a seed does not depend on the number of classes.
@@ -87,7 +90,9 @@ class Classifier(nn.Module):
 
     def edges(self, x: Tensor) -> Tensor:
         """What the first layer sees: images (B, C, H, W), or their Sobel filters (B, 2, ...)."""
-        return x if self.sobel is None else self.sobel(x)
+        if self.sobel is not None:
+            return self.sobel(x)
+        return F.pad(x, 4 * [self.image_padding]) if self.image_padding else x
 
     def before_top(self, x: Tensor) -> Tensor:
         """What the top layer sees of features (B, num_features)."""
@@ -106,8 +111,8 @@ class PlainNetwork(Classifier):
     """Convolutions, each with batch norm and ReLU, then linear layers; a subclass says which.
 
     num_classes: of the top layer, 0 for none. sobel, sobel_padding: see src.nets.sobel.Sobel. in_chans:
-    of the images. width: multiplies all channels and num_features, which is 4096. dropout: in the
-    linear layers, while training.
+    of the images. image_padding: see Classifier. width: multiplies all channels and num_features,
+    which is 4096. dropout: in the linear layers, while training.
 
     Convolutions start as normal with a variance of 2 / (kernel^2 channels), linear layers as normal
     with a deviation of 0.01, biases at 0. Raises ValueError.
@@ -128,6 +133,7 @@ class PlainNetwork(Classifier):
         in_chans: int = 3,
         width: float = 1.0,
         dropout: float = 0.5,
+        image_padding: int = 0,
     ):
         if not 0 <= dropout < 1:
             raise ValueError(f"--dropout {dropout} must be at least 0 and below 1")
@@ -153,7 +159,9 @@ class PlainNetwork(Classifier):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
         trunk = {"features": nn.Sequential(*layers), "classifier": nn.Sequential(*classifier)}
-        super().__init__(trunk, num_features, num_classes, sobel, sobel_padding, in_chans)
+        super().__init__(
+            trunk, num_features, num_classes, sobel, sobel_padding, in_chans, image_padding
+        )
         self.num_convs = len(planes)
 
     def forward_backbone(self, x: Tensor) -> Tensor:
@@ -161,7 +169,8 @@ class PlainNetwork(Classifier):
 
         Raises ValueError on images that are too small.
         """
-        smallest = self.smallest - (0 if self.sobel is None else 2 * self.sobel.padding - 2)
+        padding = self.image_padding if self.sobel is None else self.sobel.padding - 1
+        smallest = self.smallest - 2 * padding
         if min(x.shape[2:]) < smallest:
             raise ValueError(
                 f"images of {min(x.shape[2:])} px are too small for this network: give it at least "

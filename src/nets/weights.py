@@ -1,8 +1,8 @@
 """Reading weights from elsewhere into a network, safely, and saying what fitted.
 
 Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
-checkpoints, torchvision's, safetensors. Only tensors, plain containers, argparse.Namespace and numpy
-scalars are unpickled.
+checkpoints, torchvision's, lightly's, safetensors. Only tensors, plain containers, argparse.Namespace
+and numpy scalars are unpickled.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,19 @@ logger = logging.getLogger(__name__)
 
 # What published files wrap their weights in, and what they put before the names of a network.
 SECTIONS = ("state_dict", "model", "teacher", "student")
-PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder.", "model.", "body.")
+PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder.", "model.", "body.",
+            "model.backbone.")  # fmt: skip
 OWN_PREFIXES = PREFIXES[:3]  # networks of ours have them too
 SOBEL = "sobel."  # filters before a trunk, whose names do not start as the trunk's do
 COUNTER = "num_batches_tracked"  # of a batch normalisation: a file may lack it, and all fit
+# What a file may have besides the layers of a trunk, by the first part of its name: classifiers, which
+# some networks keep a normalisation under; and what makes a trunk another network, wherever it stands.
+CLASSIFIERS = ("fc", "classifier", "heads", "head")
+OF_A_TRUNK = re.compile(
+    r"(layer|block|stage|stem|conv|bn\d*$|norm|patch_embed|pos_embed|rope|sobel$|(?!mask_)\w+_tokens?$)"
+)
+NUMBERED_STAGE = re.compile(r"(.*?)(\d+)\.0\.conv1\.weight")  # of a ResNet without names
+COUNTS_OF_A_PROFILER = ("total_ops", "total_params")  # thop leaves them in every layer
 
 
 @dataclass(frozen=True)
@@ -63,15 +73,21 @@ def tensors_of(
     if checkpoint_key is not None and not names:
         logger.info(f"{path} has no sections: --checkpoint_key {checkpoint_key} is not needed")
     key = next((key for key in (checkpoint_key, *SECTIONS) if key in names), None)
-    section = contents if key is None else contents[key]
-    weights = {str(name): x for name, x in section.items() if isinstance(x, torch.Tensor)}
+    weights = _tensors(contents if key is None else contents[key])
+    others = [name for name in names if _tensors(contents[name])]
+    if not weights and others:
+        raise ValueError(
+            f"{path} has weights in its sections {', '.join(others)}: say which to take, as in "
+            f"--checkpoint_key {others[0]}"
+        )
     if not weights:
         raise CheckpointError(
             f"{path} holds no tensors by name; it has: {_some(map(str, contents))}"
         )
     weights = dist.without_wrapper(weights)
     # DeepCluster ran its convolutions alone, not the linear layers, on several GPUs.
-    return {name.replace("features.module.", "features."): x for name, x in weights.items()}
+    weights = {name.replace("features.module.", "features."): x for name, x in weights.items()}
+    return _with_names_of_resnets(weights)
 
 
 def sections(path: str | Path) -> list[str]:
@@ -105,8 +121,10 @@ def load_weights(
 
     Of the usual prefixes, the one under which most tensors fit is taken off the names (or put on,
     where the network has it and the file has not). allow_missing: starts of names that the file may
-    lack or have in another shape. Raises as read_weights, and CheckpointError, before anything is
-    changed, when nothing fits or when tensors outside allow_missing are missing.
+    lack, have in another shape or have more of. Raises as read_weights, and CheckpointError, before
+    anything is changed, when nothing fits, when tensors outside allow_missing are missing, and when
+    the file has layers outside allow_missing that the network lacks: heads, decoders and other
+    networks may be left over.
     """
     return fit_weights(module, read_weights(path, checkpoint_key), path, allow_missing)
 
@@ -120,8 +138,7 @@ def fit_weights(
     """What load_weights does with tensors of a file, `source`, that is read already."""
     module = dist.unwrapped(module)
     own = module.state_dict()
-    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
-    renamed = max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
+    renamed = _best_names(weights, own)
     matched = [name for name in own if _fits(own, renamed, name)]
     wrong_shape = [name for name in own if name in renamed and name not in matched]
     missing = [name for name in own if name not in renamed and not name.endswith(COUNTER)]
@@ -140,6 +157,19 @@ def fit_weights(
         raise CheckpointError(
             f"{source} lacks {len(required)} of the {len(own)} tensors of this network, or has them "
             f"in another shape ({_some(required)}): check --arch and the flags of its head"
+        )
+    foreign = [
+        renamed[name][0]
+        for name in renamed
+        if renamed[name][0] in left_over
+        and not name.startswith(tuple(allow_missing))
+        and _is_layer_of_trunk(name, own)
+    ]
+    if foreign:
+        raise CheckpointError(
+            f"{source} has {len(foreign)} tensors of layers that this network lacks ({_some(foreign)}), "
+            "without which its features would be others: check --arch, or take the file of a network "
+            "that is built here"
         )
     module.load_state_dict({name: renamed[name][1] for name in matched}, strict=False)
     logger.info(
@@ -163,6 +193,34 @@ def fingerprint(*modules: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _tensors(section):
+    """{name: tensor} of what is one in a section of a file."""
+    return {str(name): x for name, x in section.items() if isinstance(x, torch.Tensor)}
+
+
+def _with_names_of_resnets(weights):
+    """Tensors of ResNets that were put together as torch.nn.Sequential(*resnet.children()), as lightly's
+    are, under the names of a ResNet: 0.weight -> conv1.weight, 4.1.bn1.bias -> layer1.1.bn1.bias."""
+    stages = {}  # numbers of what holds blocks, by the start of the names
+    for name in weights:
+        if (match := NUMBERED_STAGE.fullmatch(name)) is not None:
+            stages.setdefault(match[1], set()).add(int(match[2]))
+    renamed = {}
+    for start, numbers in stages.items():
+        if f"{start}0.weight" not in weights or f"{start}1.running_mean" not in weights:
+            continue
+        renamed |= {f"{start}0.": f"{start}conv1.", f"{start}1.": f"{start}bn1."}
+        for i, number in enumerate(sorted(numbers), start=1):
+            renamed[f"{start}{number}."] = f"{start}layer{i}."
+    if not renamed:
+        return weights
+    starts = re.compile("|".join(map(re.escape, sorted(renamed, key=len, reverse=True))))
+    return {
+        starts.sub(lambda m: renamed[m[0]], name, 1) if starts.match(name) else name: x
+        for name, x in weights.items()
+    }
+
+
 def _sections(contents):
     return [str(key) for key, value in contents.items() if isinstance(value, dict)]
 
@@ -172,8 +230,9 @@ def read_file(path: str | Path) -> dict:
     path = str(path)
     if os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pth")
+    file = _local(path)
     try:
-        contents = _read(path)
+        contents = _read(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no weights file {path}") from None
     except ImportError as error:
@@ -192,6 +251,17 @@ def read_file(path: str | Path) -> dict:
     return contents
 
 
+def _local(path):
+    """The file itself, or the copy of that at an address; raises CheckpointError if it is damaged."""
+    from . import downloads  # here, so that scripts that read no weights do without it
+
+    if path.startswith(("http://", "https://")):
+        return str(downloads.fetch(path))
+    if os.path.isfile(path):
+        downloads.refuse_damaged(path)
+    return path
+
+
 def _read(path):
     # torch.load is banned in favour of this module and src.run.checkpoint.
     if path.endswith(".safetensors"):
@@ -199,8 +269,6 @@ def _read(path):
 
         return load_file(path)
     with torch.serialization.safe_globals(_allowed_globals()):
-        if path.startswith(("http://", "https://")):
-            return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
 
 
@@ -210,6 +278,23 @@ def _allowed_globals():
     old_and_new = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     return [argparse.Namespace, np.dtype, *old_and_new, *kinds]
+
+
+def _best_names(weights, own):
+    """{name in the network: (name in the file, tensor)} under the prefixes with which most tensors fit."""
+    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
+    return max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
+
+
+def _is_layer_of_trunk(name, own):
+    """Whether a tensor that a network lacks changes its features: it is in a module of the network, or
+    is called like part of a trunk. Heads, decoders, projectors and other networks beside it do not."""
+    prefix = next(p for p in reversed(OWN_PREFIXES) if name.startswith(p))
+    parts = name.removeprefix(prefix).split(".")
+    if parts[0] in CLASSIFIERS or parts[-1] in (COUNTER, *COUNTS_OF_A_PROFILER):
+        return False
+    modules = [prefix + ".".join(parts[:i]) + "." for i in range(1, len(parts))]
+    return any(n.startswith(tuple(modules)) for n in own) or bool(OF_A_TRUNK.match(parts[0]))
 
 
 def _rename(weights, strip, put):

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from . import flags
-from .flags import boolean, positive, probability
+from .flags import at_least_zero, boolean, positive, probability
 
 # One crop of an image, as torchvision's RandomResizedCrop, and no photometry but flips.
 NO_COLOURS = {"color_jitter": [0.0], "jitter_prob": 0.0, "grayscale": 0.0, "blur": [0.0]}
@@ -22,13 +22,16 @@ def add_convnet_args(
         help="grey images through fixed Sobel filters come before the first layer")  # fmt: skip
     add("--sobel_padding", type=int, choices=[1, 2], default=sobel_padding,
         help="zeros around the image at the Sobel filters: 1 DeepCluster's, 2 DeeperCluster's")  # fmt: skip
+    add("--image_padding", type=at_least_zero(int), default=sobel_padding - 1,
+        help="zeros around images of vgg16 without --sobel: 1 in DeeperCluster's code")  # fmt: skip
     add("--dropout", type=probability, default=0.5, help="of alexnet's and vgg16's linear layers")
     return add
 
 
 def convnet_options(args: argparse.Namespace) -> dict:
     """The arguments of src.nets.convnets.build_convnet that come from the flags of add_convnet_args."""
-    options = {name: getattr(args, name) for name in ("sobel", "sobel_padding", "dropout")}
+    names = ("sobel", "sobel_padding", "dropout", "image_padding")
+    options = {name: getattr(args, name) for name in names}
     return {**flags.backbone_options(args), **options}
 
 
@@ -45,7 +48,7 @@ def add_sgd_args(
     add("--decay_epochs", type=positive(int), nargs="*", default=decay_epochs,
         help="epochs after which the learning rate is multiplied by --gamma")  # fmt: skip
     add("--gamma", type=positive(float), default=gamma, help="see --decay_epochs")
-    add("--wd", type=flags.at_least_zero(float), default=wd, help="weight decay")
+    add("--wd", type=at_least_zero(float), default=wd, help="weight decay")
 
 
 def describe_steps(args: argparse.Namespace) -> str:

@@ -23,11 +23,23 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def integer(text: str) -> int:
+    """An argparse type: a whole number, also as published commands write them: 1e8, 300.0."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
 def positive(kind: Callable) -> Callable:
     """An argparse type: int or float above zero."""
+    read = integer if kind is int else kind
 
     def parse(text):
-        value = kind(text)
+        value = read(text)
         if not value > 0 or value == math.inf:
             raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
         return value
@@ -38,9 +50,10 @@ def positive(kind: Callable) -> Callable:
 
 def at_least_zero(kind: Callable) -> Callable:
     """An argparse type: int or float, zero or more."""
+    read = integer if kind is int else kind
 
     def parse(text):
-        value = kind(text)
+        value = read(text)
         if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
         return value

@@ -106,3 +106,15 @@ def test_processes_with_their_rows_equal_one_process_with_all(sizes, scale, epsi
     shares = run_ranks(_sinkhorn_of_my_rows, len(sizes), scores, sizes, epsilon, bound)
     expected = sinkhorn(torch.from_numpy(scores), epsilon, 3).numpy()
     np.testing.assert_allclose(np.concatenate(shares), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+@pytest.mark.parametrize("epsilon", [0.0249, 2 / 701.3])
+def test_processes_with_unequal_rows_take_the_same_branch_at_its_edge(epsilon, bound):
+    """With 4 rows a process float32 (or float64) would do, with 40 it would not."""
+    scores = np.random.default_rng(0).uniform(-1, 1, (44, 30)).astype(np.float32)
+    scores[0, :2], scores[42, :2] = (-1, 1), (1, -1)
+    shares = run_ranks(_sinkhorn_of_my_rows, 2, scores, (40, 4), epsilon, bound)
+    np.testing.assert_allclose(
+        np.concatenate(shares), reference.sinkhorn(scores, epsilon, 3), atol=2e-5
+    )

@@ -203,6 +203,21 @@ def test_images_that_are_too_small_are_refused_by_name_and_one_pixel_more_is_eno
         small("vgg16", sobel=False)(images(1, 3, 31, 31))
 
 
+@torch.no_grad()
+def test_deeperclusters_vgg16_without_sobel_filters_pads_images_by_one_zero():
+    x = images(2, 3, 64, 64)
+    plain, padded = small("vgg16", sobel=False), small("vgg16", sobel=False, image_padding=1)
+    assert torch.equal(padded.forward_backbone(x), plain.forward_backbone(F.pad(x, (1, 1, 1, 1))))
+    assert not torch.allclose(padded.forward_backbone(x), plain.forward_backbone(x), rtol=0.01)
+    assert padded.forward_conv(x, 1).shape[2:] == (66, 66)
+    with pytest.raises(ValueError, match="at least 30 px"):
+        padded(images(1, 3, 29, 29))
+    x = x[..., :63, :63]  # under Sobel filters, and in other networks, it does nothing
+    for arch, sobel in (("vgg16", True), ("alexnet", False), ("resnet10", False)):
+        first, second = (small(arch, sobel=sobel, image_padding=i) for i in (0, 1))
+        assert torch.equal(first.forward_backbone(x), second.forward_backbone(x))
+
+
 def test_low_precision_gives_finite_features_and_gradients_to_all_but_the_filters():
     for arch in SIZES:
         model = small(arch, num_classes=5).train()

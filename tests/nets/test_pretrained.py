@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.data.datasets import SWAV_RED_STD, ImageDataset, usual_std
-from src.nets import pretrained
+from src.nets import downloads, pretrained
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
 from src.nets.dino_head import DINOHead, MultiCropWrapper
@@ -109,6 +109,32 @@ def test_a_run_of_a_classifier_of_clusters_gives_what_comes_before_its_top_layer
     assert found.model.sobel.padding == 2
 
 
+@torch.no_grad()
+def test_a_vgg16_of_deepercluster_without_sobel_filters_is_padded_as_published(tmp_path):
+    torch.manual_seed(0)
+    options = {"sobel": False, "width": 1 / 16}
+    padded = build_convnet("vgg16", 5, image_padding=1, **options).eval()
+    body = {
+        name.replace("top_layer", "pred_layer") if "top_layer" in name else f"body.{name}": x
+        for name, x in padded.state_dict().items()
+    }
+    torch.save({"state_dict": body}, tmp_path / "deepercluster.pth")
+    assert_same(
+        open_pretrained(tmp_path / "deepercluster.pth").model, padded.forward_backbone(IMAGES)
+    )
+    # not so DeepCluster's, nor a run that began before there was the flag
+    plain = build_convnet("vgg16", 5, **options).eval()
+    plain.load_state_dict(padded.state_dict())
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "deepcluster.pth")
+    assert_same(open_pretrained(tmp_path / "deepcluster.pth").model, plain.forward_backbone(IMAGES))
+    for network, said in ((plain, {}), (padded, {"image_padding": 1})):
+        arguments = {"arch": "vgg16", "sobel_padding": 2, **options, **said}
+        folder = tmp_path / f"run{len(said)}"
+        folder.mkdir()
+        make_run(folder, arguments, {"model": network}, "deepercluster")
+        assert_same(open_pretrained(folder).model, network.forward_backbone(IMAGES))
+
+
 def test_the_caller_wins_over_the_run_and_the_run_over_the_file(tmp_path):
     make_run(tmp_path, {**SWAV, "mean": [0.1] * 3}, {"model": swav_network()})
     found = open_pretrained(tmp_path, image_size=20, std=[0.3] * 3, seed=9)
@@ -198,11 +224,12 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
     models = pytest.importorskip("torchvision.models")
     fetched, theirs = [], models.get_model("resnet18").state_dict()
 
-    def fetch(url, **options):
+    def fetch(url):
         fetched.append(url)
-        return theirs
+        torch.save(theirs, tmp_path / "theirs.pth")
+        return tmp_path / "theirs.pth"
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    monkeypatch.setattr(downloads, "fetch", fetch)
     found = open_pretrained("torchvision:resnet18")
     assert fetched == [models.ResNet18_Weights.DEFAULT.url]
     assert (found.arch, found.imagenet_red, found.run_args) == ("resnet18", IMAGENET_RED, {})
@@ -214,6 +241,25 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
         with pytest.raises(ValueError, match=f"torchvision:{name}.* name one"):
             open_pretrained(f"torchvision:{name}", arch)
     assert len(fetched) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [({"init_values": 0.1}, "blocks.0.ls1.gamma"), ({"qk_norm": True}, "blocks.0.attn.q_norm.")],
+)
+def test_vision_transformers_of_timm_with_layers_that_ours_lack_are_refused(
+    tmp_path, options, layer
+):
+    timm = pytest.importorskip("timm")
+    size = {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 2}
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", **size).eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    assert open_pretrained(tmp_path / "plain.pth", "vit_micro").options["depth"] == 1
+    other = timm.create_model("vit_tiny_patch16_224", **size, **options)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(OSError, match=f"layers that this network lacks .*{layer}"):
+        open_pretrained(tmp_path / "other.pth", "vit_micro")
 
 
 def test_arguments_in_a_file_of_others_are_not_taken_for_those_of_a_run(tmp_path):

@@ -245,6 +245,88 @@ def test_safetensors(tmp_path):
     assert equal(read_weights(path), source)
 
 
+@pytest.mark.parametrize("start", ["", "backbone.", "model.backbone."])
+@pytest.mark.parametrize("first_stage", [4, 2])  # torchvision's networks have a ReLU and a pooling
+def test_resnets_without_names_as_lightly_keeps_them(tmp_path, start, first_stage):
+    source, target = resnet(), resnet()
+    numbers = {"conv1": 0, "bn1": 1} | {f"layer{i + 1}": first_stage + i for i in range(4)}
+    state = {"projection_head.layers.0.weight": torch.ones(3, 3)}
+    for name, value in source.state_dict().items():
+        part, rest = name.split(".", 1)
+        state[f"{start}{numbers[part]}.{rest}"] = value
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "lightly.ckpt")
+    report = load_weights(target, tmp_path / "lightly.ckpt")
+    assert report.missing == [] and report.left_over == ["projection_head.layers.0.weight"]
+    assert equal(source.state_dict(), target)
+
+
+def test_a_file_with_sections_of_other_names_is_told_which_to_ask_for(tmp_path):
+    source, target = trunk(), trunk()
+    sections = {"encoder": source.state_dict(), "target_encoder": trunk().state_dict()}
+    torch.save({"opt": {"lr": 1.0}, **sections, "epoch": 3}, tmp_path / "jepa.pth")
+    words = "sections encoder, target_encoder: .*--checkpoint_key encoder$"
+    with pytest.raises(ValueError, match=words) as error:
+        load_weights(target, tmp_path / "jepa.pth")
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=words):  # a section without tensors is of no use
+        load_weights(target, tmp_path / "jepa.pth", "opt")
+    load_weights(target, tmp_path / "jepa.pth", "encoder")
+    assert equal(source.state_dict(), target)
+
+
+# ============ layers that the network lacks ============
+def resnet(**options):
+    return build_model("resnet18", stem="small", width=1 / 16, **options)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "layer1.0.se.fc1.weight",  # squeeze and excitation in a block
+        "layer4.2.conv1.weight",  # a further block
+        "layer5.0.conv1.weight",  # a further stage
+        "conv1.bias",
+        "norm_pre.weight",
+        "reg_token",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.backbone.", "trunk."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_of_layers_that_the_network_lacks_are_refused_by_name(
+    extra, prefix, wrapped, tmp_path
+):
+    source, target = resnet(), nn.ModuleDict({"trunk": resnet()}) if wrapped else resnet()
+    torch.save(prefixed(prefix, source) | {prefix + extra: torch.ones(3)}, tmp_path / "a.pth")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError, match=f"layers that this network lacks .*{extra}.*--arch"):
+        load_weights(target, tmp_path / "a.pth")
+    assert equal(before, target)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_what_comes_after_the_features_or_stands_beside_them_may_be_left_over(prefix, tmp_path):
+    source, target = resnet(), resnet()
+    beside = ["mask_token", "decoder_blocks.0.norm1.weight", "decoder_pos_embed", "fc.weight"]
+    beside += ["head.mlp.0.weight", "projector.layers.0.weight", "predictor.0.weight", "queue"]
+    beside += ["projection_head.2.weight", "prototypes.weight", "top_layer.weight", "fc_norm.bias"]
+    beside += ["classifier.2.weight", "heads.head.weight", "layer1.0.total_ops", "head_dist.bias"]
+    extra = {prefix + name: torch.ones(3) for name in beside}
+    extra |= {"momentum_encoder.layer1.0.se.fc1.weight": torch.ones(3)}
+    torch.save(prefixed(prefix, source) | extra, tmp_path / "a.pth")
+    report = load_weights(target, tmp_path / "a.pth")
+    assert report.left_over == sorted(extra) and equal(source.state_dict(), target)
+
+
+def test_a_head_that_may_be_missing_may_also_have_more_layers_in_the_file(tmp_path):
+    source = network()
+    source["projection_head"].append(nn.Linear(4, 4))
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    report = load_weights(network(), tmp_path / "a.pth", allow_missing=HEAD)
+    assert report.left_over == ["projection_head.3.bias", "projection_head.3.weight"]
+    with pytest.raises(CheckpointError, match="projection_head.3.bias"):
+        load_weights(network(), tmp_path / "a.pth", allow_missing=("prototypes",))
+
+
 # ============ what must not pass ============
 
 
@@ -271,9 +353,13 @@ def test_what_is_not_a_file_of_weights_is_one_sentence(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save(trunk().state_dict(), tmp_path / "half.pth")
     (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:500])
+    torch.save({"a": torch.ones(10000)}, tmp_path / "flipped.pth")
+    contents = bytearray((tmp_path / "flipped.pth").read_bytes())
+    contents[len(contents) // 2] ^= 1  # one bit of a tensor
+    (tmp_path / "flipped.pth").write_bytes(contents)
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    for name in ("text", "empty", "half", "numbers", "tensor"):
+    for name in ("text", "empty", "half", "flipped", "numbers", "tensor"):
         with pytest.raises(CheckpointError, match=f"{name}.pth") as error:
             read_weights(tmp_path / f"{name}.pth")
         assert "\n" not in str(error.value)

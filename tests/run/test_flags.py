@@ -123,6 +123,16 @@ def test_a_bad_value_is_one_line_with_the_flag_and_status_2(argv, capsys):
     assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", [flags.positive, flags.at_least_zero])
+def test_whole_numbers_may_be_written_as_floats(kind):
+    read = kind(int)
+    assert [read(text) for text in ("7", "1e8", "300.0", "1E3")] == [7, 10**8, 300, 1000]
+    assert all(type(read(text)) is int for text in ("7", "1e8"))
+    for text in ("1.5", "1e-3", "nan", "inf", "-1", "x", ""):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            read(text)
+
+
 def test_published_spellings_are_taken():
     args = parse(
         "--output_dir",
