@@ -173,7 +173,8 @@ def add_runtime_args(parser: argparse.ArgumentParser, one_process: bool = False)
     add("--workers", "--num_workers", type=at_least_zero(int), default=10,
         help="loader processes per training process; 0: load in the process itself")  # fmt: skip
     add("--loader_timeout", type=seconds, default=LOADER_TIMEOUT,
-        help="seconds that a batch of the loader processes may take before the run stops; 0: no limit")  # fmt: skip
+        help="seconds that a batch of the loader processes may take before the run stops; 0: no "
+        "limit")  # fmt: skip
     if not one_process:
         add("--dist_timeout", type=seconds, default=dist.TIMEOUT,
             help="seconds that a process waits for the others, at the start and in each exchange; 0: "
