@@ -22,6 +22,11 @@ deviation 0.229 as theirs for transformers and runs of DINO, else SwAV's 0.228. 
 vote; among classes without one the lowest index comes first.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import json
 import logging
@@ -122,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         check_dump(args.dump_features, settings)
     checkpoint.check_writable(args.dump_path)
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
     hold_folder(args.dump_path, "eval_knn")
     precision = dist.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
@@ -142,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
                 device=process.device,
                 batch_size=args.batch_size,
                 num_workers=args.workers,
+                loader_timeout=args.loader_timeout,
                 precision=precision,
                 interpolation=args.interpolation,
             )
@@ -149,7 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         return split_features(extract, train, val)
 
     def pixels_of(dataset):
-        return raw_pixels(dataset, batch_size=args.batch_size, num_workers=args.workers)
+        return raw_pixels(
+            dataset,
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            loader_timeout=args.loader_timeout,
+        )
 
     def add_rows(name, split):
         rows.extend(evaluate(name, [x.to(search_device) for x in split], args))

@@ -24,6 +24,11 @@ maximum is pooled, their code takes the mean: --conv_pooling average; what does 
 Kept: SwAV's red standard deviation 0.228 in its protocol; the best epoch by validation is reported.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import logging
 from pathlib import Path
@@ -175,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         fill_in_batch(args, launch.world_size, min(len(splits(fold)[0]) for fold in folds))
     checkpoint.check_writable(out if args.evaluate else folder)
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
     hold_folder(out, "eval_linear")
     precision = dist.resolve_precision(args.precision, process.device)
     model.to(process.device)
@@ -188,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         process=process,
         precision=precision,
         workers=args.workers,
+        loader_timeout=args.loader_timeout,
     )
 
     # ============ an evaluation alone ============

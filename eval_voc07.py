@@ -23,6 +23,11 @@ anew); of ResNets FC6-8 trains one linear layer; the seed is 31 for both. Kept: 
 statistics of the pre-training throughout; --train_batchnorm is about their scale and shift alone.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import json
 import logging
@@ -167,6 +172,7 @@ def evaluate(state, dataset, args):
         device=state.process.device,
         batch_size=TEST_IMAGES,
         num_workers=args.workers,
+        loader_timeout=args.loader_timeout,
         precision=state.precision,
         resize=args.size,
     )
@@ -221,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07" / name
     checkpoint.check_writable(folder)
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
     hold_folder(folder, "eval_voc07")
     precision = dist.resolve_precision(args.precision, process.device)
 
@@ -253,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             process=process,
             seed=args.seed,
             workers=args.workers,
+            loader_timeout=args.loader_timeout,
         )
         log = RunLog(folder if process.rank == 0 else None, tensorboard=False)
         if train(state, loader, dataset.labels, start, args, stop, log) < args.nit:

@@ -20,6 +20,11 @@ rate of the next (theirs: from 0.25 on); no weight decay on biases.
 Kept: no weight decay on batch norm; a learning rate of 0.1 for 256 images, in steps; colour jitter.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import importlib.util
 import logging
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
         load_weights(model, args.init_from, allow_missing=("top_layer",))
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ step 1: clusters ============
     if not has_clusters:
@@ -197,7 +202,7 @@ def fit(args, process, dataset, model, augment, assignments, folder):
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))
@@ -278,7 +283,11 @@ def cluster_dataset(extract, dataset, folder, process, stop, args):
     asks to stop.
     """
     began = time.perf_counter()
-    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+    loading = {
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "loader_timeout": args.loader_timeout,
+    }
     precision = dist.resolve_precision(args.precision, process.device)
     if extract is not None:
         features, indices = extract(process.device, precision=precision, **loading)

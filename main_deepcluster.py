@@ -23,6 +23,11 @@ Kept: a new top layer after each clustering, trained without momentum; empty clu
 features before the last ReLU; a step size that stays; an epoch is --reassign times the data.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import contextlib
 import importlib.util
@@ -191,6 +196,7 @@ def features_of_share(run, dataset, args):
             device=run.process.device,
             batch_size=args.batch_size,
             num_workers=args.workers,
+            loader_timeout=args.loader_timeout,
             precision=run.precision,
             interpolation=args.interpolation,
             write=write,
@@ -230,12 +236,12 @@ def main(argv: list[str] | None = None) -> int:
 
         load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
     sampler = PlannedSampler(args.batch_size, rank=process.rank, world_size=process.world_size)
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

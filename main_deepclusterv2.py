@@ -25,6 +25,11 @@ images left out of an epoch's last batch have no pseudo-label in the next; empty
 centroid; head h clusters crop h modulo the number of --crops_for_assign.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import importlib.util
 import logging
@@ -209,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
         load_weights(model, args.init_from, allow_missing=("projection_head", "prototypes"))
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -221,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

@@ -24,6 +24,11 @@ Kept: new W_s at each clustering, and V if there are several clusters; W_s' step
 of its super-class, S times the gradient of Eq. 3.4; the rotations of an image share its sub-class.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import importlib.util
 import logging
@@ -208,6 +213,7 @@ def cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args):
             device=run.process.device,
             batch_size=args.batch_size,
             num_workers=args.workers,
+            loader_timeout=args.loader_timeout,
             precision=run.precision,
             interpolation=args.interpolation,
             indices=images[numbers],
@@ -318,12 +324,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.init_from:
         load_weights(model, args.init_from, allow_missing=("top_layer",))
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
     sampler = PlannedSampler(args.batch_size, rank=process.rank, world_size=process.world_size)
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

@@ -23,6 +23,11 @@ schedules repeat their peak and stop short of their end; the center is updated a
 position tables are interpolated with 0.1 added to the size.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import logging
 import math
@@ -300,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.dump_path, launch.rank == 0)
     start_teacher(student, teacher, args.init_from)
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(
@@ -317,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     teacher = place_network(teacher, process, **flags.placement_options(args))

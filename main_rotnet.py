@@ -21,6 +21,11 @@ Kept: the four rotations of an image are in one batch, so that B images an itera
 the learning rate is multiplied by --gamma after each of --decay_epochs.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import logging
 import math
@@ -133,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
         load_weights(model, args.init_from, allow_missing=("top_layer",))
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -145,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

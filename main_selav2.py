@@ -24,6 +24,11 @@ Kept: normalisation with red std 0.228 (usually 0.229), so that features fit the
 Sinkhorn-Knopp ends when the summed change of all images is below 0.1, as SeLa's does.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import logging
 import math
@@ -205,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
 
         load_weights(model, args.init_from, allow_missing=("projection_head", "prototypes"))
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -217,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

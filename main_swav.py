@@ -23,6 +23,11 @@ the schedule repeats its peak and stops short of its end; the queue is read befo
 only once full; its length is rounded down to whole batches.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import logging
 import math
@@ -288,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         for prototypes in prototypes_of(model):
             prototypes.requires_grad_(False)
 
-    process = dist.init(args.device)
+    process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -300,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, args.batch_size, args.workers, process.device.type)
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

@@ -28,6 +28,11 @@ patch is cut off. DeepCluster's ascent maximises a softmax over the filters, in 
 range, whose contrast is stretched in the end; ours the response itself, within what pixels can be.
 """
 
+if __name__ == "__main__":  # before torch, whose loading takes seconds
+    from src.run import signals
+
+    signals.catch()
+
 import argparse
 import itertools
 import logging
@@ -223,6 +228,7 @@ def clusters(args):
         precision=dist.resolve_precision(precision, device),
         batch_size=args.batch_size,
         workers=args.workers,
+        loader_timeout=args.loader_timeout,
     )
 
     names, readable = image_names(dataset)
@@ -392,6 +398,7 @@ def rank_images(args, network, calls):
         device=device,
         batch_size=args.batch_size,
         num_workers=args.workers,
+        loader_timeout=args.loader_timeout,
         precision=precision,
     )
     chosen = list(dict.fromkeys(args.filters or [])) or top.most_active(args.num_filters or 8)

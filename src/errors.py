@@ -1,5 +1,7 @@
 """What a script turns into one sentence for people, instead of a traceback."""
 
+import re
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, for a reason that one sentence explains."""
@@ -11,6 +13,58 @@ class CheckpointError(OSError):
 
 class Stopped(Exception):
     """A signal asked for a stop in the middle of work that a later run does again, or goes on with."""
+
+
+# ============ what others' errors mean ============
+NO_SHARED_MEMORY = (
+    "the loader processes have no room in shared memory, /dev/shm: use fewer --workers, --workers 0, or "
+    "a larger /dev/shm (docker run --shm-size 8g)"
+)
+# What libraries say when something outside the program fails, and what it means. The first that is found
+# holds.
+MEANINGS = {
+    r"DataLoader timed out after \S+ seconds": (
+        "a loader process has sent no batch for --loader_timeout seconds: look at the storage of "
+        "--data_path, or give more seconds, or 0 for no limit"
+    ),
+    r"Too many open files|items of ancdata": (
+        "there are too many open files: raise their number (ulimit -n), or use fewer --workers"
+    ),
+    r"DataLoader worker \(pid \d+\) is killed by signal: Bus error": NO_SHARED_MEMORY,
+    r"shared memory ?\(shm\)|shared memory object|file </torch_": NO_SHARED_MEMORY,
+    r"DataLoader worker \(pid": (
+        "a loader process was killed, for want of memory or by hand: use fewer --workers, --workers 0, "
+        "or more memory (with Slurm --mem), and look at /dev/shm too"
+    ),
+    r"(gloo|NCCL)[^\n]*\n?[^\n]*([Tt]imed out|[Tt]imeout)|Application timeout caused pair closure": (
+        "another process of the run has not answered within --dist_timeout seconds: what it says on its "
+        "screen or in its log tells why; give more seconds if it was only slow"
+    ),
+    r"gloo[^\n]*(closed by peer|reset by peer|Broken pipe|[Cc]onnection)"
+    r"|NCCL[^\n]*\n?[^\n]*remote process exited"
+    r"|failed to recv, got 0 bytes|remote server shutdown": (
+        "another process of the run has ended or cannot be reached: what it says on its screen or in its "
+        "log tells why; the same command continues the run"
+    ),
+}
+
+
+def explain(error: BaseException) -> str | None:
+    """What people need to know of an error from outside the program, in a sentence; None for others.
+
+    Looks at what the error came from as well, since libraries wrap one error in another.
+    """
+    while error is not None:
+        for pattern, meaning in MEANINGS.items():
+            if re.search(pattern, str(error)):
+                return f"{meaning} ({_gist(error)})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _gist(error):
+    """The line of an error's message that says what has happened."""
+    return str(error).strip().splitlines()[-1][:200]
 
 
 def cause(error: BaseException) -> str:

@@ -6,7 +6,9 @@ operation on two devices fails, as does all that needs a value on the host (`.it
 Only forward passes and optimizer steps: a backward pass needs a GPU. Nothing is about numbers.
 """
 
+import sys
 import traceback
+import types
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -849,6 +851,18 @@ def test_groups_of_batch_norm_wait_for_each_other_as_long_as_all_collectives(mon
         made.clear()
         sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), "pytorch", 0, process(4))
         assert not made  # the group of all is there already
+        collectives.set_timeout(77)
+        sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), "pytorch", 2, process(4))
+        assert made == [([0, 1], timedelta(seconds=77)), ([2, 3], timedelta(seconds=77))]
+        collectives.set_timeout(collectives.TIMEOUT)
+        made.clear()
+        apex = types.ModuleType("apex.parallel")
+        apex.convert_syncbn_model = lambda model, process_group: process_group
+        monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+        monkeypatch.setitem(sys.modules, "apex.parallel", apex)
+        group = sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), "apex", 2, process(4))
+        assert made == [([0, 1], limit), ([2, 3], limit)]
+        assert dist.get_process_group_ranks(group) == [0, 1]
 
 
 # ------------ of the FakeGPU itself

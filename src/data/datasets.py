@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .images import BrokenImage, FolderSource, UnfitImage, decode_image, has_image, match_channels
+from .loading import shared_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +124,8 @@ class ImageDataset:
             mean, std = [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
         self.mean, self.std = list(mean), list(std)
         self._source, self._in_chans, self._flag = source, in_chans, flag
-        # In shared memory, so that a broken file is tried and named once by all workers together.
-        self._is_broken = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+        # Shared, so that a broken file is tried and named once by all workers together.
+        self._is_broken = shared_bytes(len(source))
 
     def __len__(self):
         return len(self._source)

@@ -4,17 +4,15 @@ Only geometry happens here; colours are changed on the device, a batch at a time
 Source: the SwAV paper, section 3.3; crop geometry as in torchvision's RandomResizedCrop.
 """
 
-import atexit
-import functools
 import math
-import os
 import random
-import signal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
+
+from .loading import TIMEOUT, Loader
 
 TRIES = 10  # of RandomResizedCrop, before it takes the centre
 
@@ -132,23 +130,24 @@ def crop_and_resize(image: torch.Tensor, window, size: int, interpolation: str) 
     return F.interpolate(part, size=(size, size), mode=interpolation, antialias=True)
 
 
-def multicrop_loader(dataset, sampler, batch_size, num_workers, device_type) -> DataLoader:
-    """DataLoader of a MultiCropDataset.
+def multicrop_loader(
+    dataset, sampler, batch_size, num_workers, device_type, timeout: float = TIMEOUT
+) -> Loader:
+    """Loader of a MultiCropDataset.
 
     A batch is `([uint8 (B, n_r, C, S_r, S_r) per resolution], indices (B,))`, in pinned memory
-    when it goes to a GPU. Workers stay alive between epochs, and signals do not end them.
+    when it goes to a GPU. Workers stay alive between epochs, and signals do not end them. timeout:
+    seconds that a batch of theirs may take, 0: any.
     """
-    leaving = torch.zeros(1, dtype=torch.uint8).share_memory_()
-    atexit.register(leaving.fill_, 1)
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate_crops,
-        pin_memory=device_type not in ("cpu", "mps"),
+        device_type=device_type,
+        timeout=timeout,
+        collate=collate_crops,
         persistent_workers=num_workers > 0,
-        worker_init_fn=functools.partial(_start_worker, leaving=leaving),
     )
 
 
@@ -159,13 +158,3 @@ def collate_crops(samples):
     # In a worker default_collate stacks straight into shared memory.
     crops = [default_collate(same_size).permute(0, 1, 4, 2, 3) for same_size in by_pixel]
     return crops, torch.tensor([index for _, index in samples])
-
-
-def _start_worker(worker, leaving):
-    """One thread, and deaf to the signals that reach a whole process group: the main process acts
-    on them, and needs its workers until it has saved. When it ends, SIGTERM is its own, to obey."""
-    torch.set_num_threads(1)
-    for name in ("SIGUSR1", "SIGUSR2", "SIGINT"):
-        if hasattr(signal, name):  # Windows has no user signals
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: leaving.item() and os._exit(0))

@@ -1,6 +1,7 @@
 """The one door to processes and devices: who this process is, and the collectives."""
 
 from .collectives import (
+    TIMEOUT,
     all_gather_rows,
     all_gather_with_gradient,
     all_reduce_max,
@@ -36,6 +37,7 @@ from .process import (
 )
 
 __all__ = [
+    "TIMEOUT",
     "Process",
     "all_gather_rows",
     "all_gather_with_gradient",

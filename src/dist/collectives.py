@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 1800.0  # seconds that a collective waits for the other processes
+TIMEOUT = 1800.0  # seconds that a collective waits for the other processes, of --dist_timeout
+_limit = contextvars.ContextVar("limit", default=timedelta(seconds=TIMEOUT))
 _within = contextvars.ContextVar("within", default=None)  # the group of `within`; None: all
 
 
@@ -24,13 +25,19 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def set_timeout(seconds: float) -> timedelta:
+    """What groups that are made from here on allow a collective, 0: a year; returned as torch takes it."""
+    _limit.set(timedelta(seconds=seconds) if seconds else timedelta(days=365))
+    return _limit.get()
+
+
 def new_groups(members: Sequence[Sequence[int]]) -> list:
     """A group of processes for each list of ranks; None where it is all of them.
 
     Every process must call it, with the same lists, those that it is not in included.
     """
     every = world_size()
-    limit = timedelta(seconds=TIMEOUT)
+    limit = _limit.get()
     return [dist.new_group(list(ranks), limit) if len(ranks) < every else None for ranks in members]
 
 

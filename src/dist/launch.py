@@ -11,6 +11,7 @@ from dataclasses import dataclass
 # Slurm numbers its pseudo-steps (batch script, interactive shell, ...) from here on; in them
 # SLURM_NTASKS counts tasks that nobody has started.
 FIRST_PSEUDO_STEP = 0xFFFFFFF0
+LAST_PORT = 65535
 FIRST_PORT, NUM_PORTS = 10000, 20000  # below the range that Linux hands out by itself (32768-)
 
 
@@ -71,6 +72,9 @@ def rendezvous(launch: Launch, environ: Mapping[str, str]) -> str:
     MASTER_ADDR and MASTER_PORT win where they are set; else it is the first host of the job step
     and a port derived from job and step. Raises ValueError or ConnectionError without an address.
     """
+    port = environ.get("MASTER_PORT", "")
+    if port and not (port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+        raise ValueError(f"MASTER_PORT={port} must be a whole number from 1 to {LAST_PORT}")
     if launch.launcher == "torchrun":
         if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
             raise ValueError("RANK is set, but MASTER_ADDR and MASTER_PORT are not: set both")
@@ -78,7 +82,7 @@ def rendezvous(launch: Launch, environ: Mapping[str, str]) -> str:
     local = environ.get("SUBMITIT_EXECUTOR") == "local"
     job = environ.get("SUBMITIT_LOCAL_JOB_ID" if local else "SLURM_JOB_ID", "0")
     step = 0 if local else _srun_step(environ) or 0
-    port = environ.get("MASTER_PORT") or FIRST_PORT + (31 * int(job) + step) % NUM_PORTS
+    port = port or FIRST_PORT + (31 * int(job) + step) % NUM_PORTS
     one_node = local or environ.get("SLURM_STEP_NUM_NODES") == "1"
     address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else _first_host(environ))
     return f"tcp://{address}:{port}"

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from .collectives import (
     TIMEOUT,
     has_group,
+    set_timeout,
 )
 from .launch import Launch, gpu_index, gpu_numbers, read_launch, rendezvous
 
@@ -69,11 +69,12 @@ def slurm_job_id(environ: Mapping[str, str] = os.environ) -> str | None:
 def init(device: str = "auto", timeout: float = TIMEOUT) -> Process:
     """Find rank and device; start a process group (nccl on GPUs, else gloo) if there are others.
 
-    `timeout` in seconds is how long any collective, the first meeting included, waits for the rest.
+    `timeout` in seconds is how long any collective, the first meeting included, waits for the rest; it
+    holds for groups that are made later too.
     A group that is up already is used. Raises ValueError or ConnectionError with what to change.
     """
     settle_vector_functions()
-    launch = read_launch(os.environ)
+    launch, limit = read_launch(os.environ), set_timeout(timeout)
     if has_group():
         launch = Launch(dist.get_rank(), dist.get_world_size(), launch.local_rank, launch.launcher)
     chosen = resolve_device(device)
@@ -96,14 +97,15 @@ def init(device: str = "auto", timeout: float = TIMEOUT) -> Process:
             dist.init_process_group(
                 backend,
                 init_method=method,
-                timeout=timedelta(seconds=timeout),
+                timeout=limit,
                 rank=launch.rank,
                 world_size=launch.world_size,
             )
         except RuntimeError as error:
             raise ConnectionError(
                 f"rank {launch.rank} of {launch.world_size} did not meet the others at {method} "
-                f"({str(error).splitlines()[0]}): start all, or set MASTER_ADDR and MASTER_PORT"
+                f"({str(error).splitlines()[0]}): start all within --dist_timeout {timeout:g} seconds, "
+                "or set MASTER_ADDR and MASTER_PORT"
             ) from error
     return Process(launch.rank, launch.world_size, launch.local_rank, launch.launcher, chosen)
 
@@ -160,6 +162,9 @@ def default_precision(device: torch.device) -> str:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
+    """The precision that --precision means on a device."""
+    if name == "fp16" and device.type == "cpu":
+        logger.info("note: --precision fp16 is slow on a CPU, many times slower than fp32")
     return default_precision(device) if name == "auto" else name
 
 

@@ -33,15 +33,12 @@ def sync_batchnorm(model: nn.Module, kind: str, group_size: int, process: Proces
     logger.info("batch normalisation (%s) over groups of %d processes", kind, size)
     if kind == "apex" and process.device.type != "cpu":
         try:
-            from apex.parallel import convert_syncbn_model, create_syncbn_process_group
+            from apex.parallel import convert_syncbn_model
         except ImportError:  # the published command lines ask for it; the statistics are the same
             logger.info("apex is not installed: --sync_bn pytorch computes the same statistics")
         else:
-            group = create_syncbn_process_group(size)
-            return convert_syncbn_model(model, process_group=group)
-    starts = range(0, world_size, size)
-    groups = new_groups([range(start, start + size) for start in starts])
-    group = groups[process.rank // size]
+            return convert_syncbn_model(model, process_group=_own_group(process, size))
+    group = _own_group(process, size)
     if process.device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     for module in model.modules():
@@ -49,6 +46,13 @@ def sync_batchnorm(model: nn.Module, kind: str, group_size: int, process: Proces
             module.__class__ = CrossProcessBatchNorm
             module.group = group
     return model
+
+
+def _own_group(process, size):
+    """The group of `size` processes that this one is in, with the time limit of all collectives."""
+    starts = range(0, process.world_size, size)
+    groups = new_groups([range(start, start + size) for start in starts])
+    return groups[process.rank // size]
 
 
 class CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):

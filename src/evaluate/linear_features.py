@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import dist
 from ..data.augment import apply_draws, draw_parameters
 from ..data.datasets import EpochSampler, epoch_permutation
+from ..data.loading import TIMEOUT
 from ..data.multicrop import MultiCropDataset, generator, multicrop_loader
 from ..labels.features import extract_features, share
 from ..nets.resnet import ResNet
@@ -99,6 +100,7 @@ class ImageBatches:
         workers,
         flip,
         unscaled=False,
+        loader_timeout=TIMEOUT,
     ):
         self.forward, self.labels, self.seed = forward, dataset.labels, seed
         self.process, self.precision, self.batch_size = process, precision, batch_size
@@ -118,7 +120,12 @@ class ImageBatches:
             groups=dataset.groups,
         )
         self.loader = multicrop_loader(
-            crops, self.sampler, batch_size, num_workers=workers, device_type=process.device.type
+            crops,
+            self.sampler,
+            batch_size,
+            num_workers=workers,
+            device_type=process.device.type,
+            timeout=loader_timeout,
         )
 
     def __call__(self, epoch, start, stopwatch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -172,6 +179,7 @@ class FrozenFeatures:
     process: dist.Process
     precision: str
     workers: int
+    loader_timeout: float = TIMEOUT
 
     def of(self, dataset, batch_size: int, ten_crops: bool = False) -> tuple[Tensor, Tensor]:
         """Features (n, dim) of the centre crops of this process's share, and their labels (n, ...).
@@ -193,6 +201,7 @@ class FrozenFeatures:
             device=self.process.device,
             batch_size=batch_size,
             num_workers=self.workers,
+            loader_timeout=self.loader_timeout,
             precision=self.precision,
             resize=resize,
             interpolation=self.interpolation,
@@ -213,4 +222,5 @@ class FrozenFeatures:
             workers=self.workers,
             flip=flip,
             unscaled=unscaled,
+            loader_timeout=self.loader_timeout,
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import dist
 from ..data.augment import apply_draws, draw_parameters
 from ..data.datasets import EpochSampler, ImageDataset
+from ..data.loading import TIMEOUT
 from ..data.multicrop import MultiCropDataset, generator, multicrop_loader
 from ..optim import build_optimizer
 from ..run import checkpoint
@@ -70,6 +71,7 @@ def training_images(
     process: dist.Process,
     seed: int,
     workers: int,
+    loader_timeout: float = TIMEOUT,
 ) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
     """A function: iterations from `start` to before `stop` -> the batches of this process.
 
@@ -86,7 +88,12 @@ def training_images(
         len(dataset), batch_size, rank=process.rank, world_size=process.world_size, seed=seed
     )
     loader = multicrop_loader(
-        crops, sampler, batch_size, num_workers=workers, device_type=process.device.type
+        crops,
+        sampler,
+        batch_size,
+        num_workers=workers,
+        device_type=process.device.type,
+        timeout=loader_timeout,
     )
     total, first = batch_size * process.world_size, process.rank * batch_size
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in normalisation)  # (C, 1, 1)

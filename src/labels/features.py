@@ -6,16 +6,16 @@ the order of the dataset whatever the number of processes.
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .. import dist
+from ..data.loading import TIMEOUT, Loader
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,6 @@ class _CentreCrops(Dataset):
         return centre_crop(self.dataset.load(int(self.indices[position])), *self.geometry)
 
 
-def _start_worker(_):
-    """One thread a worker; a signal to the process group is for the main process to handle."""
-    torch.set_num_threads(1)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
 def _num_cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -89,6 +81,7 @@ def extract_features(
     interpolation: str = "bicubic",
     indices: Sequence[int] | None = None,
     write: Callable[[int, Tensor], None] | None = None,
+    loader_timeout: float = TIMEOUT,
 ) -> tuple[Tensor | None, Tensor]:
     """Features of this rank's share of `dataset`, from one centre crop of each image.
 
@@ -98,7 +91,7 @@ def extract_features(
     batch_size, num_workers: per process, of workers at most as many as there are CPUs or batches.
     precision: of the forward pass, fp32, bf16 or fp16. indices: the samples to take instead of the
     share. write: called with the number of the first row of a batch and its features (B, D), which
-    are then not kept.
+    are then not kept. loader_timeout: seconds that a batch of the workers may take, 0: any.
     Returns features (n, D) float32 on the CPU and their sample indices (n,), in order; n may be 0.
     Raises ValueError for a resize below the crop.
     """
@@ -108,12 +101,12 @@ def extract_features(
         raise ValueError(f"a crop of {size} px needs images resized to at least that, not {resize}")
     device = torch.device(device)
     indices = share(len(dataset)) if indices is None else indices
-    loader = DataLoader(
+    loader = Loader(
         _CentreCrops(dataset, indices, size, resize, interpolation),
         batch_size=batch_size,
         num_workers=min(num_workers, _num_cpus(), -(-len(indices) // batch_size)),
-        pin_memory=device.type not in ("cpu", "mps"),
-        worker_init_fn=_start_worker if num_workers else None,
+        device_type=device.type,
+        timeout=loader_timeout,
     )
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
 
@@ -161,7 +154,7 @@ def raw_pixels(dataset, size: int | None = None, **options) -> tuple[Tensor, Ten
     """The pixels themselves as features, between 0 and 1: what a network has to beat.
 
     size: side in pixels, by default that of the first image, at most 32. `options` are batch_size,
-    num_workers and interpolation of `extract_features`, and what is returned is the same.
+    num_workers, loader_timeout and interpolation of `extract_features`, and what is returned is the same.
     """
     first = dataset.load(0)
     size = min(*first.shape[1:], RAW_PIXELS) if size is None else size

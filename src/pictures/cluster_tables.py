@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cluster.kmeans import initial_centroids, spherical_kmeans
+from ..data.loading import TIMEOUT
 from ..labels.features import extract_features
 from ..labels.health import normalized_mutual_information
 from ..nets.dino_head import DINOHead, unit_rows
@@ -87,12 +88,13 @@ def features_of(
     precision: str,
     batch_size: int,
     workers: int,
+    loader_timeout: float = TIMEOUT,
 ) -> Tensor:
     """What clusters are made of, (N, D), on the device where they are made.
 
     It is the output of the network, or, where `dino` is its head, what its last layer is applied to.
-    size: side in pixels of the images. precision, batch_size, workers: see extract_features. Raises
-    ValueError for values that are not finite.
+    size: side in pixels of the images. precision, batch_size, workers, loader_timeout: see
+    extract_features. Raises ValueError for values that are not finite.
     """
     model = network.model.to(device)
     mean, std = network.normalisation(dataset, IMAGENET_RED if dino else None)
@@ -112,6 +114,7 @@ def features_of(
         device=device,
         batch_size=batch_size,
         num_workers=workers,
+        loader_timeout=loader_timeout,
         precision=precision,
     )
     if not features.isfinite().all():

@@ -97,7 +97,7 @@ def _add_network_flags(parser):
     add = eval_flags.add_image_args(parser)
     add("--split", default="train", choices=["train", "val"], help="which images of the data")
     add("--batch_size", type=positive(int), default=128, help="images at once")
-    flags.add_runtime_args(parser)
+    flags.add_runtime_args(parser, one_process=True)
 
 
 def _add_shared_flags(parser):

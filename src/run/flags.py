@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 from .. import dist
 from ..data.datasets import NAMES
-from ..errors import RunError
+from ..data.loading import TIMEOUT as LOADER_TIMEOUT
+from ..errors import RunError, explain
+from . import signals
 
 logger = logging.getLogger(__name__)
+
+LONGEST_LIMIT = 1e7  # seconds, sixteen weeks; a larger one is more than the system's clocks take
 
 
 # ============ types of values ============
@@ -60,6 +64,14 @@ def at_least_zero(kind: Callable) -> Callable:
 
     parse.__name__ = f"{kind.__name__} of 0 or more"
     return parse
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a time limit of some seconds, 0 for none."""
+    value = float(text)
+    if not 0 <= value <= LONGEST_LIMIT:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {LONGEST_LIMIT:g} seconds, not {text}")
+    return value
 
 
 def probability(text: str) -> float:
@@ -161,8 +173,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return "X" if "float" in kind or "probability" in kind else "VALUE"
 
 
-def add_runtime_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of how a run is run, not of what it computes; the same in every script."""
+def add_runtime_args(parser: argparse.ArgumentParser, one_process: bool = False) -> None:
+    """Flags of how a run is run, not of what it computes; the same in every script.
+
+    one_process: of a script that is not for several.
+    """
     group = parser.add_argument_group("runtime")
     add = group.add_argument
     add("--dump_path", "--output_dir", "--exp", default=".",
@@ -170,6 +185,13 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=at_least_zero(int), default=31, help="seed of every random draw")
     add("--workers", "--num_workers", type=at_least_zero(int), default=10,
         help="loader processes per training process; 0: load in the process itself")  # fmt: skip
+    add("--loader_timeout", type=seconds, default=LOADER_TIMEOUT,
+        help="seconds that a batch of the loader processes may take before the run stops; 0: no "
+        "limit")  # fmt: skip
+    if not one_process:
+        add("--dist_timeout", type=seconds, default=dist.TIMEOUT,
+            help="seconds that a process waits for the others, at the start and in each exchange; 0: "
+            "no limit")  # fmt: skip
     add(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one"
     )
@@ -266,22 +288,44 @@ def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) ->
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main; what the user can mend is one sentence on stderr, and no traceback.
+    """Run a script's main and end the process; an error is one sentence on stderr where one will do.
 
-    Exit status 2 for input that is wrong, a file or folder included, 1 for a run that cannot go on.
-    The traceback goes to train.log, if the run has got as far as opening it.
+    Exit status 2 for input that is wrong, a file or folder included, 1 for a run that cannot go on, 130
+    after Ctrl-C. Every traceback goes to train.log, if the run has got as far as opening it; that of an
+    error that nobody foresaw to the screen too. Where the process hangs on its way out, it is ended.
     """
     dist.settle_vector_functions()
+    is_script = main.__module__ == "__main__"  # else the process has more to do
     try:
-        status = main()
-    except (ValueError, OSError, RunError) as error:
+        status = main() or 0
+    except (Exception, KeyboardInterrupt) as error:
+        status, sentence = _judge(error)
+        if is_script:  # while the error still holds the loaders, which wait for their processes
+            signals.leave_within(signals.LEAVE_SECONDS, status)
+            signals.end_workers()
         logger.debug("stopped by an error", exc_info=True)
-        sentence = str(error).strip()
-        if sentence.startswith("Caught "):  # in a loader's worker, with its traceback before it
-            sentence = sentence.splitlines()[-1].partition(": ")[2]
-        sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
-        status = 1 if isinstance(error, RunError) else 2
-    sys.exit(status or 0)
+        if sentence is None:
+            raise
+        sys.stderr.write(f"{' '.join(sentence.split())}\n")
+    if is_script:
+        signals.leave_within(signals.LEAVE_SECONDS, status)
+        signals.end_workers()
+    sys.exit(status)
+
+
+def _judge(error):
+    """Exit status and sentence of an error; None for one that needs its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by SIGINT"
+    meaning = None if isinstance(error, RunError) else explain(error)
+    if meaning is not None:
+        return 1, f"error: {meaning}"
+    if not isinstance(error, ValueError | OSError | RunError):
+        return 1, None
+    sentence = str(error).strip()
+    if sentence.startswith("Caught "):  # in a loader's worker, with its traceback before it
+        sentence = sentence.splitlines()[-1].partition(": ")[2]
+    return 1 if isinstance(error, RunError) else 2, f"error: {sentence}"
 
 
 def add_backbone_args(
@@ -358,6 +402,16 @@ def model_options(args: argparse.Namespace) -> dict:
         "head_dims": args.head_dims,
         "head_bn": args.head_bn,
         **{name: getattr(args, name) for name in names},
+    }
+
+
+def loader_options(args: argparse.Namespace, device) -> dict:
+    """The arguments of src.data.multicrop.multicrop_loader that come from the flags; device: of a batch."""
+    return {
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "device_type": device.type,
+        "timeout": args.loader_timeout,
     }
 
 

@@ -10,12 +10,9 @@ import torch
 
 from .. import dist
 from .lock import release_folders
+from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
-
-# The later one wins where processes got different ones. A user signal announces a time limit or a
-# preemption, after which the job shall run again; SIGTERM alone is a cancellation.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class StopSignal:
@@ -95,6 +92,20 @@ def requeue_slurm_job(stop: StopSignal | None = None) -> bool:
     # srun may kill all tasks when the first one ends: nobody leaves before rank 0 has asked.
     dist.barrier()
     return asked
+
+
+def requeue_alone() -> bool:
+    """Have the Slurm job run again, without the other processes; whether this was the one to ask.
+
+    For the time before there is a process group: rank 0 asks, and the others should let it.
+    """
+    job = dist.slurm_job_id()
+    if job is None:
+        return True
+    if dist.read_environment().rank != 0:
+        return False
+    _requeue(job)
+    return True
 
 
 def leave(stop: StopSignal, hint: str = "the same command continues") -> int:

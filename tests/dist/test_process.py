@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from src import dist
-from src.dist.launch import Launch, gpu_index, rendezvous
+from src.dist.launch import Launch, gpu_index, read_launch, rendezvous
 from src.run import flags
 from tests.gloo import CONTEXT, run_ranks
 
@@ -288,10 +288,27 @@ def test_srun_and_submitit_processes_meet_without_a_fixed_port(tmp_path):
     assert started(local) == [(0, "submitit", True, 3, 1), (1, "submitit", True, 3, 1)]
 
 
+@pytest.mark.parametrize("port", ["abc", "99999", "0", "-1", "29400 "])
+def test_a_port_that_is_none_is_named(port):
+    for environ in (TORCHRUN, ONE_NODE):
+        environ = environ | {"MASTER_ADDR": "node7", "MASTER_PORT": port}
+        with pytest.raises(ValueError, match=f"MASTER_PORT={port} must be a whole number from 1"):
+            rendezvous(read_launch(environ), environ)
+
+
+def test_half_precision_on_a_cpu_is_said_to_be_slow(caplog):
+    caplog.set_level("INFO")
+    assert dist.resolve_precision("bf16", torch.device("cpu")) == "bf16" and not caplog.text
+    assert dist.resolve_precision("fp16", torch.device("cuda")) == "fp16" and not caplog.text
+    assert dist.resolve_precision("fp16", torch.device("cpu")) == "fp16"
+    assert "--precision fp16 is slow on a CPU" in caplog.text
+
+
 def test_a_rank_that_waits_in_vain_says_where():
     [(rank, message)] = started([ONE_NODE | {"MASTER_PORT": "9"}], timeout=1)
     assert rank == -1
     assert "rank 7 of 8 did not meet the others at tcp://127.0.0.1:9" in message
+    assert "start all within --dist_timeout 1 seconds" in message
 
 
 @pytest.mark.slow

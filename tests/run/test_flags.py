@@ -1,11 +1,13 @@
 """src.run.flags: presets, crops, published spellings, errors in one sentence."""
 
 import argparse
+import logging
 
 import pytest
 
 from src.nets.weights import CheckpointError
 from src.run import flags, image_flags
+from src.run.log import setup_logging
 
 PRESETS = {"imagenet": {}, "cifar": {"epochs": 7}, "tiny": {"epochs": 3, "nmb_crops": [2, 4]}}
 
@@ -175,6 +177,44 @@ def test_run_turns_an_error_into_one_sentence(error, status, capsys):
 def test_run_lets_a_fault_of_the_program_through():
     with pytest.raises(RuntimeError, match="shapes"):
         flags.run(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+
+
+def test_every_traceback_is_in_the_log_and_a_foreseen_error_only_there(tmp_path, capsys):
+    errors = {
+        KeyError("prototypes"): (KeyError, ""),
+        MemoryError(): (MemoryError, ""),
+        ValueError("--epochs 0"): (SystemExit, "error: --epochs 0\n"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."): (SystemExit, "error: a l"),
+        RuntimeError("[gloo/pair.cc:1] Connection closed by peer"): (SystemExit, "error: another"),
+    }  # fmt: skip
+    handlers = list(logging.getLogger().handlers)
+    setup_logging(tmp_path, is_main=True)
+    try:
+        for error, (ends_in, screen) in errors.items():
+            with pytest.raises(ends_in):
+                flags.run(lambda error=error: (_ for _ in ()).throw(error))
+            shown = capsys.readouterr()
+            assert shown.err.startswith(screen) and "Traceback" not in shown.err + shown.out
+            log = (tmp_path / "train.log").read_text()
+            assert log.count("Traceback") == 1 and repr(error)[:8] in log
+            (tmp_path / "train.log").write_text("")
+    finally:
+        logging.getLogger().handlers[:] = handlers
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags.run(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+@pytest.mark.parametrize("flag", ["--loader_timeout", "--dist_timeout"])
+def test_a_time_limit_is_seconds_or_none(flag, capsys):
+    assert vars(parse(flag, "0"))[flag[2:]] == 0 and vars(parse())[flag[2:]] == 1800
+    for value in ("-1", "inf", "nan", "1e30"):
+        with pytest.raises(SystemExit):
+            parse(flag, value)
+        assert f"{flag}: must be from 0 to 1e+07 seconds" in capsys.readouterr().err
 
 
 def test_run_passes_the_status_on():
