@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .. import dist
 from ..data.datasets import NAMES
-from ..errors import RunError
+from ..errors import RunError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def run(main: Callable[[], int | None]) -> None:
         sentence = str(error).strip()
         if sentence.startswith("Caught "):  # in a loader's worker, with its traceback before it
             sentence = sentence.splitlines()[-1].partition(": ")[2]
-        sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
+        sys.stderr.write(f"error: {printable(' '.join(sentence.split()))}\n")
         status = 1 if isinstance(error, RunError) else 2
     sys.exit(status or 0)
 
