@@ -43,7 +43,7 @@ from src.evaluate.splits import open_labelled_splits, split_features
 from src.labels.features import extract_features, raw_pixels
 from src.nets.pretrained import MODEL_FLAGS
 from src.pictures.neighbours import draw_neighbours
-from src.run import checkpoint, flags
+from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder
 from src.run.log import setup_logging
 from src.run.stop import finish
@@ -120,7 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not args.load_features:
         train, val = open_labelled_splits(
-            args.data_path, args.train_path, args.val_path, args.in_chans
+            args.data_path,
+            train_path=args.train_path,
+            val_path=args.val_path,
+            in_chans=args.in_chans,
+            **image_flags.reading_options(args),
         )
         network = eval_flags.open_network(args, args.feature)
     if args.dump_features:

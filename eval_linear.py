@@ -71,7 +71,7 @@ from src.evaluate.ten_crops import VIEWS
 from src.evaluate.voc import TESTED_ON
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS, SWAV_RED
 from src.nets.weights import fingerprint
-from src.run import checkpoint, flags
+from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder
 from src.run.log import RunLog, Stopwatch, describe_run, setup_logging
 from src.run.stop import StopSignal, finish, leave
@@ -340,8 +340,9 @@ def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settin
 
 def open_parts(args, num_folds):
     """A function: fold, or None -> training and validation images."""
+    reading = image_flags.reading_options(args)
     if args.evaluate and args.val_path and not args.train_path:  # it is enough to evaluate alone
-        val = open_dataset(args.val_path, "val", args.in_chans, flag="--val_path")
+        val = open_dataset(args.val_path, "val", args.in_chans, flag="--val_path", **reading)
         check_labelled(val, "--val_path")
         return lambda fold: (val, val)
     train, val = open_splits(
@@ -350,6 +351,7 @@ def open_parts(args, num_folds):
         val_path=args.val_path,
         in_chans=args.in_chans,
         split=args.split,
+        **reading,
     )
     if num_folds is not None:
         return split_folds(train, num_folds)

@@ -48,7 +48,7 @@ from src.evaluate.voc_training import Training, training_images
 from src.labels.features import extract_features
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS
 from src.nets.weights import fingerprint
-from src.run import checkpoint, flags
+from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder
 from src.run.log import RunLog, Stopwatch, describe_run, duration, setup_logging
 from src.run.stop import StopSignal, finish, leave
@@ -201,8 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     check_args(args)
-    dataset = open_voc(args.data_path, args.split, args.in_chans)
-    tested = open_voc(args.data_path, TESTED_ON[args.split], args.in_chans)
+    reading = image_flags.reading_options(args)
+    dataset = open_voc(args.data_path, args.split, args.in_chans, **reading)
+    tested = open_voc(args.data_path, TESTED_ON[args.split], args.in_chans, **reading)
     check_batch(args, launch.world_size, len(dataset))
     network = eval_flags.open_network(args)
     args.mean, args.std = network.normalisation(dataset, IMAGENET_RED)
@@ -323,6 +324,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--model", dest="pretrained", default=argparse.SUPPRESS, help="the same as --pretrained")
     add = parser.add_argument_group("data").add_argument
     add("--data_path", "--vocdir", default="", help="VOCdevkit/VOC2007; must be given")
+    image_flags.add_reading_args(add)
     add("--split", default="train", choices=TESTED_ON, help="to train on; tested on val or test")
     add("--size", type=positive(int), default=224, help="side in pixels of the crops")
     add("--in_chans", type=positive(int), default=3, help="channels of the images")

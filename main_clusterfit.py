@@ -143,11 +143,11 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     folder = Path(args.clusters or Path(args.dump_path) / "clusters")
-    has_clusters = check_args(args, folder, len(dataset))
+    has_clusters = check_args(args, folder, dataset)
     assignments, num_clusters = None, args.nmb_cluster
     if has_clusters:
         assignments, num_clusters = read_clusters(folder)
@@ -264,7 +264,7 @@ def open_teacher(pretrained, dataset, *, arch="", checkpoint_key=None, layer="")
         raise CheckpointError(f"{error}; for a teacher give --teacher_arch, not --arch") from error
     forward, size = forward_of_layer(teacher.model, layer), teacher.image_size
     if len(dataset.mean) != teacher.in_chans:
-        dataset = open_dataset(dataset.name, in_chans=teacher.in_chans)
+        dataset = open_dataset(dataset.name, in_chans=teacher.in_chans, **dataset.reading)
     mean, std = teacher.normalisation(dataset)
 
     def extract(device, **options):
@@ -318,6 +318,7 @@ def cluster_dataset(extract, dataset, folder, process, stop, args):
     summary = {
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "num_images": len(dataset),
+        "images_digest": dataset.digest(),
         "num_clusters": args.nmb_cluster,
         **{name: values[name] for name in sorted(values)},
         "seconds": seconds,
@@ -387,14 +388,17 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: on
 
 
-def check_args(args, folder: Path, num_images: int) -> bool:
+def check_args(args, folder: Path, dataset) -> bool:
     """Whether there are clusters already. Raises ValueError on arguments that do not fit together."""
     if args.kmeans_backend == "faiss" and not importlib.util.find_spec("faiss"):
         raise ValueError(
             "--kmeans_backend faiss needs the package faiss: pip install faiss-cpu, or use torch"
         )
     settings = {name: getattr(args, name) for name in SETTINGS}
-    if check_clusters(folder, num_images, None if args.step == "fit" else settings):
+    num_images, digest = len(dataset), dataset.digest()
+    if args.step == "fit":
+        settings = None
+    if check_clusters(folder, num_images, settings, images_digest=digest):
         return True
     if args.step == "fit":
         raise ValueError(

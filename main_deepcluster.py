@@ -45,7 +45,7 @@ from src.cluster.kmeans import euclidean_kmeans, initial_centroids
 from src.cluster.pca import fit_whitening, whiten
 from src.cluster.pic import knn_graph, power_iteration_clustering
 from src.data.augment import Augment
-from src.data.datasets import open_dataset, usual_std
+from src.data.datasets import usual_std
 from src.data.multicrop import MultiCropDataset, generator, multicrop_loader
 from src.errors import Stopped
 from src.labels.features import extract_features, share
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch, len(dataset))

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from src import dist
 from src.data.augment import Augment
-from src.data.datasets import open_dataset, usual_std
+from src.data.datasets import usual_std
 from src.data.multicrop import MultiCropDataset, generator, multicrop_loader
 from src.errors import Stopped
 from src.labels.features import extract_features
@@ -267,7 +267,7 @@ def open_clustering(run, num_images, groups, epoch, args):
     settings["weights"] = fingerprint(run.module)
     settings["epoch"] = epoch
     settings["precision"] = run.precision
-    settings["images"] = [run.num_images, num_images]
+    settings["images"] = [run.num_images, num_images, run.images_digest]
     _, num_clusters, _ = class_counts(args)
     rank, world_size = run.process.rank, run.process.world_size
     return TwoLevelClustering(
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     num_images = min(len(dataset), args.size_dataset)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, num_images)

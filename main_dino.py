@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from src import dist
 from src.cluster.sinkhorn import sinkhorn
 from src.data.augment import Augment
-from src.data.datasets import EpochSampler, open_dataset, usual_std
+from src.data.datasets import EpochSampler, usual_std
 from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.losses import swapped_cross_entropy
 from src.nets.backbones import build_backbone
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
     flags.check_batch(args, global_batch, len(dataset))

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from src import dist
 from src.data.augment import Augment
-from src.data.datasets import EpochSampler, open_dataset, usual_std
+from src.data.datasets import EpochSampler, usual_std
 from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.labels.pseudo_labels import report_predictions
 from src.nets.convnets import build_convnet
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)

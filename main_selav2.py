@@ -41,7 +41,7 @@ from torch import Tensor
 from src import dist
 from src.cluster.self_label import reassignment_epochs, self_labels
 from src.data.augment import Augment
-from src.data.datasets import EpochSampler, open_dataset
+from src.data.datasets import EpochSampler
 from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.labels.memory_bank import MemoryBank, fill_memory
 from src.labels.pseudo_labels import (
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch, len(dataset))

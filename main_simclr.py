@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from src import dist
 from src.data.augment import Augment
-from src.data.datasets import EpochSampler, open_dataset
+from src.data.datasets import EpochSampler
 from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, cosine_schedule
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
     flags.check_runtime(args, launch.world_size)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch)

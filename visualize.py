@@ -151,7 +151,7 @@ def open_images(args):
         if count:
             count = min(math.ceil(count / args.every), args.num_images or count)
     else:
-        dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+        dataset = image_flags.open_images(args)
         indices = spread(len(dataset), args.num_images or 4)
         frames = ((f"image_{index:06}", dataset.load(index)) for index in indices)
         count, mean, std = len(indices), dataset.mean, usual_std(dataset.std)
@@ -177,7 +177,7 @@ def crops(args):
     """Draw the crops of a few images, those of epoch --epoch; the colours are drawn anew."""
     args.preset = flags.preset_of(args.data_path) if args.preset == "auto" else args.preset
     image_flags.fill_in_crops(args)
-    dataset = open_dataset(args.data_path, in_chans=args.in_chans)
+    dataset = image_flags.open_images(args)
     options = image_flags.augment_options(args, dataset, sum(args.nmb_crops))
     multicrop = MultiCropDataset(
         dataset,
@@ -301,7 +301,8 @@ def open_split(args):
     """The images of --split."""
     path = {"train": args.train_path, "val": args.val_path}[args.split]
     flag = f"--{args.split if path else 'data'}_path"
-    return open_dataset(path or args.data_path, args.split, args.in_chans, flag)
+    reading = image_flags.reading_options(args)
+    return open_dataset(path or args.data_path, args.split, args.in_chans, flag, **reading)
 
 
 # ============ filters, activations ============

@@ -71,3 +71,15 @@ def cause(error: BaseException) -> str:
     """The first words of an error, for a sentence of ours."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].split(". ")[0]
+
+
+def printable(name: str | bytes) -> str:
+    """A file's name for a terminal or a log: bytes that are no text, and what would move the cursor,
+    are written as \\xe9 or \\n."""
+    text = name.decode(errors="surrogateescape") if isinstance(name, bytes) else name
+    if text.isprintable():
+        return text
+    return "".join(
+        x if x.isprintable() else x.encode("unicode_escape").decode().replace("\\udc", "\\x")
+        for x in text
+    )

@@ -53,15 +53,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (23, 4300),
-    "main_simclr": (22, 4200),
-    "main_selav2": (27, 5050),
-    "main_deepclusterv2": (28, 5250),
-    "main_rotnet": (28, 4900),
-    "main_dino": (27, 4900),
-    "main_deepcluster": (35, 6150),
-    "main_deepercluster": (38, 6850),
-    "main_clusterfit": (33, 5850),
+    "main_swav": (25, 5200),
+    "main_simclr": (24, 5100),
+    "main_selav2": (29, 5950),
+    "main_deepclusterv2": (30, 6150),
+    "main_rotnet": (30, 5800),
+    "main_dino": (29, 5800),
+    "main_deepcluster": (37, 7050),
+    "main_deepercluster": (40, 7850),
+    "main_clusterfit": (35, 6750),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

@@ -281,6 +281,19 @@ def test_clusters_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["clusters"]
 
 
+def test_clusters_of_images_with_other_names_are_refused(tmp_path, few):
+    folder = images(tmp_path / "images", 20)
+    argv = [*few, "--data_path", folder, "--clusters", tmp_path / "clusters"]
+    assert train(tmp_path / "one", *argv)[0] == 0
+    (folder / "00003.jpg").rename(folder / "1.jpg")
+    with pytest.raises(ValueError, match="--clusters .* images with other names"):
+        train(tmp_path / "two", "fit", *argv)
+    with pytest.raises(OSError, match="images of other names"):
+        summary = tmp_path / "clusters" / "clusters.json"
+        summary.write_text(summary.read_text().replace("images_digest", "unknown"))  # an older file
+        train(tmp_path / "one", *argv)
+
+
 @pytest.mark.parametrize("damage", ["json", "npy", "range", "shape"])
 def test_damaged_files_are_named(tmp_path, damage):
     rows = {"range": torch.tensor([0, 1, 2, 0]), "shape": torch.zeros(3, dtype=torch.int64)}

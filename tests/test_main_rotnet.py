@@ -17,6 +17,7 @@ import main_rotnet
 from src.nets.convnets import build_convnet
 from src.run.log import read_log
 from tests import runs
+from tests.data.test_folders import away_for
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
 from tests.test_launch import checked_arguments, sbatch_lines
 from tests.test_main_dino import few_label_accuracy
@@ -258,6 +259,46 @@ def test_a_folder_of_another_method_is_refused_and_left_as_it_is(whole, tmp_path
     with pytest.raises(OSError, match="another method"):
         train(tmp_path)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_broken_images_are_counted_and_other_names_are_a_word(few, tmp_path):
+    folder = images(tmp_path / "images", 21, broken_every=10)
+    (folder / "a.heic").touch()
+    assert train(tmp_path / "run", *few, "--data_path", folder, "--workers", 1)[0] == 0
+    assert read_log(tmp_path / "run")[-1]["broken_images"] == 3
+    (folder / "00003.jpg").rename(folder / "3.jpg")
+    assert train(tmp_path / "run", *few, "--data_path", folder, "--epochs", 2)[0] == 0
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert "21 images (left out: 1 .heic)" in text and "3 broken images | " in text
+    assert text.count("have other names than before") == 1
+
+
+@pytest.mark.parametrize("place", [".", "runs/a"])
+def test_a_run_among_the_images_sees_none_of_its_own_pictures(
+    few, tmp_path, place, monkeypatch, capsys
+):
+    for name in "ab":
+        images(tmp_path / name, 24)
+    monkeypatch.chdir(tmp_path)
+    for epochs in (1, 2):
+        status, _ = train(place, *few, "--data_path", ".", "--batch_size", 12, "--epochs", epochs)
+        assert status == 0
+    assert (tmp_path / place / "plots" / "crops.png").is_file()
+    assert eval_knn.main(["--pretrained", place, "--device", "cpu", "--workers", "0"]) == 0
+    assert "48 of 48 images" in capsys.readouterr().out
+    assert (tmp_path / place / "train.log").read_text().count(": 48 images") == 2
+
+
+@pytest.mark.slow
+def test_a_storage_that_is_away_for_a_second_takes_no_images_from_a_run(few, tmp_path):
+    folder = images(tmp_path / "images", 2000)
+    process = start(tmp_path / "run", *few, "--data_path", folder, "--epochs", 20, "--workers", 2)
+    wait_for_lines(tmp_path / "run", process, 20)
+    thread = away_for(1.0, folder)
+    output = finish(process)
+    thread.join()
+    assert read_log(tmp_path / "run")[-1]["broken_images"] == 0 and "cannot read" in output
+    assert output.count("waiting up to 600 s") == output.count("the storage answers again") == 1
 
 
 def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, capsys):

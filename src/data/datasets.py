@@ -1,17 +1,23 @@
 """Where images come from: folders, tar shards and small named sets, as uint8 by index.
 
-A file that does not decode is replaced by the next readable one and named in the log. The sampler
-makes epochs that are exact, the same for any number of workers, and can go on from their middle.
+A file that does not decode is replaced by the next readable one and named in the log; a storage that
+does not answer is waited for. The sampler makes epochs that are exact, the same for any number of
+workers, and can go on from their middle.
 """
 
+import hashlib
 import logging
 import os
+import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .images import BrokenImage, FolderSource, UnfitImage, decode_image, has_image, match_channels
+from .. import dist
+from ..errors import RunError, cause, printable
+from .folders import FolderSource, find_split, folder_labels, warn_of_inner_splits
+from .images import BrokenImage, UnfitImage, decode_image, match_channels
 from .loading import shared_bytes
 
 logger = logging.getLogger(__name__)
@@ -31,8 +37,15 @@ NAMES = (
     "fashion_mnist",
 )
 IMAGENET = ((0.485, 0.456, 0.406), (SWAV_RED_STD, 0.224, 0.225))
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 SHARD_WINDOW = 8  # shards whose samples are mixed with each other
+STORAGE_TIMEOUT = 600.0  # seconds that a storage may take to come back
+FIRST_PAUSE, LONGEST_PAUSE = (
+    0.1,
+    10.0,
+)  # seconds between two attempts to read a file, doubled each time
+MAX_BROKEN = 0.01  # share of the images that may be unreadable,
+FEW_BROKEN = 5  # and so many in any case
+PROBES = 8  # images that are tried before channels are said not to fit
 
 
 def usual_std(std: Sequence[float]) -> list[float]:
@@ -46,20 +59,24 @@ def open_dataset(
     in_chans: int = 3,
     flag: str = "--data_path",
     root: str = "data",
+    storage_timeout: float = STORAGE_TIMEOUT,
+    max_broken: float = MAX_BROKEN,
 ) -> "ImageDataset":
     """Open the images that `path` names.
 
     path: a name (`digits`, `cifar10`, ...: NAMES; a folder of that name is written
         `./cifar10`), a folder, or tar shards (`a.tar`, `shard-{000..009}.tar`, `shards/*.tar`,
         several of these joined by commas or in a list, or a folder that holds them).
-    split: "train" or "val". In a folder: `<path>/train`, or `<path>/val` or else `<path>/test`; a
-        folder without any of them is taken as it is for every split, and so are shards.
+    split: "train" or "val". In a folder: `<path>/train`, or `<path>/val` or else `<path>/test`, in
+        one of their spellings (folders.SPLITS); a folder without any of them is taken as it is for
+        every split, and so are shards.
     in_chans: channels of the tensors. root: folder of downloads and of shard indexes.
+    storage_timeout, max_broken: see ImageDataset.
 
     Labels: where all images lie in two or more immediate subfolders, each with at least one image
-    directly in it, every subfolder is a class. Images at the top, or only deeper down, are
-    unlabelled. Classes are sorted; those of `val` are numbered as in the `train` beside it. Shards
-    are labelled when every sample has a .cls, which holds a number or a name.
+    directly in it, or in images/ or the like in there, every subfolder is a class. Images at the top,
+    or only deeper down, are unlabelled. Classes are sorted; those of `val` are numbered as in the
+    `train` beside it. Shards are labelled when every sample has a .cls, which holds a number or a name.
 
     Raises FileNotFoundError or ValueError with one sentence that names `flag`.
     """
@@ -68,20 +85,22 @@ def open_dataset(
     path = ",".join(map(str, path)) if isinstance(path, list | tuple) else os.fspath(path)
     folder, index = os.path.expanduser(path), os.path.join(root, "shard_index")
     labels = classes = None
-    normalisation = IMAGENET
+    normalisation, unlabelled_since = IMAGENET, ""
     if path in NAMES:
         from . import small_sets
 
         images, labels, classes = small_sets.read_small_set(path, split, flag, root)
         source, normalisation = small_sets.ArraySource(images), small_sets.STATISTICS[path]
     elif os.path.isdir(folder):
-        folder, train = _split_folder(folder, split, flag)
+        folder, train = find_split(folder, split, flag)
         source = FolderSource(folder)
         shards = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
         if len(source) == 0 and shards:
             source = _shard_source([os.path.join(folder, name) for name in shards], index, flag)
         else:
-            labels, classes = _folder_labels(source, train)
+            labels, classes, unlabelled_since = folder_labels(source, train)
+            if split == "train":
+                warn_of_inner_splits(source.parts(), flag, folder)
     elif ".tar" in path:
         source = _shard_source(path, index, flag)
     elif os.path.exists(folder):
@@ -92,18 +111,29 @@ def open_dataset(
             f"{', '.join(NAMES)}"
         )
     if len(source) == 0:
-        raise FileNotFoundError(f"{flag} {folder} has no image in it, nor in its subfolders")
+        left_out = getattr(source, "left_out", "")
+        left_out = f"; left out: {left_out}" if left_out else ""
+        raise FileNotFoundError(
+            f"{flag} {folder} has no image in it, nor in its subfolders{left_out}"
+        )
     if getattr(source, "labels", None) is not None:  # of shards
         labels, classes = _shard_labels(source.labels)
+    unlabelled_since = unlabelled_since or getattr(source, "unlabelled_since", "")
+    if unlabelled_since:
+        logger.info(f"{printable(path)} is unlabelled: {unlabelled_since}")
     dataset = ImageDataset(
-        source, path, in_chans, flag, labels=labels, classes=classes, normalisation=normalisation
+        source,
+        path,
+        in_chans,
+        flag,
+        labels=labels,
+        classes=classes,
+        normalisation=normalisation,
+        storage_timeout=storage_timeout,
+        max_broken=max_broken,
     )
-    try:
-        dataset.read(0)  # channels that do not fit are found here rather than in a worker
-    except UnfitImage as error:
-        raise ValueError(f"{flag} {path}: {source.name(0)} cannot be used, {error}") from None
-    except (BrokenImage, OSError):
-        dataset.load(0)  # raises if there is no readable one at all
+    dataset.unlabelled_since = unlabelled_since
+    dataset.check_channels()
     return dataset
 
 
@@ -112,20 +142,38 @@ class ImageDataset:
 
     `labels` is `(N,)` int64 or None, `classes` the names; `mean` and `std` have one value a
     channel, from `normalisation`, those of RGB; `groups` `(N,)` is the shard of each sample, or None.
+
+    Broken is what was read and does not decode, and a file that is gone while its folder is there. A
+    storage that does not answer is waited for, `storage_timeout` seconds; then RunError is raised, and
+    also where more than the share `max_broken` of the images is broken.
     """
 
     def __init__(
-        self, source, name, in_chans, flag, labels=None, classes=None, normalisation=IMAGENET
+        self,
+        source,
+        name,
+        in_chans,
+        flag,
+        labels=None,
+        classes=None,
+        normalisation=IMAGENET,
+        storage_timeout=STORAGE_TIMEOUT,
+        max_broken=MAX_BROKEN,
     ):
         self.name, self.labels, self.classes = name, labels, classes
         self.groups = getattr(source, "groups", None)
+        self.left_out = getattr(source, "left_out", "")  # files that are no images, in words
+        self.unlabelled_since = ""  # what is in the way of labels, in words
         mean, std = normalisation
         if in_chans != 3:  # no figures are known for them: the average over the colours
             mean, std = [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
         self.mean, self.std = list(mean), list(std)
+        self.reading = {"storage_timeout": storage_timeout, "max_broken": max_broken}
         self._source, self._in_chans, self._flag = source, in_chans, flag
         # Shared, so that a broken file is tried and named once by all workers together.
         self._is_broken = shared_bytes(len(source))
+        self._is_waiting = shared_bytes(1)  # for the storage
+        self._num_shared = 0
 
     def __len__(self):
         return len(self._source)
@@ -139,6 +187,47 @@ class ImageDataset:
         """Names of the files that this process and its workers could not read."""
         return [self.file_name(index) for index in self._is_broken.nonzero().flatten().tolist()]
 
+    def digest(self) -> str:
+        """Of the names of all images in their order, wherever the data set lies; 16 hex digits."""
+        if hasattr(self._source, "fingerprint"):
+            names = self._source.fingerprint()
+        else:
+            names = "\n".join(map(self._source.name, range(len(self)))).encode(
+                errors="surrogateescape"
+            )
+        return hashlib.blake2b(names, digest_size=8).hexdigest()
+
+    def share_broken(self) -> int:
+        """How many images are broken, of which all processes then know; all of them call it."""
+        if dist.world_size() > 1:
+            counted = int(dist.all_reduce_sum(self._is_broken.sum()))
+            if counted != self._num_shared:  # the same on all processes
+                broken = dist.all_reduce_max(self._is_broken)
+                self._is_broken |= broken
+                self._num_shared = int(broken.sum()) * dist.world_size()
+            self._check_broken()
+        return int(self._is_broken.sum())
+
+    def check_channels(self) -> None:
+        """Raise ValueError where no image has the channels, RunError or ValueError where none is readable.
+
+        A few images are tried, up to the first that is as it should be.
+        """
+        unfit = None
+        for index in np.unique(np.linspace(0, len(self) - 1, PROBES).astype(int)).tolist():
+            try:
+                self.read(index)
+                return
+            except UnfitImage as error:
+                unfit = unfit or (index, error)
+            except (BrokenImage, FileNotFoundError):
+                pass
+        if unfit is not None:
+            index, error = unfit
+            file = printable(self.file_name(index))
+            raise ValueError(f"{self._flag} {self.name}: {file} cannot be used, {error}")
+        self.load(0)
+
     def same_files(self, other: "ImageDataset") -> bool:
         """Whether both name the same images, as the splits of a folder without train/ and val/ do."""
         if len(self) != len(other) or getattr(self._source, "in_memory", False):
@@ -146,8 +235,11 @@ class ImageDataset:
         return all(self._source.name(i) == other._source.name(i) for i in (0, len(self) - 1))
 
     def read(self, index: int) -> torch.Tensor:
-        """Image `index` itself, uint8 `(C, H, W)`. Raises BrokenImage, UnfitImage or OSError."""
-        image = self._source.read(index)
+        """Image `index` itself, uint8 `(C, H, W)`.
+
+        Raises BrokenImage, UnfitImage, FileNotFoundError for a file that is gone, or RunError.
+        """
+        image = self._read_patiently(index)
         if isinstance(image, torch.Tensor):
             return match_channels(image, self._in_chans)
         return decode_image(image, self._in_chans)
@@ -155,7 +247,7 @@ class ImageDataset:
     def load(self, index: int) -> torch.Tensor:
         """Image `index`, or the next that is readable, uint8 `(C, H, W)`.
 
-        Raises ValueError when the whole dataset has none.
+        Raises ValueError when the whole dataset has none, and RunError as the class says.
         """
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
@@ -163,11 +255,54 @@ class ImageDataset:
                 continue
             try:
                 return self.read(candidate)
-            except (BrokenImage, UnfitImage, OSError) as error:
+            except (BrokenImage, UnfitImage, FileNotFoundError) as error:
                 self._is_broken[candidate] = 1
-                file, count = self.file_name(candidate), int(self._is_broken.sum())
-                logger.warning("cannot read %s (%s): took the next, %d so far", file, error, count)
+                file, count = printable(self.file_name(candidate)), int(self._is_broken.sum())
+                reason = printable(str(error))
+                logger.warning("cannot read %s (%s): took the next, %d so far", file, reason, count)
+                self._check_broken(f", {file} ({reason}) among them")
         raise ValueError(f"{self._flag} {self.name}: none of its {len(self)} images is readable")
+
+    def _read_patiently(self, index):
+        """What the source gives for an image; a storage that does not answer is waited for."""
+        failed_at, pause = None, FIRST_PAUSE
+        while True:
+            try:
+                image = self._source.read(index)
+                break
+            except OSError as error:
+                if self._source.is_of_one_file(index, error):
+                    raise FileNotFoundError(cause(error)) from error
+                file, reason, now = printable(self.file_name(index)), cause(error), time.monotonic()
+            failed_at = failed_at or now
+            timeout = self.reading["storage_timeout"]
+            if now - failed_at >= timeout:
+                raise RunError(
+                    f"{self._flag}: {file} cannot be read for {timeout:g} s ({reason}): start the same "
+                    "command again when the storage answers, or raise --storage_timeout; an empty file "
+                    "in its place counts as broken"
+                )
+            if not self._is_waiting:
+                self._is_waiting.fill_(1)
+                logger.warning(
+                    f"WARNING: cannot read {file} ({reason}): waiting up to {timeout:g} s for the storage"
+                )
+            time.sleep(min(pause, failed_at + timeout - now))
+            pause = min(2 * pause, LONGEST_PAUSE)
+        if failed_at is not None and self._is_waiting:
+            self._is_waiting.zero_()
+            logger.warning(f"the storage answers again, after {time.monotonic() - failed_at:.1f} s")
+        return image
+
+    def _check_broken(self, example=""):
+        """Raise RunError where more images are broken than may be."""
+        share, count = self.reading["max_broken"], int(self._is_broken.sum())
+        allowed = max(FEW_BROKEN, share * len(self)) if share > 0 else 0
+        if allowed < count < len(self):
+            raise RunError(
+                f"{self._flag} {self.name}: {count:,} of its {len(self):,} images are broken{example}, "
+                f"more than --max_broken {share:g} allows: mend the data, or raise --max_broken"
+            )
 
 
 def _shard_source(paths, index, flag):
@@ -181,36 +316,6 @@ def _shard_source(paths, index, flag):
         ) from None
 
     return ShardSource(expand_shards(paths, flag) if isinstance(paths, str) else paths, index, flag)
-
-
-def _split_folder(path, split, flag):
-    """The folder of `split`, and the `train` folder beside it if there is one."""
-    names, train = SPLIT_FOLDERS.get(split, (split,)), os.path.join(path, "train")
-    has_train = os.path.isdir(train)
-    for name in names:
-        if os.path.isdir(os.path.join(path, name)):
-            return os.path.join(path, name), train if has_train else None
-    if has_train:
-        raise FileNotFoundError(f"{flag} {path} has a folder train but no {' or '.join(names)}")
-    return path, None
-
-
-def _folder_labels(source, train):
-    """Labels `(N,)` and class names by the rule of `open_dataset`, or None, None."""
-    parts = [path.split(os.fsencode(os.sep), 2) for path in source.paths.tolist()]
-    names = {part[0] for part in parts if len(part) > 1}
-    if len(names) < 2 or any(len(part) == 1 for part in parts):
-        return None, None
-    if names != {part[0] for part in parts if len(part) == 2}:
-        logger.info("%s is nested without a level of classes: unlabelled", source.root.decode())
-        return None, None
-    known = []
-    if train and os.fsencode(train) != source.root:
-        subfolders = [entry for entry in os.scandir(os.fsencode(train)) if entry.is_dir()]
-        known = sorted(entry.name for entry in subfolders if has_image(entry.path))
-    classes = [*known, *sorted(names - set(known))]  # a class that only val has comes last
-    number = {name: label for label, name in enumerate(classes)}
-    return torch.tensor([number[part[0]] for part in parts]), [os.fsdecode(x) for x in classes]
 
 
 def _shard_labels(texts):

@@ -1,13 +1,17 @@
-"""Image files: finding them, decoding their bytes to uint8 (C, H, W), ranges and channel counts.
+"""Images from the bytes of a file: decoding to uint8 (C, H, W), ranges and channel counts.
 
 EXIF orientation is not applied: the published pipelines (PIL's `convert("RGB")`) ignore it.
 JPEGs go through torchvision's decoder, which gave PIL's pixels exactly (maximum difference 0 on
 baseline, progressive, gray and CMYK files, Pillow 13 and torchvision 0.29) in two thirds of the
 time; whatever it refuses is tried with PIL. A truncated file is a broken file for both.
+
+A JPEG beyond Pillow's limit of a decompression bomb is decoded at a half, a quarter or an eighth of
+its size. Of other files four times that limit are decoded, and what is larger is a broken image.
 """
 
+import contextlib
 import io
-import os
+import math
 
 import numpy as np
 import torch
@@ -18,6 +22,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 JPEG_MAGIC, NPY_MAGIC = b"\xff\xd8", b"\x93NUMPY"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million pixels
+JPEG_PIXELS, MAX_PIXELS = PILLOW_LIMIT, 4 * PILLOW_LIMIT
 
 
 class BrokenImage(Exception):
@@ -37,7 +43,7 @@ def decode_image(data: bytes, in_chans: int) -> torch.Tensor:
     Raises BrokenImage, or UnfitImage when the channels cannot be had.
     """
     try:
-        if data[:2] == JPEG_MAGIC and in_chans in (1, 3):
+        if data[:2] == JPEG_MAGIC and in_chans in (1, 3) and 0 < _jpeg_pixels(data) <= JPEG_PIXELS:
             from torchvision.io import ImageReadMode, decode_jpeg  # seconds, once a process
 
             mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
@@ -46,20 +52,78 @@ def decode_image(data: bytes, in_chans: int) -> torch.Tensor:
             except RuntimeError:
                 pass  # PIL knows more kinds of JPEG, and says what is wrong with a broken one
         if data[: len(NPY_MAGIC)] == NPY_MAGIC:
-            return _from_array(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+            return _from_array(_npy_array(data), in_chans)
         if in_chans in (1, 3):
             return _from_array(_pil_array(data, in_chans), in_chans)
         return _from_array(_banded_array(data, in_chans), in_chans)
-    except (UnfitImage, MemoryError):
+    except (UnfitImage, BrokenImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly every type on damaged bytes
         reason = str(error).split(", this is the part")[0].split("<_io")[0].strip()
         raise BrokenImage(f"{type(error).__name__}: {reason}") from error
 
 
+def _jpeg_pixels(data):
+    """Pixels that the frame header of a JPEG says; 0 where it is not found at once."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
+            height = int.from_bytes(data[place + 5 : place + 7], "big")
+            return height * int.from_bytes(data[place + 7 : place + 9], "big")
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0
+
+
+@contextlib.contextmanager
+def _open(data):
+    """PIL's image, not decoded yet. Raises BrokenImage for more pixels than we decode."""
+    try:
+        Image.MAX_IMAGE_PIXELS = None  # the limit is ours, which says more than a warning
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS and image.format != "JPEG":
+                raise BrokenImage(f"{len(data):,} bytes that unfold to {width} x {height} pixels")
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # of a tile
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = PILLOW_LIMIT
+
+
+def _draft(image, mode):
+    """Have a JPEG of too many pixels decoded at a half, a quarter or an eighth of its size."""
+    width, height = image.size
+    for scale in (1, 2, 4, 8):
+        if width * height <= JPEG_PIXELS * scale**2:
+            break
+    if scale > 1:
+        image.draft(mode, (width // scale, height // scale))
+
+
+def _npy_array(data):
+    """The array of a .npy file, which shares its memory; BrokenImage if it claims more than is there."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, in_columns, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:  # of arrays with named fields
+        raise BrokenImage(f"version {version} of .npy is no image's")
+    if dtype.hasobject:
+        raise BrokenImage("it holds Python objects")
+    size, start = math.prod(shape), stream.tell()
+    if size * dtype.itemsize > len(data) - start:
+        raise BrokenImage(f"it claims to be {shape} {dtype}, and has {len(data):,} bytes")
+    values = np.frombuffer(data, dtype, count=size, offset=start)
+    return values.reshape(shape, order="F" if in_columns else "C")
+
+
 def _pil_array(data, in_chans):
     """`(H, W)` or `(H, W, 3)`, uint8 or a wider range, by PIL's own conversions."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
+        if image.format == "JPEG":
+            _draft(image, "RGB" if in_chans == 3 else "L")
         if image.mode.startswith("I") or image.mode == "F":  # PIL's convert would clip these
             return np.asarray(image)
         if image.mode in ("P", "PA"):
@@ -71,8 +135,10 @@ def _banded_array(data, in_chans):
     """The bands of a file as they are, `(H, W, bands)`; TIFFs that PIL cannot read by tifffile."""
     is_tiff = data[:4] in TIFF_MAGIC
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             array = np.asarray(image)
+    except BrokenImage:
+        raise
     except Exception:
         if not is_tiff:
             raise
@@ -80,12 +146,16 @@ def _banded_array(data, in_chans):
     if array is not None and (not is_tiff or in_chans in array.shape[2:]):
         return array
     try:
-        from tifffile import imread
+        from tifffile import TiffFile
     except ImportError:
         raise UnfitImage(
             f"a TIFF of {in_chans} bands needs the package tifffile: pip install tifffile"
         ) from None
-    return imread(io.BytesIO(data))
+    with TiffFile(io.BytesIO(data)) as file:
+        shape = file.series[0].shape
+        if math.prod(shape) > MAX_PIXELS * in_chans:
+            raise BrokenImage(f"it unfolds to {shape} values")
+        return file.asarray()
 
 
 def _from_array(array, in_chans):
@@ -140,56 +210,3 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
     elif high > 255:
         values = values / 257
     return np.rint(values).astype(np.uint8)
-
-
-def list_images(root: str) -> list[str]:
-    """Paths of all image files below `root`, relative to it and sorted.
-
-    Links are followed unless they lead back up; names that begin with a dot are skipped.
-    """
-    found = []
-
-    def scan(folder, parents):
-        status = os.stat(os.path.join(root, folder))
-        identity = (status.st_dev, status.st_ino)
-        if identity in parents:
-            return
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                name = os.path.join(folder, entry.name)
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    scan(name, {*parents, identity})
-                elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                    found.append(name)
-
-    scan("", frozenset())
-    return sorted(found)
-
-
-def has_image(folder) -> bool:
-    """Whether a folder (str or bytes) has an image file directly in it."""
-    return any(
-        os.path.splitext(os.fsdecode(name))[1].lower() in IMAGE_SUFFIXES
-        and not os.fsdecode(name).startswith(".")
-        for name in os.listdir(folder)
-    )
-
-
-class FolderSource:
-    """Image files below `root`; their names in one array, which workers share without copying."""
-
-    def __init__(self, root: str):
-        self.root = os.fsencode(root)
-        self.paths = np.array([os.fsencode(name) for name in list_images(root)], dtype=np.bytes_)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def name(self, index):
-        return os.fsdecode(os.path.join(self.root, self.paths[index]))
-
-    def read(self, index):
-        with open(os.path.join(self.root, self.paths[index]), "rb") as file:
-            return file.read()

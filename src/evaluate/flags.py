@@ -16,7 +16,7 @@ from ..nets.pretrained import (
     run_folder,
     settings_of_run,
 )
-from ..run import flags
+from ..run import flags, image_flags
 from ..run.flags import CROPS, positive
 
 # Networks for small images that are not of a run.
@@ -53,6 +53,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> Callable:
         help="digits, cifar10, ..., a folder of class folders or of train/ and val/, or tar shards")
     add("--train_path", default=None, help="training images that are not in --data_path")
     add("--val_path", default=None, help="validation images that are not in --data_path")
+    image_flags.add_reading_args(add)
     add("--size", type=positive(int), default=224, help="side in pixels of the crops")
     add("--in_chans", type=positive(int), default=3, help="channels of the images")
     add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")

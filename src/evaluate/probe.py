@@ -14,8 +14,9 @@ NUM_NEIGHBOURS = 20
 
 def open_validation(dataset: ImageDataset, data_path: str, in_chans: int) -> ImageDataset | None:
     """The labelled val split beside the training images, None where there is none."""
+    dataset.load(0)  # or a storage that is away for a moment would look like a missing split
     try:
-        val = open_dataset(data_path, split="val", in_chans=in_chans)
+        val = open_dataset(data_path, split="val", in_chans=in_chans, **dataset.reading)
     except FileNotFoundError:
         return None
     return None if val.labels is None or val.same_files(dataset) else val

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import ImageDataset, open_dataset
+from ..data.folders import split_folders
 from .voc import TESTED_ON, open_voc, voc_folder
 
 logger = logging.getLogger(__name__)
@@ -17,17 +18,22 @@ HELD_OUT = 10  # without a val split, every tenth image is classified by the oth
 
 # ============ training and validation images ============
 def open_labelled_splits(
-    data_path: str, train_path: str | None = None, val_path: str | None = None, in_chans: int = 3
+    data_path: str,
+    train_path: str | None = None,
+    val_path: str | None = None,
+    in_chans: int = 3,
+    **reading,
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images with labels; (images, None) where nothing splits them.
 
     train_path, val_path: where they are not in data_path. The labels of validation images are
-    numbered as the classes of the training images. Raises ValueError where labels are missing.
+    numbered as the classes of the training images. reading: storage_timeout and max_broken of
+    open_dataset. Raises ValueError where labels are missing.
     """
     train_flag = "--train_path" if train_path else "--data_path"
     val_flag = "--val_path" if val_path else "--data_path"
-    train = open_dataset(train_path or data_path, "train", in_chans, flag=train_flag)
-    val = open_dataset(val_path or data_path, "val", in_chans, flag=val_flag)
+    train = open_dataset(train_path or data_path, "train", in_chans, flag=train_flag, **reading)
+    val = open_dataset(val_path or data_path, "val", in_chans, flag=val_flag, **reading)
     check_labelled(train, train_flag)
     check_labelled(val, val_flag)
     if val.same_files(train):
@@ -41,27 +47,32 @@ def open_labelled_splits(
 
 
 def open_splits(
-    data_path: str, train_path: str | None, val_path: str | None, in_chans: int, split: str
+    data_path: str,
+    train_path: str | None,
+    val_path: str | None,
+    in_chans: int,
+    split: str,
+    **reading,
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images with labels; (images, None) where nothing splits them.
 
     split: "train", or "trainval": those of train/ and val/ together, validated on test/. A folder
-    of VOC 2007 is known by what it holds. Raises as open_labelled_splits.
+    of VOC 2007 is known by what it holds. reading, and what is raised: as open_labelled_splits.
     """
     if voc_folder(data_path) is not None and not (train_path or val_path):
-        train = open_voc(data_path, split, in_chans)
-        return train, open_voc(data_path, TESTED_ON[split], in_chans)
+        train = open_voc(data_path, split, in_chans, **reading)
+        return train, open_voc(data_path, TESTED_ON[split], in_chans, **reading)
     if split == "train":
-        return open_labelled_splits(data_path, train_path, val_path, in_chans)
+        return open_labelled_splits(data_path, train_path, val_path, in_chans, **reading)
     if train_path or val_path:
         raise ValueError(f"--split {split} is for one --data_path: leave out the other paths")
-    folders = [Path(data_path).expanduser() / name for name in ("train", "val", "test")]
-    if not all(folder.is_dir() for folder in folders):
+    folder, names = Path(data_path).expanduser(), ("train", "val", "test")
+    if not folder.is_dir() or len(split_folders(folder)) < len(names):
         raise ValueError(
             f"--split {split} needs --data_path with the folders train, val and test, or VOC 2007; "
             f"{data_path} has not all of them"
         )
-    parts = [open_dataset(data_path, folder.name, in_chans) for folder in folders]
+    parts = [open_dataset(data_path, name, in_chans, **reading) for name in names]
     for part in parts:
         check_labelled(part, "--data_path")
     train, val, test = parts
@@ -71,8 +82,9 @@ def open_splits(
 def check_labelled(dataset: ImageDataset, flag: str) -> None:
     """Raise ValueError, naming `flag`, for a dataset without labels."""
     if dataset.labels is None:
+        reason = f" ({dataset.unlabelled_since})" if dataset.unlabelled_since else ""
         raise ValueError(
-            f"{flag} {dataset.name} has no labels, which this evaluation needs: give a folder "
+            f"{flag} {dataset.name} has no labels{reason}, which this evaluation needs: give a folder "
             "with one folder for each class, or shards with .cls entries"
         )
 

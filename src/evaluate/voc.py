@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.datasets import ImageDataset
+from ..data.folders import is_of_one_file, read_file
 from .average_precision import IGNORED
 
 CLASSES = (
@@ -32,7 +33,10 @@ class _Files:
         return os.path.join(self.folder, f"{self.names[index]}.jpg")
 
     def read(self, index):
-        return Path(self.name(index)).read_bytes()
+        return read_file(self.name(index))
+
+    def is_of_one_file(self, index, error):
+        return is_of_one_file(os.fsencode(self.name(index)), os.fsencode(self.folder), error)
 
 
 def voc_folder(path: str) -> Path | None:
@@ -46,11 +50,14 @@ def voc_folder(path: str) -> Path | None:
     return None
 
 
-def open_voc(path: str, split: str, in_chans: int = 3, flag: str = "--data_path") -> ImageDataset:
+def open_voc(
+    path: str, split: str, in_chans: int = 3, flag: str = "--data_path", **reading
+) -> ImageDataset:
     """The images of a split of VOC 2007, "train", "val", "trainval" or "test".
 
     path: VOC2007, or the VOCdevkit that holds it. `labels` (N, 20) int64: 1, 0, and 255 where all
     objects of the class are difficult ones, which neither the loss nor the average precision counts.
+    reading: storage_timeout and max_broken of ImageDataset.
     They are those of ImageSets/Main/<class>_<split>.txt, or else of Annotations/. Raises
     FileNotFoundError or ValueError naming `flag`.
     """
@@ -70,7 +77,8 @@ def open_voc(path: str, split: str, in_chans: int = 3, flag: str = "--data_path"
             f"{flag} {path}: there is no {source.name(missing)}, which the split {split} names"
         )
     rows = torch.tensor([labels[name] for name in names])  # (N, 20)
-    return ImageDataset(source, f"VOC 2007 {split}", in_chans, flag, rows, list(CLASSES))
+    name, classes = f"VOC 2007 {split}", list(CLASSES)
+    return ImageDataset(source, name, in_chans, flag, labels=rows, classes=classes, **reading)
 
 
 def _read_image_sets(folder, split):

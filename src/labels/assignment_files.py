@@ -18,10 +18,16 @@ from .. import dist
 SUMMARY = "clusters.json"
 
 
-def check_clusters(folder: str | Path, num_images: int, settings: dict | None = None) -> bool:
+def check_clusters(
+    folder: str | Path,
+    num_images: int,
+    settings: dict | None = None,
+    images_digest: str | None = None,
+) -> bool:
     """Whether the folder holds clusters. Raises ValueError if they are of other images or settings.
 
-    settings: what they should have been made with, None if that does not matter.
+    settings: what they should have been made with, None if that does not matter. images_digest: of
+    ImageDataset, likewise.
     """
     if not (Path(folder) / SUMMARY).is_file():
         return False
@@ -30,6 +36,12 @@ def check_clusters(folder: str | Path, num_images: int, settings: dict | None = 
         raise ValueError(
             f"--clusters {folder} holds clusters of {summary['num_images']:,} images, and "
             f"--data_path has {num_images:,}: give the images that were clustered"
+        )
+    stored = summary["images_digest"]
+    if None not in (stored, images_digest) and stored != images_digest:
+        raise ValueError(
+            f"--clusters {folder} holds clusters of images with other names than those of --data_path, by "
+            "whose order they go: give the images that were clustered"
         )
     stored = summary["settings"]
     for name, value in (settings or {}).items():
@@ -84,6 +96,8 @@ def _read_summary(folder):
     path = Path(folder) / SUMMARY
     try:
         summary = json.loads(path.read_text())
-        return {name: summary[name] for name in ("settings", "num_images", "num_clusters")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        digest = summary.get("images_digest")  # those of the first versions have none
+        names = ("settings", "num_images", "num_clusters")
+        return {**{name: summary[name] for name in names}, "images_digest": digest}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--clusters: {path} cannot be read: {error!r}") from None

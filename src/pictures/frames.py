@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from ..data.images import BrokenImage, UnfitImage, decode_image, list_images, match_channels
+from ..data.folders import list_images, read_file
+from ..data.images import BrokenImage, UnfitImage, decode_image, match_channels
+from ..errors import printable
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +87,10 @@ def _of_folder(root, names, in_chans, flag):
     found = 0
     for name in names:
         try:
-            image = decode_image(Path(root, name).read_bytes(), in_chans)
+            image = decode_image(read_file(os.path.join(root, name)), in_chans)
         except (BrokenImage, UnfitImage, OSError) as error:
-            logger.warning("cannot read %s (%s): left out", os.path.join(root, name), error)
+            file = printable(os.path.join(root, name))
+            logger.warning("cannot read %s (%s): left out", file, error)
             continue
         found += 1
         stem = os.path.splitext(name)[0]

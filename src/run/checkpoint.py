@@ -37,6 +37,8 @@ FLAGS = {
 # What a saved optimizer or queue cannot do without.
 SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
 SAME += ("super_classes", "rotnet")
+# Parts of a method's state that have a row for each image, by its number.
+BY_IMAGE = ("memory_bank", "pseudo_labels")
 
 
 def check_writable(folder: str | Path) -> None:
@@ -186,9 +188,19 @@ def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST
 
 # ============ resuming ============
 def check_same_run(
-    state: dict, method: str, networks: list[str], arguments: dict, num_images: int, folder
+    state: dict,
+    method: str,
+    networks: list[str],
+    arguments: dict,
+    num_images: int,
+    images_digest: str,
+    folder,
 ):
-    """Log every flag that has changed; CheckpointError for another method, data or optimizer."""
+    """Log every flag that has changed; CheckpointError for another method, data or optimizer.
+
+    images_digest: of ImageDataset. Images of other names are refused where something is known of each
+    image by its number, and else logged.
+    """
     check_is_of_a_run(state, folder)
     other = state.get("method", method)  # runs of the first versions have none
     if other != method or not all(name in state for name in networks):
@@ -205,6 +217,15 @@ def check_same_run(
     if state["num_images"] != num_images:
         images = f"{state['num_images']:,} images, not {num_images:,}"
         changed = f"--data_path {before['data_path']} with {images}"
+    elif state.get("images_digest", images_digest) != images_digest:  # older ones have none
+        known = [name for name in BY_IMAGE if name in state["method_state"]]
+        if known:
+            names = " and ".join(name.replace("_", " ") for name in known)
+            changed = f"images of other names in --data_path, by whose order its {names} goes"
+        else:
+            logger.info(
+                "note: the images of --data_path have other names than before, or another order"
+            )
     if changed:
         raise CheckpointError(
             f"{folder} holds a run with {changed}: use another --dump_path, or start from its weights "

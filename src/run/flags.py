@@ -10,7 +10,7 @@ from collections.abc import Callable
 from .. import dist
 from ..data.datasets import NAMES
 from ..data.loading import TIMEOUT as LOADER_TIMEOUT
-from ..errors import RunError, explain
+from ..errors import RunError, explain, printable
 from . import signals
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ def run(main: Callable[[], int | None]) -> None:
         logger.debug("stopped by an error", exc_info=True)
         if sentence is None:
             raise
-        sys.stderr.write(f"{' '.join(sentence.split())}\n")
+        sys.stderr.write(f"{printable(' '.join(sentence.split()))}\n")
     if is_script:
         signals.leave_within(signals.LEAVE_SECONDS, status)
         signals.end_workers()

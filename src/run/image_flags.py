@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 
+from ..data.datasets import MAX_BROKEN, STORAGE_TIMEOUT, ImageDataset, open_dataset
 from .flags import CROPS, at_least_zero, positive, probability
 
 
@@ -11,10 +12,30 @@ def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="digits",
         help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")  # fmt: skip
+    add_reading_args(add)
     add("--preset", default="auto", choices=["auto", *presets],
         help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like, else "
         "imagenet, the published values, which are those that this page shows")  # fmt: skip
     return add
+
+
+def add_reading_args(add: Callable) -> None:
+    """What happens when images cannot be read; the same in every script that opens images."""
+    add("--storage_timeout", type=at_least_zero(float), default=STORAGE_TIMEOUT,
+        help="seconds to wait for a storage that does not answer, before the run stops")  # fmt: skip
+    add("--max_broken", type=probability, default=MAX_BROKEN,
+        help="share of the images that may be broken or missing, 5 images in any case, before the run "
+        "stops; 0: none")  # fmt: skip
+
+
+def reading_options(args: argparse.Namespace) -> dict:
+    """The arguments of src.data.datasets.open_dataset that come from the flags of add_reading_args."""
+    return {"storage_timeout": args.storage_timeout, "max_broken": args.max_broken}
+
+
+def open_images(args: argparse.Namespace) -> ImageDataset:
+    """The images to train on, of --data_path; raises as src.data.datasets.open_dataset."""
+    return open_dataset(args.data_path, in_chans=args.in_chans, **reading_options(args))
 
 
 def add_crop_args(add: Callable) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import printable
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,16 +27,26 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         root.removeHandler(handler)
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if is_main else logging.WARNING)
-    console.setFormatter(logging.Formatter("%(message)s"))
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console.setFormatter(PlainFormatter("%(message)s"))
     root.addHandler(console)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     if folder is not None and is_main:
-        file = logging.FileHandler(Path(folder) / "train.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        path = Path(folder) / "train.log"
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
         for name in (__name__.partition(".")[0], "__main__"):
             logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+class PlainFormatter(logging.Formatter):
+    """Lines without control characters, and with bytes that are no text written as \\xe9."""
+
+    def format(self, record):
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def describe_run(arguments: dict, folder: str | Path) -> None:

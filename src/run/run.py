@@ -46,8 +46,8 @@ class Run:
 
     args: the command line. process: of dist.init. method: its name, so that no run goes on as one of
     another method. module: the network without wrappers; network: the same, wrapped for several
-    processes. augment: crops on the device -> augmented crops. dataset: its images, of which num_images
-    are in use, all of them unless given.
+    processes. augment: crops on the device -> augmented crops. dataset: the images; num_images: how
+    many of them are in use, all unless given.
     global_batch: images of an iteration over all processes. method_state: the method's own state by
     name (a queue, a memory bank), objects with state_dict() and load_state_dict() that all processes
     call together. saved: the networks of the checkpoint by name, {"model": module} unless given.
@@ -83,8 +83,8 @@ class Run:
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
         self.scaler = dist.grad_scaler(process.device, self.precision)
-        self.dataset, self.num_images = dataset, num_images or len(dataset)
-        self.global_batch = global_batch
+        self.dataset, self.images_digest = dataset, dataset.digest()
+        self.num_images, self.global_batch = num_images or len(dataset), global_batch
         self.evaluated = module if evaluated is None else evaluated
         self.image_size, self.num_prototypes = image_size, num_prototypes
         self.iters_per_epoch = (
@@ -236,6 +236,7 @@ class Run:
             "samples_done": done * self.global_batch,  # of the epoch
             "args": self.arguments,
             "num_images": self.num_images,
+            "images_digest": self.images_digest,
         }
         checkpoint.save_together(self.folder, state, keep_as=f"ckp-{epoch}" if keep else None)
 
@@ -255,6 +256,7 @@ class Run:
             networks=list(self.saved),
             arguments=self.arguments,
             num_images=self.num_images,
+            images_digest=self.images_digest,
             folder=self.folder,
         )
         for name, module in self.saved.items():
@@ -342,15 +344,17 @@ class Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": self.gradient_norm.item(),
             "peak_memory_mb": dist.peak_memory_mb(self.process.device),
+            "broken_images": self.dataset.share_broken(),
             **rates,
             **health,
         }
         self.log.write(self.iteration, line)
+        broken = f"{line['broken_images']:,} broken images | " if line["broken_images"] else ""
         logger.info(
             f"epoch {self.epoch + 1}/{self.arguments['epochs']} it {self.iteration + 1} "
             f"loss {line['loss']:.4f} lr {line['lr']:.4g} grad {line['gradient_norm']:.3g} | "
             f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
-            f"eta {duration(rates['eta_seconds'])} mem {line['peak_memory_mb']:.0f} MB | {text}"
+            f"eta {duration(rates['eta_seconds'])} mem {line['peak_memory_mb']:.0f} MB | {broken}{text}"
         )
         return line
 
@@ -480,7 +484,8 @@ def log_plan(run: Run, crops, peak_lr: float) -> None:
         if number
     ]
     logger.info(f"preset      {args['preset']}")
-    logger.info(f"data        {dataset.name}: {len(dataset):,} images")
+    left_out = f" (left out: {dataset.left_out})" if dataset.left_out else ""
+    logger.info(f"data        {dataset.name}: {len(dataset):,} images{left_out}")
     logger.info(f"crops       {' + '.join(resolutions)}")
     logger.info(
         f"batch       {args['batch_size']} x {process.world_size} processes "

@@ -2,14 +2,24 @@ import io
 import logging
 import os
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from src.data.datasets import SHARD_WINDOW, EpochSampler, epoch_permutation, open_dataset
+from src.data.datasets import (
+    SHARD_WINDOW,
+    EpochSampler,
+    ImageDataset,
+    epoch_permutation,
+    open_dataset,
+)
+from src.data.folders import FolderSource
 from src.data.multicrop import MultiCropDataset, multicrop_loader
+from src.errors import RunError
+from tests.gloo import run_ranks
 
 
 def write_image(path, value=0, size=(6, 5), kind="PNG"):
@@ -209,6 +219,80 @@ def test_folder_with_one_percent_of_broken_files_reads_through(tmp_path):
 @pytest.mark.slow
 def test_large_folder_with_one_percent_of_broken_files_reads_through(tmp_path):
     read_through(tmp_path, 10_000, 100)
+
+
+# ============ how much may be broken ============
+
+
+def broken_folder(folder, num_images, num_broken):
+    for i in range(num_images):
+        write_image(folder / f"{i:04}.png", 7)
+        if i < num_broken:
+            (folder / f"{i:04}.png").write_bytes(b"no")
+    return str(folder)
+
+
+def test_more_broken_images_than_allowed_stop_the_run_with_one_sentence(tmp_path):
+    dataset = open_dataset(broken_folder(tmp_path, 100, 20), max_broken=0.1)
+    with pytest.raises(
+        RunError, match="11 of its 100 images are broken, .*0010.png.*--max_broken 0.1"
+    ):
+        values(dataset)
+    assert values(open_dataset(str(tmp_path), max_broken=0.2)) == [7] * 100
+
+
+def test_a_few_broken_images_do_not_stop_a_small_set_unless_none_is_allowed(tmp_path):
+    path = broken_folder(tmp_path, 20, 5)
+    assert values(open_dataset(path)) == [7] * 20
+    with pytest.raises(RunError, match="1 of its 20 images"):
+        values(open_dataset(path, max_broken=0))
+    (tmp_path / "0019.png").write_bytes(b"no")
+    with pytest.raises(RunError, match="6 of its 20 images"):
+        values(open_dataset(path))
+
+
+def test_images_of_other_channels_are_skipped_whichever_comes_first(tmp_path):
+    for folder, unfit in (("first", 0), ("last", 9)):
+        for i in range(10):
+            write_image(tmp_path / folder / f"{i}.png", i)
+        np.save(tmp_path / folder / f"{unfit}.npy", np.zeros((4, 4, 5), np.uint8))
+        (tmp_path / folder / f"{unfit}.png").unlink()
+        dataset = open_dataset(str(tmp_path / folder))
+        assert len(values(dataset)) == 10
+        assert [os.path.basename(name) for name in dataset.broken] == [f"{unfit}.npy"]
+
+
+def _share_broken(rank, world_size, path):
+    dataset = open_dataset(path)
+    counts = [dataset.share_broken()]
+    dataset.load(rank)  # each process has another broken image
+    counts.append(dataset.share_broken())
+    counts.append(dataset.share_broken())
+    return counts, len(dataset.broken)
+
+
+def test_all_processes_know_of_the_broken_images_of_each(tmp_path):
+    path = broken_folder(tmp_path, 20, 1)
+    (tmp_path / "0001.png").write_bytes(b"no")
+    assert run_ranks(_share_broken, 2, path) == [([0, 2, 2], 2)] * 2
+
+
+# ============ which images ============
+
+
+def test_the_digest_is_of_the_names_in_their_order(tmp_path):
+    assert open_dataset("digits").digest() == open_dataset("digits").digest()
+    assert open_dataset("digits").digest() != open_dataset("digits", "val").digest()
+
+
+def test_the_digest_of_many_names_is_cheap():
+    source = FolderSource.__new__(FolderSource)
+    source.paths = np.full(1_280_000, b"n01440764/n01440764_10026.JPEG")
+    dataset = ImageDataset.__new__(ImageDataset)
+    dataset._source = source
+    start = time.process_time()
+    dataset.digest()
+    assert time.process_time() - start < 2
 
 
 # ============ the sampler ============

@@ -1,21 +1,16 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from src.data.images import (
-    BrokenImage,
-    UnfitImage,
-    decode_image,
-    has_image,
-    list_images,
-    match_channels,
-    to_uint8,
-)
+from src.data import images
+from src.data.folders import has_image, list_images
+from src.data.images import BrokenImage, UnfitImage, decode_image, match_channels, to_uint8
 
 GRADIENT = np.linspace(0, 255, 24 * 32).reshape(24, 32).astype(np.uint8)
 COLOUR = np.stack([GRADIENT, GRADIENT[::-1], 255 - GRADIENT], axis=-1)  # (24, 32, 3)
@@ -229,6 +224,75 @@ def test_listing_is_sorted_recursive_and_without_hidden_files(tmp_path):
         (tmp_path / name).touch()
     os.symlink(tmp_path, tmp_path / "b" / "up")  # leads back: not followed for ever
     os.symlink(tmp_path / "b" / "c", tmp_path / "linked")
-    assert list_images(str(tmp_path)) == ["a.jpg", "b/2.JPEG", "b/c/3.png", "linked/3.png"]
+    assert list_images(str(tmp_path)) == ["a.jpg", "b/2.JPEG", "b/c/3.png"]
     (tmp_path / "none").mkdir()
     assert has_image(tmp_path / "b") and not has_image(tmp_path / "none")
+
+
+# ============ files that claim more than they are ============
+
+
+def test_an_array_that_claims_more_than_its_file_holds_is_broken():
+    header = {"descr": "|u1", "fortran_order": False, "shape": (100_000, 100_000, 3)}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, header)
+    with pytest.raises(BrokenImage, match="claims to be"):
+        decode_image(buffer.getvalue() + bytes(100), 3)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_in_any_order_of_memory_is_read(order):
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(COLOUR, order=order))
+    assert np.array_equal(pixels(decode_image(buffer.getvalue(), 3)), COLOUR)
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Limits as they are, divided by 89,478,485 / 100."""
+    monkeypatch.setattr(images, "PILLOW_LIMIT", 100)
+    monkeypatch.setattr(images, "JPEG_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 400)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF"])
+def test_an_image_within_four_times_pillows_limit_is_used_without_a_warning(small_limits, kind):
+    data = encode(Image.new("L", (20, 19), 7), kind)
+    assert decode_image(data, 3).shape == (3, 19, 20)
+    assert Image.MAX_IMAGE_PIXELS == 100  # for whoever else uses Pillow
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+def test_an_image_beyond_four_times_pillows_limit_is_broken(small_limits, in_chans):
+    with pytest.raises(BrokenImage, match="unfold to 30 x 20 pixels"):
+        decode_image(encode(Image.new("L", (30, 20)), "PNG"), in_chans)
+
+
+def test_a_small_file_of_gigapixels_is_refused_before_it_is_decoded():
+    data = bytearray(encode(Image.new("L", (8, 8)), "PNG"))
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(BrokenImage, match="bytes that unfold to 60000 x 60000 pixels"):
+        decode_image(bytes(data), 3)
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("side", "decoded"), [(10, 10), (20, 10), (24, 6), (90, 12)])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(small_limits, side, decoded, in_chans):
+    data = encode(Image.new("RGB", (side, side), (9, 9, 9)), "JPEG")
+    image = decode_image(data, in_chans)
+    assert image.shape == (in_chans, decoded, decoded) and (image == 9).all()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_size_of_a_jpeg_is_read_from_its_header(progressive):
+    noise = Image.fromarray(COLOUR).resize((151, 77))
+    exif = Image.Exif()
+    exif[0x010E] = "words " * 100
+    data = encode(noise, "JPEG", progressive=progressive, exif=exif, comment=b"more")
+    assert images._jpeg_pixels(data) == 151 * 77
+    assert images._jpeg_pixels(data[:300]) == 0 and images._jpeg_pixels(b"\xff\xd8") == 0

@@ -10,6 +10,7 @@ from PIL import Image
 
 from src.data.datasets import open_dataset
 from src.data.shards import OPEN_SHARDS, ShardSource, expand_shards
+from tests.data.test_folders import away_for
 
 
 def png(value, size=(6, 5)):
@@ -28,6 +29,7 @@ def write_shard(path, members):
 
 def write_shards(folder, num_shards=4, each=5, labels=True):
     """Sample number i is an image of value i, with label i % 3."""
+    folder.mkdir(exist_ok=True)
     for shard in range(num_shards):
         members = []
         for i in range(shard * each, (shard + 1) * each):
@@ -156,3 +158,119 @@ def test_compressed_shard_is_one_sentence(tmp_path):
         shard.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
     with pytest.raises(ValueError, match="unpack .tar.gz to .tar"):
         open_dataset(str(tmp_path / "a.tar.gz"), root=str(tmp_path / "cache"))
+
+
+# ============ damage ============
+
+
+def tar_bytes(numbers, kind=tarfile.GNU_FORMAT):
+    """An archive of sample numbers, as of write_shards, each of 4 blocks, and where each begins."""
+    buffer, places = io.BytesIO(), []
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as shard:
+        for i in numbers:
+            places.append(shard.offset)
+            for name, data in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", b"%d" % (i % 3))):
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                shard.addfile(header, io.BytesIO(data))
+    return bytearray(buffer.getvalue()), places
+
+
+def open_bytes(folder, data):
+    (folder / "a.tar").write_bytes(data)
+    dataset = open_dataset(str(folder / "a.tar"), root=str(folder / "cache"))
+    return [int(dataset.load(i)[0, 0, 0]) for i in range(len(dataset))], dataset
+
+
+def test_a_damaged_header_costs_its_member_alone_and_is_named(tmp_path, caplog):
+    data, places = tar_bytes(range(96))
+    data[places[40] + 3] ^= 1
+    seen, dataset = open_bytes(tmp_path, data)
+    assert seen == [*range(40), *range(41, 96)]
+    assert dataset.labels.tolist() == [i % 3 for i in seen]
+    assert f"a.tar is damaged (no header of a member at byte {places[40]:,}" in caplog.text
+    assert not os.path.exists(tmp_path / "cache")  # what is short is not kept
+
+
+def test_a_damaged_first_header_costs_its_member_alone(tmp_path, caplog):
+    data, _ = tar_bytes(range(5))
+    data[3] ^= 1
+    assert open_bytes(tmp_path, data)[0] == [1, 2, 3, 4]
+    assert "at byte 0" in caplog.text
+
+
+def test_a_damaged_label_leaves_a_word(tmp_path, caplog):
+    data, places = tar_bytes(range(5))
+    data[places[2] + 1024 + 3] ^= 1  # the header of 00002.cls
+    with caplog.at_level(logging.INFO):
+        seen, dataset = open_bytes(tmp_path, data)
+    assert seen == [0, 1, 2, 3, 4] and dataset.labels is None
+    assert "1 of 5 have no .cls" in caplog.text and "00002 first" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_archives_one_after_the_other_in_a_file_are_read(tmp_path, caplog, kind):
+    data = tar_bytes(range(3), kind)[0] + tar_bytes(range(2, 7), kind)[0]
+    seen, dataset = open_bytes(tmp_path, data)
+    assert seen == [0, 1, 2, 2, 3, 4, 5, 6]  # keys may come again
+    assert dataset.labels.tolist() == [i % 3 for i in seen]
+    assert not caplog.records and os.path.exists(tmp_path / "cache")
+
+
+def test_data_behind_the_last_member_is_a_warning_that_names_shard_and_offset(tmp_path, caplog):
+    data, _ = tar_bytes(range(3))
+    assert open_bytes(tmp_path, data + b"x" * 1024)[0] == [0, 1, 2]
+    assert f"a.tar is damaged (data behind the last member at byte {len(data):,}" in caplog.text
+
+
+def test_padding_of_any_length_is_no_damage(tmp_path, caplog):
+    data, _ = tar_bytes(range(3))
+    assert open_bytes(tmp_path, data + bytes(3_000_000))[0] == [0, 1, 2]
+    assert not caplog.records
+
+
+def test_a_negative_size_names_the_file(tmp_path, caplog):
+    data, places = tar_bytes(range(5))
+    header = data[places[2] : places[2] + 512]
+    header[124:136] = b"\xff" * 11 + b"\xf0"  # -16 in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[places[2] : places[2] + 512] = header
+    assert open_bytes(tmp_path, data)[0] == [0, 1, 3, 4]
+    assert (
+        f"a.tar is damaged (00002.png has a size of -16 bytes at byte {places[2]:,}" in caplog.text
+    )
+
+
+def test_a_shard_cut_between_two_members_is_said_to_end_early(tmp_path, caplog):
+    data, places = tar_bytes(range(5))
+    for _ in range(2):
+        assert open_bytes(tmp_path, data[: places[4]])[0] == [0, 1, 2, 3]
+    assert caplog.text.count("ends early (it ends without an empty block") == 2
+
+
+def test_a_shard_that_became_shorter_is_waited_for_and_not_broken(tmp_path):
+    data, places = tar_bytes(range(5))
+    (tmp_path / "a.tar").write_bytes(data)
+    dataset = open_dataset(
+        str(tmp_path / "a.tar"), root=str(tmp_path / "cache"), storage_timeout=0.2
+    )
+    (tmp_path / "a.tar").write_bytes(data[: places[3]])
+    with pytest.raises(RuntimeError, match="a.tar is shorter than when it was indexed"):
+        dataset.load(4)
+    (tmp_path / "a.tar").write_bytes(data)
+    assert int(dataset.load(4)[0, 0, 0]) == 4 and dataset.broken == []
+
+
+def test_a_shard_that_was_away_for_a_moment_is_opened_again(tmp_path):
+    num = write_shards(tmp_path / "data")
+    dataset = open_dataset(str(tmp_path / "data"), root=str(tmp_path / "cache"))
+    thread = away_for(0.3, tmp_path / "data")
+    assert [int(dataset.load(i)[0, 0, 0]) for i in range(num)] == list(range(num))
+    thread.join()
+    assert dataset.broken == []
+
+
+def test_the_digest_of_shards_is_of_their_keys_and_sizes(tmp_path):
+    first = open_bytes(tmp_path, tar_bytes(range(5))[0])[1].digest()
+    assert open_bytes(tmp_path, tar_bytes([4, 1, 2, 3, 0])[0])[1].digest() != first

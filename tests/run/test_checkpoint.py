@@ -341,3 +341,35 @@ def test_tmpfs_that_is_really_full(tmp_path):
             checkpoint.check_writable(tmp_path)
     finally:
         os.system(f"umount {tmp_path}")
+
+
+# ============ other images ============
+
+
+@pytest.mark.parametrize("known", [[], ["queue"], ["pseudo_labels"], ["memory_bank", "queue"]])
+def test_images_of_other_names_are_refused_where_something_goes_by_their_order(known, caplog):
+    state = {**state_of(1), "method": "m", "num_images": 4, "images_digest": "a"}
+    state["method_state"] = {name: {} for name in known}
+
+    def check(digest):
+        checkpoint.check_same_run(
+            state,
+            method="m",
+            networks=["model"],
+            arguments=state["args"],
+            num_images=4,
+            images_digest=digest,
+            folder="runs/a",
+        )
+
+    with caplog.at_level("INFO"):
+        check("a")
+        assert not caplog.records
+        if {"pseudo_labels", "memory_bank"} & set(known):
+            with pytest.raises(CheckpointError, match="runs/a .* images of other names"):
+                check("b")
+        else:
+            check("b")
+            assert "have other names than before" in caplog.text
+    del state["images_digest"]  # of the version before
+    check("b")

@@ -174,6 +174,15 @@ def test_run_turns_an_error_into_one_sentence(error, status, capsys):
     assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
 
 
+def test_a_name_in_an_error_does_not_reach_the_terminal_as_it_is(capsys):
+    def main():
+        raise ValueError("caf\udce9\x1b[31m.jpg\nis broken")
+
+    with pytest.raises(SystemExit):
+        flags.run(main)
+    assert capsys.readouterr().err == "error: caf\\xe9\\x1b[31m.jpg is broken\n"
+
+
 def test_run_lets_a_fault_of_the_program_through():
     with pytest.raises(RuntimeError, match="shapes"):
         flags.run(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))

@@ -1,8 +1,12 @@
 """src.run.log and src.pictures.curves: lines, rates, and pictures that are really drawn."""
 
+import io
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 
 from src.pictures import curves
 from src.run.log import RunLog, Stopwatch, duration, read_log, setup_logging
+from tests.runs import images
 
 
 @pytest.fixture
@@ -67,6 +72,47 @@ def test_other_processes_speak_of_warnings_only(tmp_path, capsys, root_handlers)
     logging.getLogger("src.x").info("hello")
     logging.getLogger("src.x").warning("trouble")
     assert capsys.readouterr().out == "trouble\n" and not list(tmp_path.iterdir())
+
+
+NAME = os.fsdecode(
+    b"caf\xe9\x1b[31m.jpg"
+)  # a file's name that is no UTF-8 and turns the terminal red
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_name_can_be_logged_to_any_terminal(
+    tmp_path, capsys, monkeypatch, root_handlers, encoding
+):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    setup_logging(tmp_path, is_main=True)
+    logging.getLogger("src.x").warning(f"cannot read {NAME}\nthe next line, with \u00e9")
+    terminal.flush()
+    written = terminal.buffer.getvalue().decode(encoding)
+    end = "\u00e9" if encoding == "utf-8" else "\\xe9"
+    assert written == f"cannot read caf\\xe9\\x1b[31m.jpg\nthe next line, with {end}\n"
+    assert r"cannot read caf\xe9\x1b[31m.jpg" in (tmp_path / "train.log").read_text("utf-8")
+    assert "Logging error" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_a_damaged_file_of_any_name_is_named_in_any_locale(tmp_path, locale):
+    folder = images(tmp_path / "images", 20)
+    (folder / "00003.jpg").rename(folder / NAME)
+    (folder / NAME).write_bytes(b"no")
+    command = (
+        "main_rotnet.py --arch resnet10 --width 0.125 --size_crops 8 --batch_size 10 --epochs 1 "
+    )
+    command += f"--workers 1 --no-tensorboard --data_path {folder} --dump_path {tmp_path / 'run'}"
+    plain = {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    result = subprocess.run(
+        [sys.executable, *command.split()], env={**os.environ, **plain}, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    for text in (result.stdout, (tmp_path / "run" / "train.log").read_bytes()):
+        assert rb"images/caf\xe9\x1b[31m.jpg (" in text
+    assert b"Traceback" not in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
