@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before torch, whose loading takes seconds
     signals.catch()
 
 import argparse
+import functools
 import json
 import logging
 import time
@@ -158,13 +159,12 @@ def main(argv: list[str] | None = None) -> int:
 
         return split_features(extract, train, val)
 
-    def pixels_of(dataset):
-        return raw_pixels(
-            dataset,
-            batch_size=args.batch_size,
-            num_workers=args.workers,
-            loader_timeout=args.loader_timeout,
-        )
+    pixels_of = functools.partial(
+        raw_pixels,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        loader_timeout=args.loader_timeout,
+    )
 
     def add_rows(name, split):
         rows.extend(evaluate(name, [x.to(search_device) for x in split], args))

@@ -188,14 +188,14 @@ class ImageDataset:
         return [self.file_name(index) for index in self._is_broken.nonzero().flatten().tolist()]
 
     def digest(self) -> str:
-        """Of the names of all images in their order, wherever the data set lies; 16 hex digits."""
+        """Of the names of all images in their order, wherever the data set lies: their number, 16 digits."""
         if hasattr(self._source, "fingerprint"):
             names = self._source.fingerprint()
         else:
             names = "\n".join(map(self._source.name, range(len(self)))).encode(
                 errors="surrogateescape"
             )
-        return hashlib.blake2b(names, digest_size=8).hexdigest()
+        return f"{len(self)}-{hashlib.blake2b(names, digest_size=8).hexdigest()}"
 
     def share_broken(self) -> int:
         """How many images are broken, of which all processes then know; all of them call it."""

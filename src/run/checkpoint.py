@@ -217,7 +217,7 @@ def check_same_run(
     if state["num_images"] != num_images:
         images = f"{state['num_images']:,} images, not {num_images:,}"
         changed = f"--data_path {before['data_path']} with {images}"
-    elif state.get("images_digest", images_digest) != images_digest:  # older ones have none
+    elif _have_other_names(state.get("images_digest"), images_digest):
         known = [name for name in BY_IMAGE if name in state["method_state"]]
         if known:
             names = " and ".join(name.replace("_", " ") for name in known)
@@ -244,6 +244,13 @@ def check_is_of_a_run(state, folder) -> None:
             f"{Path(folder) / NEWEST} is not the checkpoint of a run, which has {', '.join(wrong)}: use "
             "another --dump_path, or start from its weights with --init_from"
         )
+
+
+def _have_other_names(before, now):
+    """Whether digests are of as many images with other names; of another number their rows tell."""
+    if before is None or before == now:  # checkpoints of the first versions have none
+        return False
+    return before.partition("-")[0] == now.partition("-")[0]
 
 
 def check_same_place(epoch: int, samples_done: int, folder) -> None:

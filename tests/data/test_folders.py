@@ -207,6 +207,7 @@ def test_the_usual_spelling_comes_first(tmp_path):
 
 
 def test_images_to_evaluate_are_not_trained_on_without_a_word(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     write_image(tmp_path / "one" / "val" / "1.png")
     assert len(open_dataset(str(tmp_path / "one"))) == 1
     assert "has the folder val and none of training images" in caplog.text
@@ -236,6 +237,7 @@ def away_for(seconds, folder):
 
 
 def test_a_storage_that_was_away_for_a_moment_costs_no_image(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     for i in range(8):
         write_image(tmp_path / "data" / f"{i}.png", i)
     dataset = open_dataset(str(tmp_path / "data"))
@@ -320,7 +322,7 @@ def test_the_array_of_names_is_the_fingerprint(tmp_path):
         write_image(tmp_path / "one" / name)
         write_image(tmp_path / "two" / name, 9)
     first, second = (open_dataset(str(tmp_path / name)) for name in ("one", "two"))
-    assert first.digest() == second.digest() and len(first.digest()) == 16
+    assert first.digest() == second.digest() and first.digest().startswith("2-")
     (tmp_path / "two" / "b.png").rename(tmp_path / "two" / "c.png")
     assert open_dataset(str(tmp_path / "two")).digest() != first.digest()
     assert np.char.str_len(first._source.paths).tolist() == [5, 5]
