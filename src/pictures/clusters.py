@@ -48,7 +48,7 @@ def add_cluster_args(parser: argparse.ArgumentParser) -> None:
     add = eval_flags.add_image_args(parser)
     add("--split", default="train", choices=["train", "val"], help="which images of the data")
     add("--batch_size", type=positive(int), default=128, help="images at once")
-    flags.add_runtime_args(parser)
+    flags.add_runtime_args(parser, one_process=True)
 # fmt: on
 
 
