@@ -39,7 +39,9 @@ from src.labels.features import extract_features, raw_pixels
 from src.nets.pretrained import MODEL_FLAGS
 from src.pictures.neighbours import draw_neighbours
 from src.run import checkpoint, flags
+from src.run.lock import hold_folder
 from src.run.log import setup_logging
+from src.run.stop import finish
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(args.dump_path)
 
     process = dist.init(args.device)
+    hold_folder(args.dump_path, "eval_knn")
     precision = dist.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
     rows, start = [], time.perf_counter()
@@ -184,8 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if not settings["pretrained"]:
             logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
         logger.info(f"{seconds:.1f} s, written to {path}")
-    dist.shutdown()
-    return 0
+    return finish()
 
 
 # ============ arguments ============

@@ -67,8 +67,9 @@ from src.evaluate.voc import TESTED_ON
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS, SWAV_RED
 from src.nets.weights import fingerprint
 from src.run import checkpoint, flags
+from src.run.lock import hold_folder
 from src.run.log import RunLog, Stopwatch, describe_run, setup_logging
-from src.run.stop import StopSignal, leave
+from src.run.stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(out if args.evaluate else folder)
 
     process = dist.init(args.device)
+    hold_folder(out, "eval_linear")
     precision = dist.resolve_precision(args.precision, process.device)
     model.to(process.device)
     frozen = FrozenFeatures(
@@ -190,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ an evaluation alone ============
     if args.evaluate:
         evaluate(saved, frozen, val, settings=settings | named, args=args)
-        dist.shutdown()
-        return 0
+        return finish()
 
     # ============ classifiers ============
     channels = (dim if args.global_pooling else model.num_features) if args.use_bn else 0
@@ -223,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if len(folds) > 1:
         report_folds(paths, out / "eval_linear.json")
-    stop.restore()
-    dist.shutdown()
-    return 0
+    return finish(stop)
 
 
 def feature_settings(args):

@@ -44,8 +44,9 @@ from src.labels.features import extract_features
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS
 from src.nets.weights import fingerprint
 from src.run import checkpoint, flags
+from src.run.lock import hold_folder
 from src.run.log import RunLog, Stopwatch, describe_run, duration, setup_logging
-from src.run.stop import StopSignal, leave
+from src.run.stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(folder)
 
     process = dist.init(args.device)
+    hold_folder(folder, "eval_voc07")
     precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ model and optimizer ============
@@ -262,9 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ evaluation ============
     result = evaluate(state, tested, args)
     report(result, settings | named, out / f"eval_voc07_{name}.json", not args.pretrained)
-    stop.restore()
-    dist.shutdown()
-    return 0
+    return finish(stop)
 
 
 def log_plan(args, dataset, tested, total, state):

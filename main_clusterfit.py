@@ -44,7 +44,7 @@ from src.labels.pseudo_labels import PseudoLabels, report_predictions
 from src.nets.convnets import build_convnet
 from src.optim import build_optimizer, parameter_groups, step_lr
 from src.run import checkpoint, convnet_flags, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 from src.run.stop import StopSignal, leave
 
@@ -209,13 +209,14 @@ def fit(args, process, dataset, model, augment, assignments, folder):
         args,
         process,
         method="clusterfit",
-        precision=dist.resolve_precision(args.precision, process.device),
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=args.batch_size * process.world_size,
+        image_size=args.size_crops[0],
+        num_prototypes=num_clusters,
         method_state={"pseudo_labels": labels},
     )
     lr = args.lr * flags.lr_factor(args, run.global_batch)
@@ -227,8 +228,7 @@ def fit(args, process, dataset, model, augment, assignments, folder):
             f"--dump_path {args.dump_path} holds a run on other clusters than those of {folder}: use "
             "another --dump_path"
         )
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -237,7 +237,7 @@ def fit(args, process, dataset, model, augment, assignments, folder):
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, labels, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], num_clusters):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 
@@ -279,8 +279,8 @@ def cluster_dataset(extract, dataset, folder, process, stop, args):
     """
     began = time.perf_counter()
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+    precision = dist.resolve_precision(args.precision, process.device)
     if extract is not None:
-        precision = dist.resolve_precision(args.precision, process.device)
         features, indices = extract(process.device, precision=precision, **loading)
     else:
         logger.info(

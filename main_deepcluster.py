@@ -49,7 +49,7 @@ from src.labels.sampling import PlannedSampler, uniform_over_clusters
 from src.nets.convnets import build_convnet
 from src.optim import build_optimizer
 from src.run import checkpoint, convnet_flags, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network, share_buffers
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def cluster_dataset(run, dataset, labels, epoch, args):
     before = labels.replace(torch.tensor(share(len(dataset))), clusters[None], epoch)
     draws = generator(args.seed, epoch, 0, 0, TOP_LAYER_DRAW)
     run.module.top_layer.reset(num_clusters, draws)
+    run.num_prototypes = num_clusters  # PIC finds how many
     report_assignment(
         run,
         labels.labels,
@@ -230,7 +231,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.resume or args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -250,13 +250,14 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="deepcluster",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=args.nmb_cluster,
         method_state={"pseudo_labels": labels},
     )
     run.iters_per_epoch = int(args.reassign * len(dataset)) // global_batch
@@ -273,8 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(
             f"note: this epoch still has {num_clusters} clusters, the next {args.nmb_cluster}"
         )
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, draw_epoch(run, labels, epoch=epoch, seed=args.seed), start)
         train_one_epoch(run, loader, labels, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], model.top_layer.out_features):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

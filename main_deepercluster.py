@@ -57,7 +57,7 @@ from src.nets.convnets import build_convnet
 from src.nets.weights import fingerprint, load_weights
 from src.optim import build_optimizer, grad_norm
 from src.run import checkpoint, convnet_flags, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network, share_buffers
 
 logger = logging.getLogger(__name__)
@@ -239,8 +239,6 @@ def cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args):
         for p in top_layer.parameters():
             run.optimizer.state.pop(p, None)
     heads.reset(num_sub, args.seed, epoch)
-    run.save(epoch, start)
-    clustering.remove()
     report_assignment(
         run,
         one_label(labels.labels, num_sub),
@@ -250,6 +248,8 @@ def cluster_dataset(run, dataset, labels, heads, groups, epoch, start, args):
         epoch=epoch,
         seconds=time.perf_counter() - began,
     )
+    run.save(epoch, start)  # after the line of the log, which a run that is killed here writes anew
+    clustering.remove()
 
 
 def open_clustering(run, num_images, groups, epoch, args):
@@ -319,7 +319,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -339,13 +338,15 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="deepercluster",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
+        dataset=dataset,
         num_images=num_images,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=args.super_classes * num_sub,
         method_state={"pseudo_labels": labels, "sub_classifiers": heads},
     )
     log_plan(run, crops, peak_lr=lr)
@@ -353,8 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     first_epoch, start = run.resume()
     if (first_epoch, start) == (0, 0) and labels.epoch < 0:
         first_epoch, start = args.epoch, args.start_iter
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     groups = cluster_groups(num_clusters)
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, order, start)
         train_one_epoch(run, loader, places, heads, labels, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], args.super_classes * num_sub):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

@@ -41,7 +41,7 @@ from src.nets.backbones import build_backbone
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.optim import build_optimizer, clip_gradients, cosine_schedule, parameter_groups
 from src.run import checkpoint, flags, health, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def kl_to_uniform(probabilities: torch.Tensor) -> torch.Tensor:
     return (math.log(len(mean)) - torch.special.entr(mean).sum()).clamp(min=0)
 
 
-def diagnose(history: list[dict], num_outputs: int) -> str | None:
+def diagnose(history: list[dict], num_outputs: int) -> health.Trouble | None:
     """What is wrong with a run of self-distillation, in one sentence that names the flags that help, or None.
 
     history: log lines with `teacher_entropy`, `student_kl`, `kl_to_uniform` (nats),
@@ -236,30 +236,34 @@ def diagnose(history: list[dict], num_outputs: int) -> str | None:
         return None
     ceiling, last = math.log(num_outputs), recent[-1]
     if all(line["teacher_entropy"] > 0.99 * ceiling for line in recent):
-        return (
+        return health.Trouble(
+            "uniform",
             f"collapse: the teacher's output is uniform (entropy {last['teacher_entropy']:.2f} of at "
-            f"most {ceiling:.2f}); lower --teacher_temp or --warmup_teacher_temp (0.02), or lower --lr"
+            f"most {ceiling:.2f}); lower --teacher_temp or --warmup_teacher_temp (0.02), or lower --lr",
         )
     if all(
         line["kl_to_uniform"] > 0.9 * ceiling or line["prototypes_used"] < 1.5 for line in recent
     ):
-        return (
+        return health.Trouble(
+            "one output",
             f"collapse: one output takes all images (KL to uniform {last['kl_to_uniform']:.2f} of at "
             f"most {ceiling:.2f}, {last['prototypes_used']:.1f} outputs in use); let the center follow "
             "faster (--center_momentum 0.9), use a teacher with momentum (--momentum_teacher 0.996), "
-            "or raise --teacher_temp"
+            "or raise --teacher_temp",
         )
     if all(line["student_kl"] < 1e-3 * ceiling for line in recent):
-        return (
+        return health.Trouble(
+            "student",
             f"collapse: student and teacher give all crops the same output (KL {last['student_kl']:.4f}"
             "); use a teacher with momentum (--momentum_teacher 0.996 --momentum_teacher_end 1), "
-            "lower --teacher_temp, or lower --lr"
+            "lower --teacher_temp, or lower --lr",
         )
     if all(line["embedding_std"] < 0.05 for line in recent):
-        return (
+        return health.Trouble(
+            "embeddings",
             "collapse: all images have the same features (standard deviation "
             f"{last['embedding_std']:.3f}); lower --lr, lower --teacher_temp, or use a teacher with "
-            "momentum (--momentum_teacher 0.996 --momentum_teacher_end 1)"
+            "momentum (--momentum_teacher 0.996 --momentum_teacher_end 1)",
         )
     return None
 
@@ -297,7 +301,6 @@ def main(argv: list[str] | None = None) -> int:
     start_teacher(student, teacher, args.init_from)
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(
@@ -324,13 +327,15 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="dino",
-        precision=precision,
         module=student,
         network=average_gradients(student, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.global_crops_size,
+        num_prototypes=args.out_dim,
+        evaluated=teacher,
         method_state={"dino_loss": criterion.to(process.device)},
         saved={"student": student, "teacher": teacher},
     )
@@ -344,15 +349,14 @@ def main(argv: list[str] | None = None) -> int:
     log_plan(run, crops, peak_lr=peak_lr)
     log_teacher(args)
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, args)
         start = 0
-        if run.end_epoch(epoch, teacher, dataset, args.global_crops_size, args.out_dim):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

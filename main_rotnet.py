@@ -37,7 +37,7 @@ from src.labels.pseudo_labels import report_predictions
 from src.nets.convnets import build_convnet
 from src.optim import build_optimizer, step_lr
 from src.run import checkpoint, convnet_flags, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.init_from, allow_missing=("top_layer",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -157,20 +156,20 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="rotnet",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=NUM_ROTATIONS,
     )
     lr = args.lr * flags.lr_factor(args, global_batch)
     log_plan(run, crops, peak_lr=lr)
     log_rotations(args)
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -179,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, epoch, start)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], NUM_ROTATIONS):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

@@ -49,7 +49,7 @@ from src.labels.pseudo_labels import (
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, cosine_schedule
 from src.run import checkpoint, flags, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.init_from, allow_missing=("projection_head", "prototypes"))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -229,13 +228,14 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="selav2",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=mean_prototypes(args),
         method_state={"memory_bank": bank, "pseudo_labels": labels},
     )
     factor = flags.lr_factor(args, global_batch)
@@ -251,8 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     reassigned = reassignment_epochs(args.epochs, args.nmb_reassignments)
     log_assignments(args, len(dataset), len(reassigned))
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     if labels.epoch < 0 and not bank.num_rows:
@@ -268,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], mean_prototypes(args)):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

@@ -38,7 +38,7 @@ from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, cosine_schedule
 from src.run import checkpoint, flags, health, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def pair_cosines(embedding: torch.Tensor) -> tuple[float, float]:
     return positive, negative
 
 
-def diagnose(history: list[dict], num_negatives: int) -> str | None:
+def diagnose(history: list[dict], num_negatives: int) -> health.Trouble | None:
     """What is wrong with a run, in one sentence that names the flags that help, or None.
 
     history: the latest log lines, oldest first, with `loss` and `embedding_std`. num_negatives: of a
@@ -158,9 +158,10 @@ def diagnose(history: list[dict], num_negatives: int) -> str | None:
     if found:
         return found
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return (
+        return health.Trouble(
+            "loss",
             f"the loss stays at ln(1 + {num_negatives}) = {ceiling:.3f}, what identical embeddings "
-            "give; lower --temperature (0.1), or change --base_lr"
+            "give; lower --temperature (0.1), or change --base_lr",
         )
     return None
 
@@ -188,7 +189,6 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(model, args.init_from, allow_missing=("projection_head",))
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -210,13 +210,14 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="simclr",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=1 + count_negatives(args, global_batch),
     )
     factor = flags.lr_factor(args, global_batch)
     schedule = cosine_schedule(
@@ -230,17 +231,14 @@ def main(argv: list[str] | None = None) -> int:
     log_plan(run, crops, peak_lr=args.base_lr * factor)
     log_contrast(args, global_batch)
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch, start)
         train_one_epoch(run, loader, schedule, epoch, start, args)
         start = 0
-        if run.end_epoch(
-            epoch, model, dataset, args.size_crops[0], 1 + count_negatives(args, global_batch)
-        ):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

@@ -38,7 +38,7 @@ from src.data.multicrop import MultiCropDataset, multicrop_loader
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, cosine_schedule
 from src.run import checkpoint, flags, health, image_flags
-from src.run.log import describe_run, setup_logging
+from src.run.log import setup_logging
 from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def log_progress(run, codes, embedding):
     run.diagnose(line, lambda lines: diagnose(lines, num_prototypes))
 
 
-def diagnose(history: list[dict], num_prototypes: int) -> str | None:
+def diagnose(history: list[dict], num_prototypes: int) -> health.Trouble | None:
     """What is wrong with a run, in one sentence that names the flags that help, or None.
 
     history: the latest log lines, oldest first, with `loss`, `code_entropy` (nats), `prototypes_used`,
@@ -231,23 +231,26 @@ def diagnose(history: list[dict], num_prototypes: int) -> str | None:
     if found:
         return found
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return (
+        return health.Trouble(
+            "loss",
             f"the loss stays at ln(K) = {ceiling:.3f}, what constant codes give; lower --epsilon "
             "(0.03), freeze the prototypes for longer (--freeze_prototypes_niters), use fewer "
             "prototypes (--nmb_prototypes), or a shorter or later queue (--queue_length, "
-            "--epoch_queue_starts)"
+            "--epoch_queue_starts)",
         )
     if all(line["code_entropy"] > 0.99 * ceiling for line in recent):
-        return (
+        return health.Trouble(
+            "codes",
             f"the codes are uniform (entropy {recent[-1]['code_entropy']:.2f} of at most "
-            f"{ceiling:.2f}) and carry no signal; lower --epsilon (0.03)"
+            f"{ceiling:.2f}) and carry no signal; lower --epsilon (0.03)",
         )
     possible = min(num_prototypes, recent[-1]["batch"])
     if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
-        return (
+        return health.Trouble(
+            "prototypes",
             f"only {recent[-1]['prototypes_used']:.1f} of {possible} possible prototypes are in use; "
             "freeze the prototypes for longer (--freeze_prototypes_niters), lower --base_lr, or "
-            "start the queue later (--epoch_queue_starts)"
+            "start the queue later (--epoch_queue_starts)",
         )
     return None
 
@@ -286,7 +289,6 @@ def main(argv: list[str] | None = None) -> int:
             prototypes.requires_grad_(False)
 
     process = dist.init(args.device)
-    precision = dist.resolve_precision(args.precision, process.device)
 
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
@@ -309,13 +311,14 @@ def main(argv: list[str] | None = None) -> int:
         args,
         process,
         method="swav",
-        precision=precision,
         module=model,
         network=average_gradients(model, process),
         augment=augment,
         optimizer=optimizer,
-        num_images=len(dataset),
+        dataset=dataset,
         global_batch=global_batch,
+        image_size=args.size_crops[0],
+        num_prototypes=args.nmb_prototypes[0],
         method_state={"queue": queue} if queue else {},
     )
     factor = flags.lr_factor(args, global_batch)
@@ -330,8 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     log_plan(run, crops, peak_lr=args.base_lr * factor)
     log_codes(args, global_batch, queue_length)
     first_epoch, start = run.resume()
-    if process.rank == 0:  # not before: a run that may not go on leaves the folder as it was
-        describe_run(vars(args), args.dump_path)
+    run.begin()
 
     # ============ epochs ============
     for epoch in range(first_epoch, args.epochs):
@@ -339,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         active = queue if epoch >= args.epoch_queue_starts else None
         train_one_epoch(run, loader, schedule, active, epoch, start, args)
         start = 0
-        if run.end_epoch(epoch, model, dataset, args.size_crops[0], args.nmb_prototypes[0]):
+        if run.end_epoch(epoch):
             break
     return run.leave()
 

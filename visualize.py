@@ -63,6 +63,7 @@ from src.pictures.clusters import (
 from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
 from src.run import checkpoint, flags, image_flags
+from src.run.lock import hold_folder, release_folders
 from src.run.log import duration, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def attention(args):
     at_once = partial(attention_maps.images_at_once, model)
     folder, several = Path(args.dump_path), count != 1
     checkpoint.check_writable(folder)
+    hold_folder(folder, f"visualize_{args.picture}")
 
     animation, rows, done = attention_maps.Animation(), [], 0
     start = logged = time.perf_counter()
@@ -182,6 +184,7 @@ def crops(args):
         interpolation=args.interpolation,
     )
     checkpoint.check_writable(args.dump_path)
+    hold_folder(args.dump_path, f"visualize_{args.picture}")
     indices = spread(len(dataset), args.num_images)
     batch, _ = collate_crops([multicrop[args.epoch, index] for index in indices])
     views = Augment(**options)(batch, generator(args.seed, args.epoch, 0, 0))  # (B, C, S, S) each
@@ -206,6 +209,7 @@ def clusters(args):
     folder = Path(args.dump_path)
     check_folders(folder, args.folders)
     checkpoint.check_writable(folder)
+    hold_folder(folder, f"visualize_{args.picture}")
     feature = args.feature if args.num_clusters else "backbone" if dino else "embedding"
     network = eval_flags.open_network(args, feature)
     device = dist.resolve_device(args.device)
@@ -302,6 +306,7 @@ def filters(args):
     if all(getattr(args, name) is None for name in ("conv", "layer", "filters", "num_filters")):
         first, path = responses.convolutions(model, calls)[0].module, folder / "filters.png"
         checkpoint.check_writable(folder)
+        hold_folder(folder, f"visualize_{args.picture}")
         filter_pictures.draw_first_layer(first, getattr(model, "sobel", None), path)
         logger.info(
             f"{first.out_channels} filters, drawn to {path}; --conv, --layer or --filters show what "
@@ -374,6 +379,7 @@ def rank_images(args, network, calls):
     dataset, device = open_split(args), dist.resolve_device(args.device)
     picture_flags.check_filters(args, layer, len(dataset))
     checkpoint.check_writable(args.dump_path)
+    hold_folder(args.dump_path, f"visualize_{args.picture}")
     precision = "fp32" if args.use_fp16 is False else args.precision
     precision = dist.resolve_precision(precision, device)
     top = activation_pictures.find_top_images(
@@ -400,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args)
     draw, _, _ = COMMANDS[args.picture]
     draw(args)
+    release_folders()
     return 0
 
 

@@ -1,5 +1,6 @@
 """Starting, killing and reading training runs, and making images for them: what their tests share."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -31,10 +32,10 @@ def start(script, folder, *argv, processes=1, **options):
 
 def wait_for_lines(folder, process, lines):
     """Wait until the log has so many lines."""
-    log, deadline = Path(folder) / "log.jsonl", time.monotonic() + 120
+    log, deadline = Path(folder) / "log.jsonl", time.monotonic() + 300
     while not log.exists() or log.read_text().count("\n") < lines:
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "no progress for two minutes"
+        assert time.monotonic() < deadline, "no progress for five minutes"
         time.sleep(0.01)
 
 
@@ -44,7 +45,11 @@ def children_of(process):
 
 
 def finish(process):
-    output = process.communicate(timeout=300)[0]
+    try:
+        output = process.communicate(timeout=1200)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 0, output
     return output
 

@@ -243,7 +243,7 @@ HEALTHY |= {"embedding_std": 0.6, "prototypes_used": 30.0}
 def test_each_kind_of_collapse_is_named_with_the_flags_that_help(change, words):
     bad = [{**HEALTHY, **change}] * 10
     found = main_dino.diagnose(bad, 1024)
-    assert found is None if words is None else re.search(words, found)
+    assert found is None if words is None else re.search(words, found.sentence)
     assert main_dino.diagnose(bad[:9], 1024) is None
     assert main_dino.diagnose([HEALTHY, *bad[1:]], 1024) is None
 

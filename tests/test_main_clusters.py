@@ -294,10 +294,10 @@ def test_bad_options_of_a_method_are_named(capsys, method, argv):
 @pytest.mark.slow
 @both
 def test_digits_are_learned_without_labels(tmp_path, method):
-    """The bare command, a minute or two on two cores."""
-    finish(runs.start(f"main_{method}.py", tmp_path))
+    """Half of the bare command."""
+    finish(runs.start(f"main_{method}.py", tmp_path, "--epochs", 30))
     trained, untrained = few_label_accuracy(tmp_path)
-    assert trained > untrained + 10, (trained, untrained)
+    assert trained > untrained + 5, (trained, untrained)
 
 
 # ============ what goes into the memory bank ============

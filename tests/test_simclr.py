@@ -190,8 +190,8 @@ def test_a_collapse_is_named_after_ten_lines_and_not_before():
     assert main_simclr.diagnose(lines(), 508) is None
     for values in ({"embedding_std": 0.01}, {"loss": ceiling + 0.004}, {"loss": ceiling - 0.004}):
         found = main_simclr.diagnose(lines(**values), 508)
-        assert "--base_lr" in found and "--temperature" in found
+        assert "--base_lr" in found.sentence and "--temperature" in found.sentence
         assert main_simclr.diagnose(lines(9, **values), 508) is None
         assert main_simclr.diagnose([*lines(**values), *lines(1)], 508) is None
-    assert "same embedding" in main_simclr.diagnose(lines(embedding_std=0.01), 508)
+    assert "same embedding" in main_simclr.diagnose(lines(embedding_std=0.01), 508).sentence
     assert main_simclr.diagnose(lines(loss=ceiling - 0.1), 508) is None

@@ -219,7 +219,7 @@ def test_each_collapse_is_named_with_the_flags_that_help(change, words):
     if words is None:
         assert found is None
     else:
-        assert re.search(words, found) and "--" in found
+        assert re.search(words, found.sentence) and "--" in found.sentence
 
 
 def test_a_run_that_recovers_or_has_just_begun_is_not_diagnosed():

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..run.health import NUM_LINES, code_entropy, same_embedding
+from ..run.health import NUM_LINES, Trouble, code_entropy, same_embedding
 
 
 def normalized_mutual_information(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -78,7 +78,7 @@ def diagnose_clusters(
     ceiling: float | None = None,
     lr: str = "--base_lr",
     clusters: str | None = "--nmb_prototypes",
-) -> str | None:
+) -> Trouble | None:
     """What is wrong with a run that predicts pseudo-labels of all images, or None.
 
     In one sentence that names the flags that help.
@@ -97,11 +97,15 @@ def diagnose_clusters(
         return found
     fewer = f", or ask for fewer clusters ({clusters})" if clusters else ""
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
-        return f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; change {lr}{fewer}"
+        return Trouble(
+            "loss",
+            f"the loss stays at ln(K) = {ceiling:.3f}, what predicting nothing gives; change {lr}{fewer}",
+        )
     possible = min(num_prototypes, last["batch"])
     if possible >= 8 and all(line["prototypes_used"] < 0.05 * possible for line in recent):
-        return (
+        return Trouble(
+            "clusters",
             f"only {last['prototypes_used']:.1f} of {possible} possible clusters are predicted; lower "
-            f"{lr}{fewer}"
+            f"{lr}{fewer}",
         )
     return None

@@ -10,9 +10,11 @@ import contextlib
 import logging
 import os
 import shutil
-import time
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,31 +87,42 @@ def save_checkpoint(folder: str | Path, state: dict, keep_as: str | None = None)
 
 def save_together(folder: str | Path, state: dict, keep_as: str | None = None) -> None:
     """save_checkpoint by the main process; all call it, and all raise CheckpointError if it fails."""
-    failed = None
+    by_main(lambda: save_checkpoint(folder, state, keep_as=keep_as), "save")
+
+
+def by_main(action: Callable[[], Any], what: str) -> Any:
+    """What `action` returns in the main process, None in others; all call it.
+
+    what: it does, for people. All raise CheckpointError if it does.
+    """
+    result = failed = None
     if dist.is_main():
         try:
-            save_checkpoint(folder, state, keep_as=keep_as)
+            result = action()
         except CheckpointError as error:
             failed = error
     if dist.all_reduce_max(torch.tensor(int(failed is not None))).item():
-        raise failed or CheckpointError("rank 0 could not save, see its message")
+        raise failed or CheckpointError(f"rank 0 could not {what}, see its message")
+    return result
 
 
 def load_checkpoint(folder: str | Path) -> dict | None:
     """The newest readable checkpoint of a run (tensors on the CPU), None if it has none.
 
-    A torn file is set aside as *.unreadable and the one before it is taken, with a warning. All
+    A torn or damaged file is set aside as *.unreadable and the one before it is taken, with a warning. All
     processes may call this. Raises CheckpointError when there are files and none can be read.
     """
     folder = Path(folder)
-    if dist.is_main():
+    if dist.is_main():  # which holds the folder's lock: nobody else is writing these
         for pattern in (f"{NEWEST}.tmp-*", f"{PREVIOUS}.tmp-*", "checkpoints/*.pth.tmp-*"):
-            _remove(path for path in folder.glob(pattern) if _is_old(path))
+            _remove(folder.glob(pattern))
     unreadable = []
     for path in (folder / NEWEST, folder / PREVIOUS):
         try:
             # Of a large file each process reads what it needs: DeeperCluster's holds 42 GB.
             mapped = os.path.getsize(path) > MAPPED
+            if not mapped or dist.is_main():
+                check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except FileNotFoundError:
             continue
@@ -127,6 +140,20 @@ def load_checkpoint(folder: str | Path) -> dict | None:
         names = " and ".join(str(path) for path in unreadable)
         raise CheckpointError(f"{names} cannot be read: move away what is there to start afresh")
     return None
+
+
+def check_archive(path: str | Path) -> None:
+    """Raise CheckpointError for a file of torch.save that has changed since it was written.
+
+    Every part of the archive has a checksum, which torch.load does not look at: a flipped bit would
+    load as another weight. Files of other formats are not looked into. Reads the whole file.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(f"{damaged} in it is damaged, its checksum does not fit")
 
 
 def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST) -> None:
@@ -162,6 +189,7 @@ def check_same_run(
     state: dict, method: str, networks: list[str], arguments: dict, num_images: int, folder
 ):
     """Log every flag that has changed; CheckpointError for another method, data or optimizer."""
+    check_is_of_a_run(state, folder)
     other = state.get("method", method)  # runs of the first versions have none
     if other != method or not all(name in state for name in networks):
         raise CheckpointError(
@@ -181,6 +209,19 @@ def check_same_run(
         raise CheckpointError(
             f"{folder} holds a run with {changed}: use another --dump_path, or start from its weights "
             "with --init_from"
+        )
+
+
+def check_is_of_a_run(state, folder) -> None:
+    """CheckpointError for what is not the checkpoint of a run: weights alone, a list, another program's."""
+    parts = {"epoch": int, "samples_done": int, "args": dict, "num_images": int, "optimizer": dict}
+    wrong = list(parts)
+    if isinstance(state, dict):
+        wrong = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise CheckpointError(
+            f"{Path(folder) / NEWEST} is not the checkpoint of a run, which has {', '.join(wrong)}: use "
+            "another --dump_path, or start from its weights with --init_from"
         )
 
 
@@ -249,13 +290,6 @@ def _remove(paths):
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-def _is_old(path):
-    """Whether nobody can still be writing the file, a run that overlaps with this one included."""
-    with contextlib.suppress(OSError):
-        return time.time() - path.stat().st_mtime > 600
-    return False
 
 
 def _flush_folder(folder):

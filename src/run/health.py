@@ -1,12 +1,20 @@
 """Health of a representation: are the codes spread, are the prototypes used, has it collapsed?"""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from .. import dist
 
 NUM_LINES = 10  # of the log, all of them in trouble, before a run is said to collapse
+
+
+class Trouble(NamedTuple):
+    """What is wrong with a run: a word for the kind, which is said once, and a sentence for people."""
+
+    kind: str
+    sentence: str
 
 
 @torch.no_grad()
@@ -51,9 +59,11 @@ def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     return torch.special.entr(p).sum().exp()
 
 
-def same_embedding(recent: list[dict], remedies: str) -> str | None:
-    """The sentence for embeddings that are all alike in all of the lines, or None."""
+def same_embedding(recent: list[dict], remedies: str) -> Trouble | None:
+    """The trouble of embeddings that are all alike in all of the lines, or None."""
     if not all(line["embedding_std"] < 0.05 for line in recent):
         return None
     spread = f"standard deviation {recent[-1]['embedding_std']:.3f}, healthy is near 1"
-    return f"collapse: all images have the same embedding ({spread}); {remedies}"
+    return Trouble(
+        "embeddings", f"collapse: all images have the same embedding ({spread}); {remedies}"
+    )

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -71,7 +72,8 @@ class RunLog:
     """
 
     def __init__(self, folder: str | Path | None, tensorboard: bool = True):
-        self.file = open(Path(folder) / "log.jsonl", "a") if folder is not None else None
+        self.path = Path(folder) / "log.jsonl" if folder is not None else None
+        self.file = open(self.path, "a") if folder is not None else None
         self.events = None
         if folder is not None and tensorboard:
             try:
@@ -96,6 +98,31 @@ class RunLog:
                 if isinstance(x, int | float) and not isinstance(x, bool):
                     self.events.add_scalar(key, x, step)
 
+    def rewind(self, epoch_float: float, assigned: bool) -> list[dict]:
+        """Move the lines of what is done again to log.redone.jsonl; the others, which stay.
+
+        epoch_float: epochs done when the run was saved. assigned: the clusters for what comes next
+        are among what was saved. Torn lines go too, so that log.jsonl is what it would have been.
+        """
+        if self.file is None:
+            return []
+        kept, redone = [], []
+        for text in self.path.read_text(errors="replace").splitlines():
+            line = _parse(text)
+            if line and _is_before(line, epoch_float, assigned):
+                kept.append(line)
+            elif text.strip():
+                redone.append(text)
+        if redone:
+            with open(self.path.with_name("log.redone.jsonl"), "a") as file:
+                file.write("".join(f"{text}\n" for text in redone))
+            spare = self.path.with_name(f"log.jsonl.tmp-{os.getpid()}")
+            spare.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            self.file.close()
+            os.replace(spare, self.path)
+            self.file = open(self.path, "a")
+        return kept
+
     def close(self) -> None:
         for stream in (self.file, self.events):
             if stream is not None:
@@ -109,15 +136,32 @@ def read_log(folder: str | Path) -> list[dict]:
     so is a torn line.
     """
     lines = []
-    for text in (Path(folder) / "log.jsonl").read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+    for text in (Path(folder) / "log.jsonl").read_text(errors="replace").splitlines():
+        line = _parse(text)
+        if line is None:
             continue
         while lines and _place(lines[-1]) >= _place(line):
             lines.pop()
         lines.append(line)
     return lines
+
+
+def _parse(text):
+    """The line of a run's log that a text is, None if it is torn or something else."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    known = isinstance(line, dict) and isinstance(line.get("epoch_float"), int | float)
+    return line if known else None
+
+
+def _is_before(line, epoch_float, assigned):
+    """Whether a line was written before the run was saved at that place; see RunLog.rewind."""
+    place, *kind = _place(line)
+    if math.isclose(place, epoch_float, rel_tol=1e-12):
+        return kind <= [assigned, True]
+    return place < epoch_float
 
 
 def _place(line):

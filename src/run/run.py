@@ -27,10 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import dist
 from ..data.multicrop import generator
 from ..errors import RunError
-from ..optim import grad_norm
+from ..optim import grad_norm, norms, same_kind
 from . import checkpoint
-from .log import RunLog, Stopwatch, duration
-from .stop import StopSignal, leave
+from .health import Trouble
+from .lock import hold_folder
+from .log import RunLog, Stopwatch, describe_run, duration
+from .stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +46,15 @@ class Run:
 
     args: the command line. process: of dist.init. method: its name, so that no run goes on as one of
     another method. module: the network without wrappers; network: the same, wrapped for several
-    processes. augment: crops on the device -> augmented crops. num_images: of the data.
+    processes. augment: crops on the device -> augmented crops. dataset: its images, of which num_images
+    are in use, all of them unless given.
     global_batch: images of an iteration over all processes. method_state: the method's own state by
     name (a queue, a memory bank), objects with state_dict() and load_state_dict() that all processes
     call together. saved: the networks of the checkpoint by name, {"model": module} unless given.
+    evaluated: what k-NN evaluates, with forward_backbone, module unless given; image_size: of its
+    images, in pixels. num_prototypes: whose logarithm the curves show as the loss of knowing nothing.
+
+    The folder is locked from here on. Raises CheckpointError where another run writes into it.
     """
 
     def __init__(
@@ -56,30 +63,41 @@ class Run:
         process,
         *,
         method,
-        precision,
         module,
         network,
         augment,
         optimizer,
-        num_images,
+        dataset,
         global_batch,
+        image_size,
+        num_prototypes,
+        num_images=None,
         method_state=None,
         saved=None,
+        evaluated=None,
     ):
         self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
-        self.process, self.method, self.precision = process, method, precision
+        hold_folder(self.folder)
+        self.process, self.method = process, method
+        self.precision = dist.resolve_precision(args.precision, process.device)
         self.module, self.network = module, network
         self.augment, self.optimizer = augment, optimizer
-        self.scaler = dist.grad_scaler(process.device, precision)
-        self.num_images, self.global_batch = num_images, global_batch
-        self.iters_per_epoch = num_images // global_batch  # the last, smaller batch is left out
+        self.scaler = dist.grad_scaler(process.device, self.precision)
+        self.dataset, self.num_images = dataset, num_images or len(dataset)
+        self.global_batch = global_batch
+        self.evaluated = module if evaluated is None else evaluated
+        self.image_size, self.num_prototypes = image_size, num_prototypes
+        self.iters_per_epoch = (
+            self.num_images // global_batch
+        )  # the last, smaller batch is left out
         self.method_state, self.saved = method_state or {}, saved or {"model": module}
         self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
         self.stop, self.stopping = StopSignal(), False
         self.epoch, self.done = 0, 0  # iterations of the epoch done, the one under way included
         self.loss, self.gradient_norm = None, None  # of the latest iteration, on the device
         self.stopwatch = None
-        self.history, self.diagnosis = [], None
+        self.history, self.trouble = [], None  # of what kind the latest trouble is
+        self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
         self.validation = None  # the val split, opened at the first k-NN
         self.pictured = False
 
@@ -155,23 +173,44 @@ class Run:
         return False
 
     # ============ after an epoch, and after the last ============
-    def end_epoch(
-        self, epoch: int, network, dataset, image_size: int, num_prototypes: float
-    ) -> bool:
-        """Save, evaluate by k-NN, draw the curves; whether to leave, since a signal asked for it.
-
-        network: what k-NN evaluates, with forward_backbone; image_size: of its images, in pixels.
-        num_prototypes: whose logarithm the curves show as the loss of knowing nothing.
-        """
+    def end_epoch(self, epoch: int) -> bool:
+        """Save, evaluate by k-NN, draw the curves; whether to leave, since a signal asked for it."""
         if self.stopping:
             return True
-        args, is_last = self.arguments, epoch + 1 == self.arguments["epochs"]
-        keep = is_last or (epoch + 1) % args["checkpoint_freq"] == 0
+        is_last = epoch + 1 == self.arguments["epochs"]
+        keep = is_last or (epoch + 1) % self.arguments["checkpoint_freq"] == 0
         self.save(epoch, self.iters_per_epoch, keep=keep)
-        if args["knn_freq"] and (is_last or (epoch + 1) % args["knn_freq"] == 0):
-            self.probe(network, dataset, epoch, image_size, args["workers"])
-        self.plot(num_prototypes)
+        if self.is_knn_epoch(epoch):
+            self.probe(epoch)
+        self.plot()
         return not is_last and self.must_stop(self.iters_per_epoch)
+
+    def is_knn_epoch(self, epoch: int) -> bool:
+        """Whether k-NN evaluates the network at the end of an epoch."""
+        every, is_last = self.arguments["knn_freq"], epoch + 1 == self.arguments["epochs"]
+        return bool(every) and (is_last or (epoch + 1) % every == 0)
+
+    def begin(self) -> None:
+        """Describe the run in its folder, and do what the epoch before still owed: k-NN and curves.
+
+        All processes call it, after resume(), and not before: a run that may not go on leaves the
+        folder as it was.
+        """
+        if self.process.rank == 0:
+            describe_run(self.arguments, self.folder)
+        epoch, start = self.resumed_at
+        if epoch == 0 or start > 0:
+            return
+        owed = not any("knn" in line and line["epoch"] == epoch - 1 for line in self.logged)
+        if self.is_knn_epoch(epoch - 1) and dist.broadcast_object(owed):
+            logger.info(f"k-NN of epoch {epoch}, which the run did not come to")
+            self.probe(epoch - 1)
+        picture = self.folder / "plots" / "curves.png"
+        if (
+            not picture.exists()
+            or picture.stat().st_mtime < (self.folder / "log.jsonl").stat().st_mtime
+        ):
+            self.plot()
 
     def leave(self) -> int:
         """End the process group and close the log; returns the exit status."""
@@ -184,6 +223,7 @@ class Run:
         All processes call it; one writes. Refuses to replace a good checkpoint by a broken one.
         """
         self.check_finite()
+        self.check_weights()
         if done == self.iters_per_epoch:
             epoch, done = epoch + 1, 0
         state = {
@@ -202,9 +242,12 @@ class Run:
     def resume(self) -> tuple[int, int]:
         """Take over the newest checkpoint of the folder, if any: (epoch, iteration) to go on from."""
         state = checkpoint.load_checkpoint(self.folder)
+        if state is not None:
+            checkpoint.check_is_of_a_run(state, self.folder)
         epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
         checkpoint.check_same_place(epoch, samples_done, self.folder)
         if state is None:
+            self.log.rewind(0.0, assigned=False)
             return 0, 0
         checkpoint.check_same_run(
             state,
@@ -230,6 +273,12 @@ class Run:
             )
         else:
             logger.info(f"continues from epoch {epoch + 1}, iteration {start}")
+        labels = state["method_state"].get("pseudo_labels", {})
+        self.logged = self.log.rewind(
+            (epoch * self.iters_per_epoch + start) / self.iters_per_epoch,
+            assigned=labels.get("epoch") == epoch,
+        )
+        self.resumed_at = epoch, start
         return epoch, start
 
     # ============ stopping ============
@@ -257,13 +306,23 @@ class Run:
             "--precision fp32"
         )
 
+    def check_weights(self) -> None:
+        """Stop the run rather than save weights that are not finite, or so large that their norm is not."""
+        tensors = [x for module in self.saved.values() for x in module.state_dict().values()]
+        floating = [x.detach() for x in tensors if x.is_floating_point()]
+        total = sum(norms(kind).float().sum().cpu() for kind in same_kind(floating))
+        if dist.all_reduce_max((~torch.isfinite(total)).long()).item():
+            raise RunError(
+                "the weights are not finite, or beyond all bounds, and were not saved; "
+                f"{self.folder / 'checkpoint.pth'} holds the last good state, if one was saved; lower "
+                "--base_lr or --lr, lengthen --warmup_epochs, or use --precision fp32"
+            )
+
     def finished(self) -> int:
         """Leave after the last epoch. Returns the exit status."""
         logger.info(f"all epochs are done: {self.folder / checkpoint.NEWEST}")
         self.log.close()
-        self.stop.restore()
-        dist.shutdown()
-        return 0
+        return finish(self.stop)
 
     def stopped(self) -> int:
         """Leave after a signal: the run is saved; under Slurm, have it run again. Returns the status."""
@@ -295,18 +354,19 @@ class Run:
         )
         return line
 
-    def diagnose(self, line: dict, judge: Callable[[list[dict]], str | None]) -> None:
-        """Say it when the log lines show a collapse, once for each kind of trouble; or stop.
+    def diagnose(self, line: dict, judge: Callable[[list[dict]], Trouble | None]) -> None:
+        """Say it when the log lines show a collapse, once while it lasts; or stop.
 
-        judge: the last ten lines -> what is wrong with them, in a sentence, or None.
+        judge: the last ten lines -> what is wrong with them, or None.
         """
         self.history = [*self.history, {**line, "batch": self.global_batch}][-HISTORY:]
         found = judge(self.history)
         if found and self.arguments["abort_on_collapse"]:
-            raise RunError(f"--abort_on_collapse: {found}")
-        if found and (self.diagnosis is None or found[:20] != self.diagnosis[:20]):
-            logger.warning(f"WARNING: {found}")
-        self.diagnosis = found
+            raise RunError(f"--abort_on_collapse: {found.sentence}")
+        kind = found.kind if found else None
+        if found and kind != self.trouble:
+            logger.warning(f"WARNING: {found.sentence}")
+        self.trouble = kind
 
     def mean_over_processes(self, value: Tensor) -> float:
         """Mean over processes of a 0-d tensor."""
@@ -314,11 +374,9 @@ class Run:
         return mean.item() if math.isfinite(mean.item()) else math.nan
 
     # ============ k-NN and pictures, whose rooms are opened where they are used ============
-    def probe(self, network, dataset, epoch: int, image_size: int, workers: int) -> None:
-        """Evaluate by k-NN, if the data has labels, and log it; all processes call it.
-
-        network: with forward_backbone, of one of the networks saved.
-        """
+    def probe(self, epoch: int) -> None:
+        """Evaluate by k-NN, if the data has labels, and log it; all processes call it."""
+        network, dataset = self.evaluated, self.dataset
         if dataset.labels is None:
             return
         from ..evaluate.probe import knn_probe, open_validation
@@ -332,11 +390,11 @@ class Run:
             network,
             dataset,
             val,
-            size=image_size,
+            size=self.image_size,
             mean=self.augment.mean.flatten().tolist(),
             std=self.augment.std.flatten().tolist(),
             device=self.process.device,
-            num_workers=workers,
+            num_workers=self.arguments["workers"],
             precision=self.precision,
         )
         iteration = (epoch + 1) * self.iters_per_epoch - 1
@@ -361,7 +419,7 @@ class Run:
         mean, std = self.augment.mean, self.augment.std
         curves.crop_sheet([curves.to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops], path)
 
-    def plot(self, num_prototypes: float) -> None:
+    def plot(self) -> None:
         """Draw the log to plots/curves.png."""
         if self.process.rank != 0:
             return
@@ -370,7 +428,7 @@ class Run:
         except ImportError:  # said by picture_crops
             return
         try:
-            curves.plot_curves(self.folder, num_prototypes)
+            curves.plot_curves(self.folder, self.num_prototypes)
         except ImportError:
             logger.info("no curves: pip install matplotlib")
         except OSError as error:

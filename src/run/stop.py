@@ -9,6 +9,7 @@ import threading
 import torch
 
 from .. import dist
+from .lock import release_folders
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,19 @@ def leave(stop: StopSignal, hint: str = "the same command continues") -> int:
     if dist.is_main():
         logger.warning("stopped by %s; %s", stop.name, hint)
     requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
+    release_folders()
     stop.restore()
     dist.shutdown()
     return 128 + getattr(signal, stop.name)
+
+
+def finish(stop: StopSignal | None = None) -> int:
+    """End a process whose work is done: folders, signals, process group. Returns the exit status, 0."""
+    release_folders()
+    if stop is not None:
+        stop.restore()
+    dist.shutdown()
+    return 0
 
 
 def _requeue(job):

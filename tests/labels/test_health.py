@@ -64,7 +64,7 @@ def test_a_run_on_clusters_is_diagnosed_after_ten_bad_lines(change, words):
     lines = [{**CLUSTERS, **change}] * 10
     assert health.diagnose_clusters(lines[:9], 100) is None
     found = health.diagnose_clusters(lines, 100)
-    assert (found is None) if words is None else re.search(words, found)
+    assert (found is None) if words is None else re.search(words, found.sentence)
     assert health.diagnose_clusters([CLUSTERS, *lines[1:]], 100) is None
 
 

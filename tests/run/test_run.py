@@ -1,0 +1,161 @@
+"""What a run owes is paid, what it saves is sound, and what is wrong with it is said once."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import main_swav
+from src.errors import CheckpointError, RunError
+from src.run.checkpoint import check_is_of_a_run, load_checkpoint, save_checkpoint
+from src.run.health import Trouble
+from src.run.log import RunLog
+from src.run.run import Run
+from tests.runs import signal_handlers as signal_handlers
+
+TINY = "--width 0.125 --nmb_prototypes 12 --nmb_crops 2 --batch_size 432 --log_freq 1".split()
+
+
+def train(folder, *argv):
+    return main_swav.main([*TINY, "--no-tensorboard", "--dump_path", str(folder), *argv])
+
+
+def log_of(folder):
+    return [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def places(folder):
+    return [(line["iteration"], "knn" in line) for line in log_of(folder)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two epochs of three iterations, with k-NN after each."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(folder, "--epochs", "2", "--knn_freq", "1") == 0
+    return folder
+
+
+# ============ owed ============
+def test_a_run_that_was_killed_before_its_knn_and_curves_makes_up_for_them(
+    tmp_path, monkeypatch, trained, signal_handlers
+):
+    def killed(self, epoch):
+        if epoch == 1:
+            raise SystemExit(137)
+        return probe(self, epoch)
+
+    with monkeypatch.context() as patch:
+        probe = Run.probe
+        patch.setattr(Run, "probe", killed)
+        with pytest.raises(SystemExit):
+            train(tmp_path, "--epochs", "2", "--knn_freq", "1")
+    before = (tmp_path / "plots" / "curves.png").stat().st_mtime_ns
+    assert places(tmp_path)[-1] == (5, False)
+    for _ in range(2):  # and not a second time
+        assert train(tmp_path, "--epochs", "2", "--knn_freq", "1") == 0
+        assert places(tmp_path) == places(trained)
+        assert log_of(tmp_path)[-1] == log_of(trained)[-1]
+    assert (tmp_path / "plots" / "curves.png").stat().st_mtime_ns > before
+
+
+def test_lines_of_what_is_done_again_are_not_in_the_log_twice(tmp_path, trained):
+    log = RunLog(tmp_path, tensorboard=False)
+    lines = log_of(trained)
+    text = (trained / "log.jsonl").read_text()
+    log.file.write(text + '{"epoch": 2, "epoch_fl')
+    log.file.flush()
+    kept = log.rewind(1.0, assigned=False)
+    assert kept == lines[:4] == log_of(tmp_path) and "knn" in kept[-1]
+    redone = (tmp_path / "log.redone.jsonl").read_text().splitlines()
+    assert [json.loads(x) for x in redone[:-1]] == lines[4:] and redone[-1].endswith("epoch_fl")
+    log.write(3, {"epoch_float": 1.5})
+    assert log_of(tmp_path)[-1] == {"epoch_float": 1.5}
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_the_line_of_an_assignment_stays_if_the_run_was_saved_with_it(tmp_path, assigned):
+    log = RunLog(tmp_path, tensorboard=False)
+    for line in ({"epoch_float": 1.0}, {"epoch_float": 1.0, "assignment_seconds": 2.0}):
+        log.write(0, line)
+    assert len(log.rewind(1.0, assigned=assigned)) == 1 + assigned
+
+
+@pytest.mark.parametrize("text", ['{"epoch": 1', "[]", "7", '{"epoch_float": "x"}', "\x00\x00"])
+def test_a_bad_line_in_the_log_ends_neither_a_run_nor_its_curves(tmp_path, trained, text):
+    lines = (trained / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines[:2], text, *lines[2:], text]))
+    log = RunLog(tmp_path, tensorboard=False)
+    assert len(log.rewind(9.0, assigned=True)) == len(lines)
+    log.write(6, {"epoch_float": 9.5})
+    assert len(log_of(tmp_path)) == len(lines) + 1
+
+
+# ============ sound ============
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
+    torch.manual_seed(0)
+    state = {"model": torch.randn(2000), "epoch": 1}
+    save_checkpoint(tmp_path, {**state, "epoch": 0})
+    save_checkpoint(tmp_path, state)
+    path, draws = tmp_path / "checkpoint.pth", random.Random(0)
+    good, seen = path.read_bytes(), 0
+    for _ in range(60):
+        bad = bytearray(good)
+        bad[draws.randrange(len(bad))] ^= 1 << draws.randrange(8)
+        path.write_bytes(bad)
+        (tmp_path / "checkpoint.pth.unreadable").unlink(missing_ok=True)
+        found = load_checkpoint(tmp_path)
+        seen += found["epoch"] == 0
+        assert torch.equal(found["model"], state["model"]) and found["epoch"] in (0, 1)
+    assert seen > 40  # the others are in padding, or in what both copies of a header say
+
+
+@pytest.mark.parametrize(
+    "state", [[], {"model": {}}, {"epoch": 1, "model": {}}, torch.zeros(3), {"state_dict": {}}]
+)
+def test_what_is_no_checkpoint_of_a_run_is_one_sentence(tmp_path, state):
+    torch.save(state, tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="is not the checkpoint of a run.*--init_from"):
+        train(tmp_path)
+    with pytest.raises(CheckpointError, match="use another --dump_path"):
+        check_is_of_a_run(state, tmp_path)
+
+
+def test_weights_that_are_beyond_all_bounds_are_not_saved(tmp_path, trained, signal_handlers):
+    """A finite loss whose step wrecks the weights, just before a save."""
+    for name in ("checkpoint.pth", "log.jsonl"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    before = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    argv = ["--epochs", "4", "--checkpoint_iters", "1", "--base_lr", "1e30", "--final_lr", "1e30"]
+    with pytest.raises(RunError, match="checkpoint.pth holds the last good state"):
+        train(tmp_path, *argv, "--optimizer", "sgd")
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert state["epoch"] == 2 and state["samples_done"] == 0
+    assert all(torch.equal(before[name], x) for name, x in state["model"].items())
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path, trained):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoint.pth").write_bytes((trained / "checkpoint.pth").read_bytes())
+    names = ["checkpoint.pth.tmp-1", "checkpoint.prev.pth.tmp-2", "checkpoints/ckp-1.pth.tmp-3"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    assert load_checkpoint(tmp_path)["epoch"] == 2
+    assert not any((tmp_path / name).exists() for name in names)
+
+
+# ============ said once ============
+def test_a_trouble_is_said_once_while_it_lasts(caplog):
+    run = SimpleNamespace(
+        history=[], trouble=None, global_batch=8, arguments={"abort_on_collapse": False}
+    )
+    found = iter(
+        [Trouble("loss", "is 1.0"), Trouble("loss", "is 1.1"), Trouble("codes", "x"), None]
+        + [Trouble("loss", "is 1.2")]
+    )
+    for _ in range(5):
+        Run.diagnose(run, {}, lambda lines: next(found))
+    said = [record.message for record in caplog.records]
+    assert said == ["WARNING: is 1.0", "WARNING: x", "WARNING: is 1.2"]
