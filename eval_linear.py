@@ -19,8 +19,8 @@ Starting the same command again continues where it stopped. Everything that trai
 
 Deviations from the authors' code: any number of classes and images; without --batch_size a protocol
 but dino's has 256 images over all processes; validation features are computed once, the last, smaller
-batch is left out; --use_bn is over all processes; folds take all images, in turns; of --conv maps the
-maximum is pooled, their code takes the mean: --conv_pooling average; what does not fit stops the run.
+batch is left out; --use_bn is over all processes; folds take all images, in turns; what does not fit
+stops the run.
 Kept: SwAV's red standard deviation 0.228 in its protocol; the best epoch by validation is reported.
 """
 
@@ -168,8 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     dim = count_features(forward, args)  # what does not fit is found before anything is started
     as_swav = args.protocol == "swav" and args.sobel is None
     args.mean, args.std = network.normalisation(train, SWAV_RED if as_swav else IMAGENET_RED)
-    settings = {name: getattr(args, name) for name in FEATURES}
-    settings["weights"] = fingerprint(model, network.head)
+    settings = {**feature_settings(args), "weights": fingerprint(model, network.head)}
     named = {name: getattr(args, name) for name in NAMED}
     out, folder = Path(args.dump_path), Path(args.dump_path) / "linear"
     if args.evaluate:
@@ -232,6 +231,14 @@ def main(argv: list[str] | None = None) -> int:
     if len(folds) > 1:
         report_folds(paths, out / "eval_linear.json")
     return finish(stop)
+
+
+def feature_settings(args):
+    """What features depend on, by name, without --conv_pooling where no convolution is pooled."""
+    settings = {name: getattr(args, name) for name in FEATURES}
+    if args.conv is None:
+        del settings["conv_pooling"]
+    return settings
 
 
 def evaluate(saved, frozen, val, *, settings, args):
@@ -388,8 +395,8 @@ def get_parser() -> argparse.ArgumentParser:
         "teacher; with --conv deepcluster for alexnet, else deepercluster; else swav")
     add("--conv", type=positive(int), default=None,
         help="the convolution whose map is classified, of alexnet (1 to 5) or vgg16 (1 to 13)")
-    add("--conv_pooling", default="max", choices=KINDS,
-        help="of that map; average is what the authors' code does")
+    add("--conv_pooling", default="average", choices=KINDS,
+        help="of that map; average as in the thesis (before Table 3.3) and the authors' code")
     add("--n_last_blocks", type=positive(int), default=None,
         help="blocks of a vision transformer whose class tokens are used (default: 4; vit_base 1)")
     add("--avgpool_patchtokens", type=flags.boolean, default=None,

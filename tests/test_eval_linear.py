@@ -399,8 +399,11 @@ def test_what_an_earlier_version_saved_goes_on(images, tmp_path):
     expected = evaluate(tmp_path, *argv)
     path = tmp_path / "linear" / "checkpoint.pth"
     state = torch.load(path, weights_only=True)
-    for name in ("momentum", "conv", "conv_pooling", "tencrops", "split", "fold"):
+    for name in ("momentum", "conv", "tencrops", "split", "fold"):
         del state["settings"][name]
+    torch.save(state, path)
+    assert evaluate(tmp_path, *argv) == expected
+    state["settings"]["conv_pooling"] = "max"  # a default that was another, and of no use here
     torch.save(state, path)
     assert evaluate(tmp_path, *argv) == expected
     with pytest.raises(OSError, match="with momentum 0.9, not 0.5"):
@@ -618,6 +621,7 @@ def test_the_protocol_of_a_convolution_is_that_of_its_network():
         *(1e-4, 90),
     )
     assert alexnet.scheduler_type == "inverse_sqrt" and alexnet.sobel is False
+    assert alexnet.conv_pooling == "average"
     lrs = [arguments(f"--data_path x --arch vgg16 --conv {i}").lr for i in range(1, 14)]
     assert lrs == [0.005, 0.01, *[0.03] * 4, 0.02, *[0.03] * 3, *[0.02] * 3]
     vgg = arguments("--data_path x --arch vgg16 --conv 9 --sobel --lr 0.1 --wd -3 --verbose")

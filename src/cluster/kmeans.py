@@ -339,7 +339,8 @@ def faiss_centroids(
         raise ValueError('backend="faiss" needs the package faiss: pip install faiss-cpu') from None
     rows = dist.all_gather_rows(features.float().cpu()).contiguous()
     found = centroids.cpu().contiguous()
-    if dist.is_main() and iterations:
+
+    def train():
         kmeans_of_faiss = faiss.Kmeans(
             rows.shape[1],
             len(found),
@@ -349,5 +350,7 @@ def faiss_centroids(
             max_points_per_centroid=2**31 - 1,  # no sampling
         )
         kmeans_of_faiss.train(rows.numpy(), init_centroids=found.numpy())
-        found = torch.from_numpy(kmeans_of_faiss.centroids)
-    return dist.broadcast(found).to(features.device)
+        return torch.from_numpy(kmeans_of_faiss.centroids)
+
+    trained = dist.on_main(train) if iterations else None
+    return dist.broadcast(found if trained is None else trained).to(features.device)

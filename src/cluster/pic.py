@@ -83,12 +83,17 @@ def power_iteration_clustering(
     Raises ValueError for shapes or numbers that cannot be.
     """
     _check(ids, distances, sigma, alpha, iterations)
-    labels = torch.zeros(len(ids), dtype=torch.int64)
-    if dist.is_main():
-        ids = ids.cpu()
-        edges = _edges(ids, distances.cpu(), sigma)
-        peaks = _peaks(*edges, _power_iteration(*edges, len(ids), alpha, iterations))
-        labels = _without_singletons(peaks, ids).unique(return_inverse=True)[1]
+
+    def climb():
+        nodes = ids.cpu()
+        sources, targets, weights = _edges(nodes, distances.cpu(), sigma)
+        v = _power_iteration(sources, targets, weights, len(nodes), alpha, iterations)
+        peaks = _peaks(sources, targets, weights, v)
+        return _without_singletons(peaks, nodes).unique(return_inverse=True)[1]
+
+    labels = dist.on_main(climb)
+    if labels is None:
+        labels = torch.zeros(len(ids), dtype=torch.int64)
     return dist.broadcast(labels).to(distances.device)
 
 

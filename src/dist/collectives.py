@@ -8,15 +8,19 @@ src.dist.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..errors import RunError, cause
+
 TIMEOUT = 1800.0  # seconds that a collective waits for the other processes, of --dist_timeout
 _limit = contextvars.ContextVar("limit", default=timedelta(seconds=TIMEOUT))
+LONGEST_PAUSE = 5.0  # seconds between two looks whether the main process is done, see on_main
 _within = contextvars.ContextVar("within", default=None)  # the group of `within`; None: all
 
 
@@ -146,6 +150,42 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, _global(source), _within.get(), device=_wire())
     return box[0]
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """The result of work() on the main process, None on the others, which wait as long as it takes.
+
+    Work of hours would outlast the time limit of one collective; here a short one is repeated while a
+    thread works. work: without collectives, and mostly outside of Python's lock. What it raises is
+    raised there, and as RunError on the others. All processes call it.
+    """
+    if world_size() == 1:
+        return work()
+    results, errors, thread = [], [], None
+
+    def run():
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    if is_main():
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+    pause = 0.001
+    while True:
+        if thread is not None:
+            thread.join(pause)
+        working = thread is not None and thread.is_alive()
+        if not all_reduce_max(torch.tensor([int(working)])).item():
+            break
+        pause = min(LONGEST_PAUSE, 1.5 * pause)
+    failure = broadcast_object(cause(errors[0]) if errors else None)
+    if errors:
+        raise errors[0]
+    if failure is not None:
+        raise RunError(f"process 0, for which all others wait, has failed: {failure}")
+    return results[0] if results else None
 
 
 def all_gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:

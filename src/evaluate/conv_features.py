@@ -40,7 +40,7 @@ KINDS = {
 }
 
 
-def pool_map(maps: Tensor, pooling: Pooling, kind: str = "max") -> Tensor:
+def pool_map(maps: Tensor, pooling: Pooling, kind: str = "average") -> Tensor:
     """(B, C, H, W) -> (B, C, cells, cells), for maps of images of another size than 224 px too.
 
     Where the published kernel does not give the published number of cells, adaptive pooling does;
@@ -54,7 +54,7 @@ def pool_map(maps: Tensor, pooling: Pooling, kind: str = "max") -> Tensor:
     return adaptive(maps, [min(side, cells) for side in sides])
 
 
-def conv_input(model: nn.Module, conv: int, kind: str = "max") -> Callable[[Tensor], Tensor]:
+def conv_input(model: nn.Module, conv: int, kind: str = "average") -> Callable[[Tensor], Tensor]:
     """Images (B, C, S, S) -> the pooled map after convolution `conv`, its BN and ReLU, (B, D).
 
     model: src.nets.convnets.AlexNet or VGG16, convolutions counted from 1. Raises ValueError for

@@ -6,20 +6,28 @@ import torch.nn.functional as F
 from ..data.datasets import ImageDataset, open_dataset
 from ..labels.features import extract_features
 from .knn import knn_accuracy
-from .splits import split_features
+from .splits import check_classes, number_as, split_features
 
 TEMPERATURE = 0.07  # Wu et al. 2018, arXiv:1805.01978
 NUM_NEIGHBOURS = 20
 
 
 def open_validation(dataset: ImageDataset, data_path: str, in_chans: int) -> ImageDataset | None:
-    """The labelled val split beside the training images, None where there is none."""
+    """The labelled val split beside the training images, None where there is none.
+
+    Raises ValueError where the two have no class in common, and warns of classes that training lacks.
+    """
     dataset.load(0)  # or a storage that is away for a moment would look like a missing split
     try:
         val = open_dataset(data_path, split="val", in_chans=in_chans, **dataset.reading)
     except FileNotFoundError:
         return None
-    return None if val.labels is None or val.same_files(dataset) else val
+    if val.labels is None or val.same_files(dataset):
+        return None
+    number_as(dataset, val)
+    remedy = "--data_path: name the folders of classes alike in both splits, or use --knn_freq 0"
+    check_classes(dataset, val, remedy)
+    return val
 
 
 def knn_probe(network, dataset: ImageDataset, val: ImageDataset | None, **extraction) -> float:

@@ -28,7 +28,8 @@ def open_labelled_splits(
 
     train_path, val_path: where they are not in data_path. The labels of validation images are
     numbered as the classes of the training images. reading: storage_timeout and max_broken of
-    open_dataset. Raises ValueError where labels are missing.
+    open_dataset. Raises ValueError where labels are missing, and where no class is in both; what is
+    only in the validation images is a warning.
     """
     train_flag = "--train_path" if train_path else "--data_path"
     val_flag = "--val_path" if val_path else "--data_path"
@@ -39,10 +40,8 @@ def open_labelled_splits(
     if val.same_files(train):
         logger.info(f"{train.name} is one split: image 0, {HELD_OUT}, ... are held out")
         return train, None
-    if train.classes and val.classes and train.classes != val.classes:
-        numbers = {name: i for i, name in enumerate(train.classes)}
-        order = [numbers.setdefault(name, len(numbers)) for name in val.classes]
-        val.labels, val.classes = torch.tensor(order)[val.labels], list(numbers)
+    number_as(train, val)
+    check_classes(train, val, f"{val_flag}: name the folders of classes alike in both splits")
     return train, val
 
 
@@ -76,7 +75,52 @@ def open_splits(
     for part in parts:
         check_labelled(part, "--data_path")
     train, val, test = parts
-    return Joined(train, val), test
+    number_as(train, val)
+    joined = Joined(train, val)
+    number_as(joined, test)
+    check_classes(joined, test, "--data_path: name the folders of classes alike in all splits")
+    return joined, test
+
+
+def number_as(train: ImageDataset, val: ImageDataset) -> None:
+    """Number the classes of validation images as the training images' are, further ones behind them."""
+    if train.classes and val.classes and train.classes != val.classes:
+        numbers = {name: i for i, name in enumerate(train.classes)}
+        order = [numbers.setdefault(name, len(numbers)) for name in val.classes]
+        val.labels, val.classes = torch.tensor(order)[val.labels], list(numbers)
+
+
+def check_classes(train: ImageDataset, val: ImageDataset, remedy: str) -> None:
+    """Warn of validation images of classes that no training image has, which are errors whatever the
+    features are; raise ValueError if all of them are. remedy: a flag, and what to do.
+
+    The labels are numbered alike already. Images with several labels are not looked at.
+    """
+    if train.labels.ndim != 1 or val.labels.ndim != 1:
+        return
+    trained = train.labels.unique()
+    unknown = val.labels[~torch.isin(val.labels, trained)]
+    if not len(unknown):
+        return
+    lacking = _names(unknown.unique(), val.classes)
+    if len(unknown) == len(val.labels):
+        raise ValueError(
+            f"none of the classes of {val.name}'s validation images ({lacking}) is one of its "
+            f"training images' ({_names(trained, train.classes)}), so that none could be classified: "
+            f"look at {remedy}"
+        )
+    logger.warning(
+        f"WARNING: {len(unknown):,} of {len(val.labels):,} validation images "
+        f"({100 * len(unknown) / len(val.labels):.1f} %) are of {len(unknown.unique())} classes that no "
+        f"training image has ({lacking}): they count as errors"
+    )
+
+
+def _names(numbers, classes, most=5):
+    """The first few names of classes, by number."""
+    names = [classes[i] if classes and i < len(classes) else str(i) for i in numbers.tolist()]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_labelled(dataset: ImageDataset, flag: str) -> None:
@@ -143,11 +187,11 @@ class Part:
 
 
 class Joined:
-    """Two datasets with the same classes, one after the other."""
+    """Two datasets, one after the other; the classes of the second are numbered as the first's."""
 
     def __init__(self, first: ImageDataset, second: ImageDataset):
         self.parts, self.name = (first, second), f"{first.name} and {second.name}"
-        self.mean, self.std, self.classes = first.mean, first.std, first.classes
+        self.mean, self.std, self.classes = first.mean, first.std, second.classes or first.classes
         self.labels, self.groups = torch.cat([first.labels, second.labels]), None
 
     def __len__(self):

@@ -5,6 +5,8 @@ import resource
 import stat
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 from src import dist
 from src.dist.launch import Launch, gpu_index, read_launch, rendezvous
+from src.errors import RunError
 from src.run import flags
 from tests.gloo import CONTEXT, run_ranks
 
@@ -468,6 +471,33 @@ def _barrier_times(rank, world_size, folder):
 
 def test_nobody_passes_the_barrier_before_the_last_has_come(tmp_path):
     assert run_ranks(_barrier_times, 2, str(tmp_path)) == [True, True]
+
+
+def _wait_for_main(rank, world_size, limit, seconds):
+    """What on_main gives where collectives wait for `limit` seconds, and what all are told of an error."""
+    group = torch.distributed.new_group(list(range(world_size)), timedelta(seconds=limit))
+
+    def work():
+        time.sleep(seconds)
+        return "done"
+
+    def fail():
+        raise KeyError("no such cluster")
+
+    with dist.within(group):
+        result = dist.on_main(work)
+        with pytest.raises((RunError, KeyError)) as error:
+            dist.on_main(fail)
+        total = dist.all_reduce_sum(torch.ones(1)).item()  # the group goes on
+    return result, type(error.value).__name__, str(error.value), total
+
+
+def test_work_of_the_main_process_may_take_longer_than_a_collective():
+    first, second = run_ranks(_wait_for_main, 2, 1.0, 1.5)
+    assert first == ("done", "KeyError", "'no such cluster'", 2.0)
+    assert second[:2] == (None, "RunError") and second[3] == 2.0
+    assert "process 0" in second[2] and "no such cluster" in second[2]
+    assert dist.on_main(lambda: 3) == 3
 
 
 def _inside_a_group(rank, world_size):
