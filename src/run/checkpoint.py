@@ -201,7 +201,6 @@ def check_same_run(
     images_digest: of ImageDataset. Images of other names are refused where something is known of each
     image by its number, and else logged.
     """
-    check_is_of_a_run(state, folder)
     other = state.get("method", method)  # runs of the first versions have none
     if other != method or not all(name in state for name in networks):
         raise CheckpointError(

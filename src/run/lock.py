@@ -165,7 +165,7 @@ def _is_this_process(holder):
 
 
 def _is_elsewhere(holder):
-    return bool(holder) and holder.get("host") != socket.gethostname()
+    return holder.get("host") not in (None, socket.gethostname())
 
 
 def _has_ended(holder):

@@ -15,6 +15,8 @@ from src.run.log import RunLog
 from src.run.run import Run
 from tests.runs import signal_handlers as signal_handlers
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
 TINY = "--width 0.125 --nmb_prototypes 12 --nmb_crops 2 --batch_size 432 --log_freq 1".split()
 
 
