@@ -135,9 +135,18 @@ class Queue:
         batch_size, rank, world_size = self.batch_size, dist.rank(), dist.world_size()
         stored = state["embeddings"].to(self.embeddings.device)
         num_batches = self.embeddings.shape[1] // batch_size
-        if stored.shape[1] < num_batches * world_size * batch_size:
-            return  # the queue was made longer: it fills again
-        stored = stored[:, : num_batches * world_size * batch_size]
+        global_batch = world_size * batch_size
+        missing = num_batches * global_batch - stored.shape[1]
+        if (
+            missing > 0
+        ):  # the queue was made longer: it keeps the newest whole batches, and fills up
+            kept = stored.shape[1] // global_batch * global_batch
+            logger.info(
+                f"the queue is longer than that of the checkpoint: {kept:,} rows of it are kept"
+            )
+            state = {"num_rows": min(state["num_rows"], kept)}
+            stored = F.pad(stored[:, :kept], (0, 0, 0, num_batches * global_batch - kept))
+        stored = stored[:, : num_batches * global_batch]
         stored = stored.unflatten(1, (num_batches, world_size, batch_size))[:, :, rank]
         self.embeddings = stored.flatten(1, 2).clone()
         self.num_rows = state["num_rows"] // world_size

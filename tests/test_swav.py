@@ -179,14 +179,11 @@ def test_a_saved_queue_goes_on_in_another_number_of_processes(world_size, batch_
         assert num_rows == 40
 
 
-def test_a_shorter_queue_keeps_the_newest_rows_and_a_longer_one_fills_again():
+def test_a_shorter_queue_keeps_the_newest_rows():
     state = {"embeddings": torch.arange(48.0).view(2, 24, 1), "num_rows": 24}
     shorter = Queue(2, 8, 1, 8, "cpu")
     shorter.load_state_dict(state)
     assert torch.equal(shorter.embeddings, state["embeddings"][:, :8]) and shorter.full
-    longer = Queue(2, 32, 1, 8, "cpu")
-    longer.load_state_dict(state)
-    assert not longer.full and longer.embeddings.abs().sum() == 0
 
 
 def test_normalised_scores_stay_within_the_bound_given_to_sinkhorn():
@@ -243,3 +240,20 @@ def test_the_plain_loss_equals_the_fused_one_in_value_and_gradient(temperature):
     other.backward()
     assert loss.item() == pytest.approx(other.item(), rel=1e-6)
     torch.testing.assert_close(plain.grad, fused.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch_size, kept", [(4, 12), (8, 8), (5, 10)])
+def test_a_queue_that_comes_out_longer_keeps_its_newest_embeddings(batch_size, kept):
+    before = Queue(2, 12, 16, batch_size=4, device="cpu")
+    for _ in range(4):
+        before.push(torch.randn(2, 4, 16))
+    state = before.state_dict()
+    length = 40 // batch_size * batch_size
+    longer = Queue(2, length, 16, batch_size=batch_size, device="cpu")
+    longer.load_state_dict(state)
+    assert torch.equal(longer.embeddings[:, :kept], state["embeddings"][:, :kept])
+    assert not longer.embeddings[:, kept:].any() and longer.num_rows == kept
+    assert not longer.full
+    while longer.num_rows < length:
+        longer.push(torch.randn(2, batch_size, 16))
+    assert longer.full and longer.embeddings.shape == (2, length, 16)
