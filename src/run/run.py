@@ -399,6 +399,7 @@ class Run:
             std=self.augment.std.flatten().tolist(),
             device=self.process.device,
             num_workers=self.arguments["workers"],
+            loader_timeout=self.arguments["loader_timeout"],
             precision=self.precision,
         )
         iteration = (epoch + 1) * self.iters_per_epoch - 1
