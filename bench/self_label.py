@@ -53,9 +53,8 @@ def main(argv=None):
     parser.add_argument("--iterations", type=int, default=12)
     smoke = {"rows": 400, "dim": 16, "prototypes": 30, "iterations": 4}
     args = parse_args(parser, smoke, argv)
-    logging.getLogger("src.cluster.self_label").setLevel(
-        logging.ERROR
-    )  # these do not converge: no warning
+    # These do not converge: no warning.
+    logging.getLogger("src.cluster.self_label").setLevel(logging.ERROR)
     torch.manual_seed(0)
     data = clustered(args.rows, args.prototypes, args.dim, args.device)
 

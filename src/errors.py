@@ -15,6 +15,12 @@ class Stopped(Exception):
     """A signal asked for a stop in the middle of work that a later run does again, or goes on with."""
 
 
+# What asks a script to stop. The later one wins where processes got different ones. A user signal
+# announces a time limit or a preemption, after which the job shall run again; SIGTERM alone is a
+# cancellation.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+
 # ============ what others' errors mean ============
 NO_SHARED_MEMORY = (
     "the loader processes have no room in shared memory, /dev/shm: use fewer --workers, --workers 0, or "

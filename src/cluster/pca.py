@@ -15,10 +15,8 @@ from .. import dist
 from .exact_sums import block_rows
 from .neighbours import full_precision
 
-BITS, ROWS = (
-    20,
-    2**13,
-)  # products of numbers below 2^BITS add up over ROWS to 2^53, exact in float64
+# Products of numbers below 2^BITS add up over ROWS to 2^53, exact in float64.
+BITS, ROWS = 20, 2**13
 COLUMNS = 512  # of the covariance computed at a time; what is above its diagonal is left out
 
 

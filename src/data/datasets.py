@@ -39,10 +39,8 @@ NAMES = (
 IMAGENET = ((0.485, 0.456, 0.406), (SWAV_RED_STD, 0.224, 0.225))
 SHARD_WINDOW = 8  # shards whose samples are mixed with each other
 STORAGE_TIMEOUT = 600.0  # seconds that a storage may take to come back
-FIRST_PAUSE, LONGEST_PAUSE = (
-    0.1,
-    10.0,
-)  # seconds between two attempts to read a file, doubled each time
+# Seconds between two attempts to read a file, doubled each time.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 MAX_BROKEN = 0.01  # share of the images that may be unreadable,
 FEW_BROKEN = 5  # and so many in any case
 PROBES = 8  # images that are tried before channels are said not to fit

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from ..errors import RunError, cause
+from ..errors import STOP_SIGNALS, RunError, cause
 
 TIMEOUT = 1800.0  # seconds that a batch may take, of --loader_timeout
 GRACE = 2.0  # seconds after it until torch, whose limit it is first, is interrupted
-# What reaches a whole process group, and is for the main process to act on.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class Loader(DataLoader):
@@ -120,7 +118,7 @@ def blocked_signals() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    numbers = [getattr(signal, name) for name in SIGNALS]
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -138,7 +136,7 @@ def _start_worker(worker, leaving):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: leaving.item() and os._exit(0))
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in SIGNALS])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
 
 
 def _collate_shared(samples, collate):

@@ -66,7 +66,7 @@ def fetch(address: str) -> Path:
 
 def refuse_damaged(path: str | Path) -> None:
     """Raise CheckpointError if a file is an archive, as torch.save writes, whose checksums do not hold."""
-    if (fault := _fault(path)) is not None:
+    if (fault := archive_fault(path)) is not None:
         raise CheckpointError(f"{path} {fault}")
 
 
@@ -93,8 +93,8 @@ def _download(url, file, encrypted):
         )
 
 
-def _fault(path, digits=""):
-    """What is wrong with a file, in words after its name; None if nothing is. digits: of its SHA-256."""
+def _fault(path, digits):
+    """archive_fault, of a file whose SHA-256 must begin with `digits`."""
     if digits:
         with open(path, "rb") as file:
             found = hashlib.sha256()
@@ -102,12 +102,21 @@ def _fault(path, digits=""):
                 found.update(block)
         if not found.hexdigest().startswith(digits):
             return f"has another checksum, {found.hexdigest()}, than the expected {digits}"
+    return archive_fault(path)
+
+
+def archive_fault(path: str | Path) -> str | None:
+    """What is wrong with a file of torch.save, in words after its name; None if nothing is, or is known.
+
+    Every part of the archive has a checksum, which torch.load does not look at: a flipped bit would
+    load as another weight. Reads the whole file; older formats have no checksums of their own.
+    """
     with open(path, "rb") as file:
         start = file.read(4)
     if start.lstrip().startswith(b"<"):
         return "is a web page, not a file of weights"
     if start != b"PK\x03\x04":
-        return None  # an older format, which has no checksums of its own
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +113,8 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     A torn or damaged file is set aside as *.unreadable and the one before it is taken, with a warning. All
     processes may call this. Raises CheckpointError when there are files and none can be read.
     """
+    from ..nets.downloads import archive_fault  # here, since --help does without it
+
     folder = Path(folder)
     if dist.is_main():  # which holds the folder's lock: nobody else is writing these
         for pattern in (f"{NEWEST}.tmp-*", f"{PREVIOUS}.tmp-*", "checkpoints/*.pth.tmp-*"):
@@ -124,7 +125,8 @@ def load_checkpoint(folder: str | Path) -> dict | None:
             # Of a large file each process reads what it needs: DeeperCluster's holds 42 GB.
             mapped = os.path.getsize(path) > MAPPED
             if not mapped or dist.is_main():
-                check_archive(path)
+                if (fault := archive_fault(path)) is not None:
+                    raise CheckpointError(f"it {fault}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except FileNotFoundError:
             continue
@@ -142,20 +144,6 @@ def load_checkpoint(folder: str | Path) -> dict | None:
         names = " and ".join(str(path) for path in unreadable)
         raise CheckpointError(f"{names} cannot be read: move away what is there to start afresh")
     return None
-
-
-def check_archive(path: str | Path) -> None:
-    """Raise CheckpointError for a file of torch.save that has changed since it was written.
-
-    Every part of the archive has a checksum, which torch.load does not look at: a flipped bit would
-    load as another weight. Files of other formats are not looked into. Reads the whole file.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise CheckpointError(f"{damaged} in it is damaged, its checksum does not fit")
 
 
 def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST) -> None:

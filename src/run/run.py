@@ -87,9 +87,8 @@ class Run:
         self.num_images, self.global_batch = num_images or len(dataset), global_batch
         self.evaluated = module if evaluated is None else evaluated
         self.image_size, self.num_prototypes = image_size, num_prototypes
-        self.iters_per_epoch = (
-            self.num_images // global_batch
-        )  # the last, smaller batch is left out
+        # The last, smaller batch is left out.
+        self.iters_per_epoch = self.num_images // global_batch
         self.method_state, self.saved = method_state or {}, saved or {"model": module}
         self.log = RunLog(self.folder if process.rank == 0 else None, args.tensorboard)
         self.stop, self.stopping = StopSignal(), False
@@ -223,11 +222,12 @@ class Run:
         All processes call it; one writes. Refuses to replace a good checkpoint by a broken one.
         """
         self.check_finite()
-        self.check_weights()
+        networks = {name: module.state_dict() for name, module in self.saved.items()}
+        self.check_weights(networks)
         if done == self.iters_per_epoch:
             epoch, done = epoch + 1, 0
         state = {
-            **{name: module.state_dict() for name, module in self.saved.items()},
+            **networks,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "method_state": {name: part.state_dict() for name, part in self.method_state.items()},
@@ -308,10 +308,13 @@ class Run:
             "--precision fp32"
         )
 
-    def check_weights(self) -> None:
-        """Stop the run rather than save weights that are not finite, or so large that their norm is not."""
-        tensors = [x for module in self.saved.values() for x in module.state_dict().values()]
-        floating = [x.detach() for x in tensors if x.is_floating_point()]
+    def check_weights(self, networks: dict[str, dict[str, Tensor]]) -> None:
+        """Stop the run rather than save weights that are not finite, or so large that their norm is not.
+
+        networks: the state dicts that would be saved, by name.
+        """
+        tensors = [x for weights in networks.values() for x in weights.values()]
+        floating = [x for x in tensors if x.is_floating_point()]
         total = sum(norms(kind).float().sum().cpu() for kind in same_kind(floating))
         if dist.all_reduce_max((~torch.isfinite(total)).long()).item():
             raise RunError(

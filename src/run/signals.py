@@ -11,11 +11,10 @@ import sys
 import threading
 import time
 
+from ..errors import STOP_SIGNALS
+
 logger = logging.getLogger(__name__)
 
-# The later one wins where processes got different ones. A user signal announces a time limit or a
-# preemption, after which the job shall run again; SIGTERM alone is a cancellation.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LAST_WORDS = 2.0  # seconds for the line that says why a process leaves
 LEAVE_SECONDS = 8.0  # from the end of a script's main to that of its process
 RANK_0_FIRST = 5.0  # seconds that the other processes wait while rank 0 asks for a requeue
@@ -23,7 +22,7 @@ RANK_0_FIRST = 5.0  # seconds that the other processes wait while rank 0 asks fo
 
 # ============ nothing to save: leave at once ============
 def catch() -> None:
-    """From here on a signal of SIGNALS ends the script with 128 + its number, and one line.
+    """From here on a signal of STOP_SIGNALS ends the script with 128 + its number, and one line.
 
     A thread does it, since the main thread may be in C++ for long: waiting for other processes,
     reading weights, multiplying matrices. SIGUSR1 and SIGUSR2 have a Slurm job requeued first. While a
@@ -34,7 +33,7 @@ def catch() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=[reading], daemon=True).start()
-    for name in SIGNALS:
+    for name in STOP_SIGNALS:
         number = getattr(signal, name, None)  # Windows has no user signals
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _left_to_the_thread)
@@ -46,7 +45,7 @@ def _left_to_the_thread(number, frame):
 
 def _watch(reading):
     """Act on the numbers of signals that Python writes to a pipe."""
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
     interrupts = 0
     while True:
         for number in os.read(reading, 64):

@@ -9,8 +9,8 @@ import threading
 import torch
 
 from .. import dist
+from ..errors import STOP_SIGNALS
 from .lock import release_folders
-from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class StopSignal:
         self._previous = {}
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread catch signals
-        for name in SIGNALS:
+        for name in STOP_SIGNALS:
             number = getattr(signal, name, None)  # Windows has SIGTERM only
             if number is not None:
                 self._previous[name] = signal.signal(number, self._catch)
@@ -38,13 +38,13 @@ class StopSignal:
     def _catch(self, number, frame):
         # Setting a flag is all that is safe here; in a forked process even that is not wanted.
         name = signal.Signals(number).name
-        if os.getpid() == self._pid and SIGNALS.index(name) > self._place():
+        if os.getpid() == self._pid and STOP_SIGNALS.index(name) > self._place():
             self.name = name
         if name == "SIGINT":  # who presses Ctrl-C again does not want to wait
             signal.signal(number, self._previous[name])
 
     def _place(self):
-        return -1 if self.name is None else SIGNALS.index(self.name)
+        return -1 if self.name is None else STOP_SIGNALS.index(self.name)
 
     @property
     def requested(self) -> bool:
@@ -56,7 +56,7 @@ class StopSignal:
         highest = int(dist.all_reduce_max(torch.tensor(self._place())))
         if highest < 0:
             return False
-        self.name = SIGNALS[max(highest, self._place())]
+        self.name = STOP_SIGNALS[max(highest, self._place())]
         if not self._said:
             if dist.is_main():
                 logger.warning("%s: saving, then stopping", self.name)
@@ -116,9 +116,7 @@ def leave(stop: StopSignal, hint: str = "the same command continues") -> int:
     if dist.is_main():
         logger.warning("stopped by %s; %s", stop.name, hint)
     requeue_slurm_job(stop)  # before any process leaves: srun then ends the step
-    release_folders()
-    stop.restore()
-    dist.shutdown()
+    finish(stop)
     return 128 + getattr(signal, stop.name)
 
 

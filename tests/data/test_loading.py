@@ -53,7 +53,7 @@ SENDS = []  # signals that each forked process gets at once, before it can do an
 
 
 @fork_only
-@pytest.mark.parametrize("name", loading.SIGNALS)
+@pytest.mark.parametrize("name", loading.STOP_SIGNALS)
 def test_a_signal_does_not_end_a_worker_that_is_being_started(name):
     if not SENDS:
         os.register_at_fork(
@@ -69,7 +69,7 @@ def test_a_signal_does_not_end_a_worker_that_is_being_started(name):
 @fork_only
 def test_a_worker_hears_no_signal_of_the_group():
     def send(index):
-        for name in loading.SIGNALS:
+        for name in loading.STOP_SIGNALS:
             os.kill(os.getpid(), getattr(signal, name))
         return index
 

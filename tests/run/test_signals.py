@@ -75,7 +75,7 @@ SAVING = """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signals.catch()
     names = []
-    for name in signals.SIGNALS:  # as a StopSignal does
+    for name in signals.STOP_SIGNALS:  # as a StopSignal does
         signal.signal(getattr(signal, name), lambda number, frame: names.append(number))
     for name in {sent}:
         os.kill(os.getpid(), getattr(signal, name))
