@@ -299,10 +299,11 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except (Exception, KeyboardInterrupt) as error:
+        if is_script:  # first: torch would raise its error of a dead process once more, in here
+            signals.end_workers()
         status, sentence = _judge(error)
         if is_script:  # while the error still holds the loaders, which wait for their processes
             signals.leave_within(signals.LEAVE_SECONDS, status)
-            signals.end_workers()
         logger.debug("stopped by an error", exc_info=True)
         if sentence is None:
             raise
