@@ -16,6 +16,7 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
 NUM_PICTURED = 8  # images on the sheet of crops
 HISTORY = 10  # log lines that a diagnosis sees
+DRAWING_SHARE = 20  # drawing the curves takes at most one part in so many of the time
 
 
 class Run:
@@ -99,6 +101,7 @@ class Run:
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
         self.validation = None  # the val split, opened at the first k-NN
         self.pictured = False
+        self.drawn_at, self.drawing_seconds = time.monotonic(), 1.0  # of the curves
 
     # ============ what the loop calls, in this order ============
     def iterate(
@@ -173,16 +176,22 @@ class Run:
 
     # ============ after an epoch, and after the last ============
     def end_epoch(self, epoch: int) -> bool:
-        """Save, evaluate by k-NN, draw the curves; whether to leave, since a signal asked for it."""
+        """Save, evaluate by k-NN, draw the curves; whether to leave, since a signal asked for it.
+
+        Where epochs are short, the curves are drawn now and then, and at the end.
+        """
         if self.stopping:
+            self.plot()
             return True
         is_last = epoch + 1 == self.arguments["epochs"]
         keep = is_last or (epoch + 1) % self.arguments["checkpoint_freq"] == 0
         self.save(epoch, self.iters_per_epoch, keep=keep)
         if self.is_knn_epoch(epoch):
             self.probe(epoch)
-        self.plot()
-        return not is_last and self.must_stop(self.iters_per_epoch)
+        leaving = is_last or self.must_stop(self.iters_per_epoch)
+        if leaving or time.monotonic() - self.drawn_at > DRAWING_SHARE * self.drawing_seconds:
+            self.plot()
+        return leaving and not is_last
 
     def is_knn_epoch(self, epoch: int) -> bool:
         """Whether k-NN evaluates the network at the end of an epoch."""
@@ -435,12 +444,15 @@ class Run:
             from ..pictures import curves
         except ImportError:  # said by picture_crops
             return
+        begun = time.monotonic()
         try:
             curves.plot_curves(self.folder, self.num_prototypes)
         except ImportError:
             logger.info("no curves: pip install matplotlib")
         except OSError as error:
             logger.warning(f"no curves: {error}")
+        self.drawn_at = time.monotonic()
+        self.drawing_seconds = self.drawn_at - begun
 
 
 # ============ networks on several processes ============

@@ -9,6 +9,7 @@ import torch
 
 import main_swav
 from src.errors import CheckpointError, RunError
+from src.run import run as run_module
 from src.run.checkpoint import check_is_of_a_run, load_checkpoint, save_checkpoint
 from src.run.health import Trouble
 from src.run.log import RunLog
@@ -54,13 +55,31 @@ def test_a_run_that_was_killed_before_its_knn_and_curves_makes_up_for_them(
         patch.setattr(Run, "probe", killed)
         with pytest.raises(SystemExit):
             train(tmp_path, "--epochs", "2", "--knn_freq", "1")
-    before = (tmp_path / "plots" / "curves.png").stat().st_mtime_ns
+    assert not (tmp_path / "plots" / "curves.png").exists()
     assert places(tmp_path)[-1] == (5, False)
     for _ in range(2):  # and not a second time
         assert train(tmp_path, "--epochs", "2", "--knn_freq", "1") == 0
         assert places(tmp_path) == places(trained)
         assert log_of(tmp_path)[-1] == log_of(trained)[-1]
-    assert (tmp_path / "plots" / "curves.png").stat().st_mtime_ns > before
+    assert (tmp_path / "plots" / "curves.png").exists()
+
+
+def test_curves_take_a_small_part_of_the_time_and_are_there_at_the_end(tmp_path, monkeypatch):
+    clock, drawn = [0.0], []
+
+    def draw_for_three_seconds(folder, num_prototypes):
+        drawn.append(clock[0])
+        clock[0] += 3
+
+    def epoch_of_five_seconds(run, epoch, done, keep):
+        clock[0] += 5
+
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("src.pictures.curves.plot_curves", draw_for_three_seconds)
+    monkeypatch.setattr(Run, "save", epoch_of_five_seconds)
+    assert train(tmp_path, "--epochs", "40") == 0
+    assert drawn[0] == 25 and len(drawn) == 4  # after 20 s, then each 60 s, and the last
+    assert drawn[-1] == 40 * 5 + 3 * 3
 
 
 def test_lines_of_what_is_done_again_are_not_in_the_log_twice(tmp_path, trained):
