@@ -297,9 +297,11 @@ def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settin
     if first_epoch == args.epochs:
         logger.info(f"{folder} is trained for its {args.epochs} epochs already")
         return probe
-    val_features, val_labels = frozen.of(val, args.batch_size, args.tencrops)
+    with stop.at_once():
+        val_features, val_labels = frozen.of(val, args.batch_size, args.tencrops)
+        if args.cache_features:
+            features, _ = frozen.of(train, args.batch_size)
     if args.cache_features:
-        features, _ = frozen.of(train, args.batch_size)
         batches = CachedBatches(
             features, train, batch_size=args.batch_size, process=process, seed=args.seed
         )

@@ -289,13 +289,14 @@ def cluster_dataset(extract, dataset, folder, process, stop, args):
         "loader_timeout": args.loader_timeout,
     }
     precision = dist.resolve_precision(args.precision, process.device)
-    if extract is not None:
-        features, indices = extract(process.device, precision=precision, **loading)
-    else:
-        logger.info(
-            "no --pretrained: clusters of the pixels themselves, in place of a network's features"
-        )
-        features, indices = raw_pixels(dataset, **loading)
+    with stop.at_once():
+        if extract is not None:
+            features, indices = extract(process.device, precision=precision, **loading)
+        else:
+            logger.info(
+                "no --pretrained: clusters of the pixels themselves, in place of a network's features"
+            )
+            features, indices = raw_pixels(dataset, **loading)
 
     def leave_if_asked(*_):
         if stop.agreed():

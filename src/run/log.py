@@ -135,6 +135,11 @@ class RunLog:
             self.file = open(self.path, "a")
         return kept
 
+    def flush(self) -> None:
+        """Hand over what TensorBoard still holds back; the lines of log.jsonl are handed over at once."""
+        if self.events is not None:
+            self.events.flush()
+
     def close(self) -> None:
         for stream in (self.file, self.events):
             if stream is not None:

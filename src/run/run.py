@@ -186,17 +186,24 @@ class Run:
         is_last = epoch + 1 == self.arguments["epochs"]
         keep = is_last or (epoch + 1) % self.arguments["checkpoint_freq"] == 0
         self.save(epoch, self.iters_per_epoch, keep=keep)
-        if self.is_knn_epoch(epoch):
+        owes_knn = self.is_knn_epoch(epoch)
+        is_done = is_last and not owes_knn
+        leaving = not is_done and self.must_stop(self.iters_per_epoch)
+        if owes_knn and not leaving:
             self.probe(epoch)
-        leaving = is_last or self.must_stop(self.iters_per_epoch)
-        if leaving or time.monotonic() - self.drawn_at > DRAWING_SHARE * self.drawing_seconds:
+        if is_last or leaving or self.is_time_to_draw():
             self.plot()
-        return leaving and not is_last
+        return leaving
+
+    def is_time_to_draw(self) -> bool:
+        """Whether the curves may be drawn again without taking more than their share of the time."""
+        return time.monotonic() - self.drawn_at > DRAWING_SHARE * self.drawing_seconds
 
     def is_knn_epoch(self, epoch: int) -> bool:
         """Whether k-NN evaluates the network at the end of an epoch."""
         every, is_last = self.arguments["knn_freq"], epoch + 1 == self.arguments["epochs"]
-        return bool(every) and (is_last or (epoch + 1) % every == 0)
+        is_due = bool(every) and (is_last or (epoch + 1) % every == 0)
+        return is_due and self.dataset.labels is not None
 
     def begin(self) -> None:
         """Describe the run in its folder, and do what the epoch before still owed: k-NN and curves.
@@ -391,29 +398,32 @@ class Run:
 
     # ============ k-NN and pictures, whose rooms are opened where they are used ============
     def probe(self, epoch: int) -> None:
-        """Evaluate by k-NN, if the data has labels, and log it; all processes call it."""
-        network, dataset = self.evaluated, self.dataset
-        if dataset.labels is None:
-            return
-        from ..evaluate.probe import knn_probe, open_validation
+        """Evaluate by k-NN and log it; all processes call it.
 
+        Everything is saved: a signal ends the process at once, and the next start makes up for this.
+        """
+        network, dataset = self.evaluated, self.dataset
+        self.log.flush()
         share_buffers(network)
-        if self.validation is None:
-            data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
-            self.validation = [open_validation(dataset, data_path, in_chans)]
-        val = self.validation[0]
-        top1 = knn_probe(
-            network,
-            dataset,
-            val,
-            size=self.image_size,
-            mean=self.augment.mean.flatten().tolist(),
-            std=self.augment.std.flatten().tolist(),
-            device=self.process.device,
-            num_workers=self.arguments["workers"],
-            loader_timeout=self.arguments["loader_timeout"],
-            precision=self.precision,
-        )
+        with self.stop.at_once():
+            from ..evaluate.probe import knn_probe, open_validation
+
+            if self.validation is None:
+                data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
+                self.validation = [open_validation(dataset, data_path, in_chans)]
+            val = self.validation[0]
+            top1 = knn_probe(
+                network,
+                dataset,
+                val,
+                size=self.image_size,
+                mean=self.augment.mean.flatten().tolist(),
+                std=self.augment.std.flatten().tolist(),
+                device=self.process.device,
+                num_workers=self.arguments["workers"],
+                loader_timeout=self.arguments["loader_timeout"],
+                precision=self.precision,
+            )
         iteration = (epoch + 1) * self.iters_per_epoch - 1
         line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": top1}
         self.log.write(iteration, line)

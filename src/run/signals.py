@@ -66,6 +66,9 @@ def _leave(number):
     speaker = threading.Thread(target=_say, args=[f"stopped by {name}"], daemon=True)
     speaker.start()
     speaker.join(LAST_WORDS)
+    lock = sys.modules.get(f"{__package__}.lock")
+    if lock is not None:  # writers on other hosts would wait for a sign of life
+        lock.release_folders()
     end_workers()
     os._exit(status)
 

@@ -1,10 +1,12 @@
 """Stopping a run on request: finish the iteration, save, leave, and come back if that was meant."""
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -28,6 +30,9 @@ class StopSignal:
         self._said = False
         self._pid = os.getpid()
         self._previous = {}
+        self._take_over()
+
+    def _take_over(self):
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread catch signals
         for name in STOP_SIGNALS:
@@ -62,6 +67,21 @@ class StopSignal:
                 logger.warning("%s: saving, then stopping", self.name)
             self._said = True
         return True
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For long work with nothing to save: a signal means what it meant before this object was made.
+
+        In a script it ends the process at once, and so does one that came before and that nobody has
+        acted on. Where processes shall leave together after a signal of before, ask `agreed()` first.
+        """
+        self.restore()
+        try:
+            if self.requested:
+                signal.raise_signal(getattr(signal, self.name))
+            yield
+        finally:
+            self._take_over()
 
     def restore(self) -> None:
         """Put the earlier signal handlers back."""

@@ -73,6 +73,23 @@ def test_a_signal_to_the_group_while_loaders_start_is_not_theirs(script, name, t
     assert "Traceback" not in ending.screen and f"stopped by {name}" in ending.screen
 
 
+def test_a_signal_in_the_knn_of_a_run_is_not_delayed_and_the_next_start_makes_up_for_it(
+    photographs, tmp_path
+):
+    argv = [*DIGITS, "--data_path", photographs, "--preset", "tiny", "--workers", 0]
+    argv += ["--knn_freq", 1, "--epochs", 1, "--batch_size", 600]
+    folder = tmp_path / "run"
+    script = start("main_swav.py", folder, *argv)
+    script.wait_until((folder / "checkpoint.pth").exists)
+    script.send("SIGTERM")
+    ending = script.ending()
+    assert ending.status == 143 and "20-NN" not in ending.screen
+    assert ending.screen.splitlines()[-1].startswith("stopped by SIGTERM")
+    assert not (folder / "run.lock").exists()
+    again = start("main_swav.py", folder, *argv).ending(within=120)
+    assert again.status == 0 and again.screen.count("20-NN") == 1
+
+
 # ============ dead and stopped processes ============
 def evaluate_slowly(images, folder, *argv):
     """k-NN by a network that is slow enough to be hurt meanwhile."""

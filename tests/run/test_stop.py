@@ -52,6 +52,21 @@ def test_handlers_are_put_back():
     signal.signal(signal.SIGUSR1, before)
 
 
+def test_while_nothing_is_to_be_saved_a_signal_means_what_it_meant_before():
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *args: caught.append(args[0]))
+    stop = StopSignal()
+    with stop.at_once():
+        send("SIGTERM")
+    assert caught == [signal.SIGTERM] and not stop.requested
+    send("SIGTERM")
+    assert caught == [signal.SIGTERM] and stop.requested
+    with stop.at_once():  # and one of before is not forgotten
+        assert caught == [signal.SIGTERM] * 2
+    stop.restore()
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_a_forked_worker_neither_dies_of_the_signal_nor_takes_it_for_its_own(stop):
     child = os.fork()
     if child == 0:
