@@ -240,11 +240,17 @@ def test_the_first_is_that_after_which_all_were_bad(tmp_path):
 
 # ============ several processes ============
 def main(argv):
-    """main_swav whose rank 1 alone sees a batch of NaN; leaves what each process ends with."""
+    """A method, the last word, whose rank 1 alone sees a batch of NaN; leaves what each rank saves.
+
+    RotNet has the scaler of fp16, and nothing but the gradients is exchanged.
+    """
+    *argv, method = argv
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, (0, 1, 1))
         patch.setattr(Run, "plot", lambda *_: None)
         patch.setattr(Run, "picture_crops", lambda *_: None)
+        if method == "rotnet":
+            patch.setattr(dist, "grad_scaler", lambda *_: torch.amp.GradScaler("cpu"))
         save, rank = checkpoint.save_together, os.environ["RANK"]
 
         def watched(folder, state, keep_as=None):
@@ -253,25 +259,26 @@ def main(argv):
             torch.save(kept, folder / f"{state['samples_done']}-{rank}.pt")
 
         patch.setattr(checkpoint, "save_together", watched)
-        return importlib.import_module("main_swav").main(argv)
+        return importlib.import_module(f"main_{method}").main(argv)
 
 
-main.__module__ = "main_swav"
-
-
-def run_two(folder, *argv):
+def run_two(folder, method, *argv):
     data = images(folder.parent / "images", 4 * BATCH)
-    argv = [*FEW, *METHODS["swav"], "--data_path", data, "--batch_size", BATCH // 2, *argv]
+    argv = [*FEW, *METHODS[method], "--data_path", data, "--batch_size", BATCH // 2, *argv, method]
     processes = start_mains(__name__, folder, argv, world_size=2)
     return [process.wait() for process in processes], [process.read() for process in processes]
 
 
-def test_two_processes_skip_together_what_is_bad_on_one(tmp_path):
-    status, output = run_two(tmp_path / "run", "--max_nonfinite", 1)
+@pytest.mark.parametrize("method", ["swav", "rotnet"])
+def test_two_processes_skip_together_what_is_bad_on_one(tmp_path, method):
+    argv = ["--sync_bn", "none"] if method == "rotnet" else []
+    status, output = run_two(tmp_path / "run", method, "--max_nonfinite", 1, *argv)
     assert status == [0, 0], output
     (line,) = lines_of(tmp_path / "run")
     assert line["iteration"] == 1 and [len(rank) for rank in line["samples"]] == [BATCH // 2] * 2
     assert len({*line["samples"][0], *line["samples"][1]}) == BATCH
+    good, bad = line["loss"]
+    assert bad is None and (good is None) == (method == "swav")  # whose codes are of all images
     states = {
         (done, rank): torch.load(tmp_path / "run" / f"{done}-{rank}.pt", weights_only=True)
         for done in (BATCH, 2 * BATCH, 3 * BATCH, 0)
@@ -282,12 +289,14 @@ def test_two_processes_skip_together_what_is_bad_on_one(tmp_path):
         before, after = states[BATCH, rank]["model"], states[2 * BATCH, rank]["model"]
         assert not differences(before, after)
     for done in (BATCH, 2 * BATCH, 3 * BATCH, 0):
-        assert not differences(states[done, 0], states[done, 1])
+        changed = differences(states[done, 0], states[done, 1])
+        assert all("running" in name for name in changed)  # of batch norms that share nothing
+        assert method == "rotnet" or not changed
     assert all(x.isfinite().all() for x in states[0, 0]["model"].values())
 
 
 def test_two_processes_stop_together_at_what_is_bad_on_one(tmp_path):
-    status, output = run_two(tmp_path / "run")
+    status, output = run_two(tmp_path / "run", "swav")
     assert status == [1, 1], output
     (line,) = lines_of(tmp_path / "run")
     assert line["iteration"] == 1 and [len(rank) for rank in line["samples"]] == [BATCH // 2] * 2
