@@ -136,14 +136,14 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         targets = labels.of(indices, run.process.device)  # (heads, B)
         loss = deepcluster_loss(scores, targets, args.temperature)
         assigned = embedding[args.crops_for_assign]  # (crops, B, D)
-        bank.push(indices, assigned)
 
         # ============ backward and optim step ============
         run.backward(loss)
         if iteration < args.freeze_prototypes_niters:
             for prototypes in heads:
                 prototypes.grad = None
-        run.step()
+        if run.step():
+            bank.push(indices, assigned)
 
         # ============ log, save, stop ============
         if run.is_log_step():

@@ -148,10 +148,10 @@ def train_one_epoch(run, loader, places, heads, labels, epoch, start):
         # ============ backward and optim step ============
         backward(run, heads, loss)
         norm, sub_norm = grad_norm(run.module.parameters()), grad_norm(heads.parameters())
-        if not run.scaler.is_enabled() or norm.isfinite():
-            heads.optimizer.step()
         # Each process has classifiers of its own: where one is broken, NaN says so to all processes.
-        run.step(gradient_norm=norm.where(sub_norm.isfinite(), math.nan))
+        is_sound = run.step(gradient_norm=norm.where(sub_norm.isfinite(), math.nan))
+        if is_sound and (not run.scaler.is_enabled() or norm.isfinite()):
+            heads.optimizer.step()
 
         # ============ log, save, stop ============
         if run.is_log_step():

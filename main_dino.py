@@ -173,7 +173,6 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
             student_output = run.network(crops)  # (V * B, K)
 
         # ============ dino loss ============
-        targets = None
         if run.is_log_step():
             targets = criterion.probabilities(teacher_output, epoch)  # before the center moves
         loss = criterion(student_output, teacher_output, epoch)  # moves the center
@@ -184,12 +183,12 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
         if epoch < args.freeze_last_layer:
             for parameter in run.module.head.last_layer.parameters():
                 parameter.grad = None
-        run.step(gradient_norm=torch.linalg.vector_norm(norms))
-        momentum = float(schedules["momentum"][iteration])
-        update_teacher(teacher_parameters, student_parameters, momentum)
+        if run.step(gradient_norm=torch.linalg.vector_norm(norms)):
+            momentum = float(schedules["momentum"][iteration])
+            update_teacher(teacher_parameters, student_parameters, momentum)
 
         # ============ log, save, stop ============
-        if targets is not None:
+        if run.is_log_step():
             log_progress(run, targets, features, criterion.center)
         if run.save_or_stop():
             return

@@ -118,7 +118,7 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
     """One pass over the loader, from iteration `start` of the epoch on."""
     num_crops = sum(args.nmb_crops)
     heads = prototypes_of(run.module)
-    for iteration, crops, indices in run.iterate(loader, epoch, start):
+    for iteration, crops, indices in run.iterate(loader, epoch, start, changed=heads):
         for group in run.optimizer.param_groups:
             group["lr"] = float(schedule[iteration])
         normalize_prototypes(heads)
@@ -133,14 +133,14 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         targets = labels.of(indices, run.process.device)  # (heads, B)
         loss = sela_loss(scores, targets, args.temperature)
         assigned = embedding[args.crops_for_assign]  # (crops, B, D)
-        bank.push(indices, assigned)
 
         # ============ backward and optim step ============
         run.backward(loss)
         if iteration < args.freeze_prototypes_niters:
             for prototypes in heads:
                 prototypes.grad = None
-        run.step()
+        if run.step():
+            bank.push(indices, assigned)
 
         # ============ log, save, stop ============
         if run.is_log_step():

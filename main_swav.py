@@ -164,7 +164,7 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
     """One pass over the loader, from iteration `start` of the epoch on."""
     num_crops = sum(args.nmb_crops)
     heads = prototypes_of(run.module)
-    for iteration, crops, _ in run.iterate(loader, epoch, start):
+    for iteration, crops, _ in run.iterate(loader, epoch, start, changed=heads):
         for group in run.optimizer.param_groups:
             group["lr"] = float(schedule[iteration])
         normalize_prototypes(heads)
@@ -192,15 +192,14 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
             swapped = swav_loss(s, codes, args.nmb_crops, args.crops_for_assign, args.temperature)
             loss = loss + swapped / len(heads)
         assigned = embedding[args.crops_for_assign]  # (crops, B, D)
-        if queue is not None:
-            queue.push(assigned)
 
         # ============ backward and optim step ============
         run.backward(loss)
         if iteration < args.freeze_prototypes_niters:
             for prototypes in heads:
                 prototypes.grad = None
-        run.step()
+        if run.step() and queue is not None:
+            queue.push(assigned)
 
         # ============ log, save, stop ============
         if run.is_log_step():

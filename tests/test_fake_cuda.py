@@ -55,6 +55,7 @@ from src.nets.convnets import build_convnet
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, clip_gradients, grad_norm, parameter_groups
 from src.run import convnet_flags, flags, image_flags
+from src.run.nonfinite import FiniteSteps, Iteration
 
 # The most that one call may ask of a GPU: launches, and copies from memory that is not pinned.
 # A little above what was measured; who makes a call cheaper lowers its ceiling.
@@ -89,6 +90,8 @@ CEILINGS = {
     "adamw_step": (4, 0),
     "adamw_step_in_fp16": (19, 0),
     "gradient_norm": (4, 0),
+    "step_judged_later": (0, 0),
+    "buffers_kept_before_a_step": (2, 0),
     "kmeans_spherical_e_step": (15, 0),
     "kmeans_euclidean_e_step": (14, 0),
     "sela_first_step": (106, 0),
@@ -117,6 +120,7 @@ CEILINGS_OF_TWO = {
 # Where the host does wait for a GPU, and why. The test of what no longer waits fails, until it is
 # taken from this list and has a ceiling.
 WAITS = {
+    "step_judged_at_once": ("nonfinite.py: _are_bad", "with --max_nonfinite: may it be taken?"),
     "larc_step_in_fp16": ("grad_scaler.py: _maybe_opt_step", "torch's: did a gradient overflow?"),
     "deepercluster_overflow": (
         "super_classes.py: overflowed",
@@ -639,6 +643,28 @@ def adamw_step():
 def gradient_norm():
     parameters = list(with_gradients(network(main_swav)).parameters())
     return lambda: grad_norm(parameters)
+
+
+def judged_step(limit):
+    steps = FiniteSteps(limit, Path("nowhere"), modules=[network(main_swav)], scaled=False)
+    iteration = Iteration(0, 0, torch.arange(BATCH), loss=empty(()), gradient_norm=empty(()))
+    return steps, lambda: steps.admits(iteration)
+
+
+@case
+def step_judged_later():
+    return judged_step(limit=0)[1]
+
+
+@case
+def step_judged_at_once():
+    return judged_step(limit=1)[1]
+
+
+@case
+def buffers_kept_before_a_step():
+    steps, _ = judged_step(limit=1)
+    return lambda: steps.begin(changed=[])
 
 
 def scaled_step(name, script):

@@ -225,6 +225,9 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
     add("--knn_freq", type=at_least_zero(int), default=0,
         help="epochs between k-NN evaluations on the labels of the data, if any; 0: none")  # fmt: skip
+    add("--max_nonfinite", type=at_least_zero(int), default=0,
+        help="steps of the run that are skipped because the loss or its gradient is not finite, before "
+        "the run stops")  # fmt: skip
     add("--abort_on_collapse", action="store_true", help="stop when a collapse is diagnosed")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True,
         help="write TensorBoard events, where the package tensorboard is installed")  # fmt: skip

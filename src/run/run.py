@@ -7,7 +7,8 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
             ...                             # forward passes of run.network
         run.backward(loss)
         ...                                 # what the paper does to gradients
-        run.step()
+        if run.step():
+            ...                             # what keeps something of the batch: a queue, a teacher
         if run.is_log_step():
             run.report(health, text)
         if run.save_or_stop():
@@ -17,12 +18,12 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import dist
@@ -33,6 +34,7 @@ from . import checkpoint
 from .health import Trouble
 from .lock import hold_folder
 from .log import RunLog, Stopwatch, describe_run, duration
+from .nonfinite import REMEDIES, FiniteSteps, Iteration
 from .stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,14 @@ class Run:
         self.stop, self.stopping = StopSignal(), False
         self.epoch, self.done = 0, 0  # iterations of the epoch done, the one under way included
         self.loss, self.gradient_norm = None, None  # of the latest iteration, on the device
+        self.indices, self.skips = None, False  # its samples, and whether its step is skipped
+        parts = [part for part in self.method_state.values() if isinstance(part, nn.Module)]
+        self.steps = FiniteSteps(
+            args.max_nonfinite,
+            self.folder,
+            modules=[*self.saved.values(), *parts],
+            scaled=self.scaler.is_enabled(),
+        )
         self.stopwatch = None
         self.history, self.trouble = [], None  # of what kind the latest trouble is
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
@@ -105,18 +115,26 @@ class Run:
 
     # ============ what the loop calls, in this order ============
     def iterate(
-        self, loader, epoch: int, start: int, picture_crops: bool = True
+        self,
+        loader,
+        epoch: int,
+        start: int,
+        picture_crops: bool = True,
+        changed: Iterable[Tensor] = (),
     ) -> Iterator[tuple[int, list[Tensor], Tensor]]:
         """The iterations of an epoch from `start` on: (iteration of the run, crops, sample indices).
 
         crops: one (B, C, S, S) tensor a crop, on the device, augmented. Photometry and what the
         network draws (dropout, stochastic depth) come from (seed, epoch, iteration of the epoch,
-        rank). picture_crops: draw the first ones to plots/crops.png.
+        rank). picture_crops: draw the first ones to plots/crops.png. changed: parameters that the loop
+        changes before the step, beside the buffers of the networks; where a step is skipped, all are as
+        they were.
         """
         self.epoch, self.stopwatch = epoch, Stopwatch()
         self.network.train()
         for it, (batch, indices) in enumerate(self.stopwatch.watch(loader), start):
-            self.done = it + 1
+            self.done, self.indices, self.skips = it + 1, indices, False
+            self.steps.begin(changed)
             draws = generator(self.arguments["seed"], epoch, it, self.process.rank)
             torch.manual_seed(draws.initial_seed())
             crops = [crop.to(self.process.device, non_blocking=True) for crop in batch]
@@ -146,21 +164,36 @@ class Run:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
 
-    def step(self, gradient_norm: Tensor | None = None) -> None:
-        """A step of the optimizer; the scaler of fp16 skips it where a gradient is not finite.
+    def step(self, gradient_norm: Tensor | None = None) -> bool:
+        """A step of the optimizer; whether nothing was wrong with the batch.
 
-        gradient_norm: what the log shall say, the norm of all gradients unless given.
+        The scaler of fp16 skips the step where a gradient is not finite. With --max_nonfinite all
+        processes skip it where the loss of one, or without the scaler its gradient, is not finite: then
+        the answer is False, and nothing of the batch may be kept. gradient_norm: what the log shall
+        say, the norm of all gradients unless given.
         """
         if gradient_norm is None:
             gradient_norm = grad_norm(self.module.parameters())
         self.gradient_norm = gradient_norm
+        iteration = Iteration(
+            self.epoch, self.iteration, self.indices, loss=self.loss, gradient_norm=gradient_norm
+        )
+        self.skips = not self.steps.admits(iteration)
+        if self.skips:
+            self.scaler.update(self.scaler.get_scale())  # the scale stays, and it may unscale again
+            return False
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return True
 
     def is_log_step(self) -> bool:
-        """Whether this iteration writes a log line: each --log_freq, the epoch's last, the run's first."""
+        """Whether this iteration writes a log line: each --log_freq, the epoch's last, the run's first.
+
+        One whose step was skipped writes none.
+        """
         regular = self.done % self.arguments["log_freq"] == 0
-        return regular or self.done == self.iters_per_epoch or self.iteration == 0
+        ends = self.done == self.iters_per_epoch or self.iteration == 0
+        return (regular or ends) and not self.skips
 
     def save_or_stop(self) -> bool:
         """Save inside an epoch where asked for; whether a signal asked to stop before its end."""
@@ -237,7 +270,7 @@ class Run:
 
         All processes call it; one writes. Refuses to replace a good checkpoint by a broken one.
         """
-        self.check_finite()
+        self.steps.check()
         networks = {name: module.state_dict() for name, module in self.saved.items()}
         self.check_weights(networks)
         if done == self.iters_per_epoch:
@@ -250,6 +283,7 @@ class Run:
             "method": self.method,
             "epoch": epoch,
             "samples_done": done * self.global_batch,  # of the epoch
+            "skipped_steps": self.steps.skipped,
             "args": self.arguments,
             "num_images": self.num_images,
             "images_digest": self.images_digest,
@@ -283,6 +317,7 @@ class Run:
         for name, part in self.method_state.items():
             if name in state["method_state"]:
                 part.load_state_dict(state["method_state"][name])
+        self.steps.skipped = state.get("skipped_steps", 0)  # earlier versions skipped none
         start = min(samples_done // self.global_batch, self.iters_per_epoch - 1)
         if epoch >= self.arguments["epochs"]:
             logger.info(
@@ -309,21 +344,6 @@ class Run:
             self.stopping = self.stop.agreed()
         return self.stopping
 
-    def check_finite(self) -> None:
-        """Stop the run if the latest loss or gradient is not finite; what is saved stays as it is."""
-        values = [self.loss]
-        if not self.scaler.is_enabled():  # which skips a step whose gradient is not
-            values.append(self.gradient_norm)
-        values = [value.detach().float() for value in values if value is not None]
-        bad = sum((~torch.isfinite(value)).sum() for value in values)
-        if not values or not dist.all_reduce_max(bad).item():
-            return
-        raise RunError(
-            f"the loss or its gradient is not finite; {self.folder / 'checkpoint.pth'} holds the last "
-            "good state, if one was saved; lower --base_lr or --lr, lengthen --warmup_epochs, or use "
-            "--precision fp32"
-        )
-
     def check_weights(self, networks: dict[str, dict[str, Tensor]]) -> None:
         """Stop the run rather than save weights that are not finite, or so large that their norm is not.
 
@@ -335,8 +355,8 @@ class Run:
         if dist.all_reduce_max((~torch.isfinite(total)).long()).item():
             raise RunError(
                 "the weights are not finite, or beyond all bounds, and were not saved; "
-                f"{self.folder / 'checkpoint.pth'} holds the last good state, if one was saved; lower "
-                "--base_lr or --lr, lengthen --warmup_epochs, or use --precision fp32"
+                f"{self.folder / 'checkpoint.pth'} holds the last good state, if one was saved; "
+                f"{REMEDIES}"
             )
 
     def finished(self) -> int:
@@ -353,7 +373,7 @@ class Run:
     # ============ the log ============
     def report(self, health: dict, text: str) -> dict:
         """Write a log line, for people with `text` behind it; returns it. All processes call it."""
-        self.check_finite()
+        self.steps.check()
         rates = self.stopwatch.rates(self.global_batch, self.num_iterations - self.iteration - 1)
         line = {
             "epoch": self.epoch,
@@ -364,16 +384,19 @@ class Run:
             "gradient_norm": self.gradient_norm.item(),
             "peak_memory_mb": dist.peak_memory_mb(self.process.device),
             "broken_images": self.dataset.share_broken(),
+            "skipped_steps": self.steps.skipped,
             **rates,
             **health,
         }
         self.log.write(self.iteration, line)
-        broken = f"{line['broken_images']:,} broken images | " if line["broken_images"] else ""
+        troubles = f"{line['broken_images']:,} broken images | " if line["broken_images"] else ""
+        if self.steps.skipped:
+            troubles += f"{self.steps.skipped} steps skipped | "
         logger.info(
             f"epoch {self.epoch + 1}/{self.arguments['epochs']} it {self.iteration + 1} "
             f"loss {line['loss']:.4f} lr {line['lr']:.4g} grad {line['gradient_norm']:.3g} | "
             f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
-            f"eta {duration(rates['eta_seconds'])} mem {line['peak_memory_mb']:.0f} MB | {broken}{text}"
+            f"eta {duration(rates['eta_seconds'])} mem {line['peak_memory_mb']:.0f} MB | {troubles}{text}"
         )
         return line
 
