@@ -33,9 +33,16 @@ FLAGS = {
     "": "--arch, --stem and --in_chans",
 }
 
-# What a saved optimizer or queue cannot do without.
-SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
-SAME += ("super_classes", "rotnet")
+# What a saved network, optimizer or queue cannot do without.
+SAME = (
+    "optimizer",
+    "fixed_prototypes",
+    "crops_for_assign",
+    "norm_last_layer",
+    "super_classes",
+    "rotnet",
+    "image_padding",
+)
 # Parts of a method's state that have a row for each image, by its number.
 BY_IMAGE = ("memory_bank", "pseudo_labels")
 
@@ -196,6 +203,8 @@ def check_same_run(
             "another --dump_path, or start from its weights with --init_from"
         )
     before, changed = state["args"], None
+    if arguments["arch"] == "vgg16" and arguments.get("sobel") is False:
+        before = {"image_padding": 0, **before}  # runs of the first versions padded none
     for name in sorted(before.keys() & arguments.keys()):
         if before[name] != arguments[name]:
             logger.info("--%s was %s and is now %s", name, before[name], arguments[name])
