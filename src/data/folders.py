@@ -316,9 +316,9 @@ def is_of_one_file(path: bytes, root: bytes, error: OSError) -> bool:
         return _has_entries(root)
     target, root = os.path.realpath(path), os.path.realpath(root)
     below = target.startswith(os.path.join(root, b""))
-    place = root if below else os.path.dirname(target)  # a link may lead to another storage
+    parent = root if below else os.path.dirname(target)  # a link may lead to another storage
     # Looked at twice, since a storage may come back at any moment.
-    return _has_entries(place) and not os.path.lexists(target) and _has_entries(place)
+    return _has_entries(parent) and not os.path.lexists(target) and _has_entries(parent)
 
 
 def _has_entries(folder):

@@ -166,9 +166,11 @@ def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST
         f"{name}." for name, part in module.named_modules() if getattr(part, "resizable", False)
     )
     for name in own.keys() & state.keys():
-        there, here = tuple(state[name].shape), tuple(own[name].shape)
-        if there != here and not (name.startswith(resizing) and there[1:] == here[1:]):
-            problems[name] = f"{there} in the file, {here} here"
+        saved_shape, own_shape = tuple(state[name].shape), tuple(own[name].shape)
+        if saved_shape != own_shape and not (
+            name.startswith(resizing) and saved_shape[1:] == own_shape[1:]
+        ):
+            problems[name] = f"{saved_shape} in the file, {own_shape} here"
     if problems:
         order = [name for name in [*own, *state] if name in problems]
         first = order[0]
@@ -214,9 +216,9 @@ def check_same_run(
         images = f"{state['num_images']:,} images, not {num_images:,}"
         changed = f"--data_path {before['data_path']} with {images}"
     elif _have_other_names(state.get("images_digest"), images_digest):
-        known = [name for name in BY_IMAGE if name in state["method_state"]]
-        if known:
-            names = " and ".join(name.replace("_", " ") for name in known)
+        by_image = [name for name in BY_IMAGE if name in state["method_state"]]
+        if by_image:
+            names = " and ".join(name.replace("_", " ") for name in by_image)
             changed = f"images of other names in --data_path, by whose order its {names} goes"
         else:
             logger.info(
