@@ -155,6 +155,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        """Leave with status 2 and one sentence."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 

@@ -136,6 +136,7 @@ class RunLog:
         return kept
 
     def close(self) -> None:
+        """Close the files; nothing is written after it."""
         for stream in (self.file, self.events):
             if stream is not None:
                 stream.close()
