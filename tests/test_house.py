@@ -10,6 +10,7 @@ import functools
 import importlib
 import pprint
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -308,6 +309,20 @@ def test_what_the_source_text_says_is_loaded_is_what_is_loaded():
     for script, files in loaded_by_methods().items():
         modules = closure(script, ROOT, follow_lazy=lambda module: False)
         assert sorted(MODULES[module] for module in modules if TEXTS[MODULES[module]]) == files
+
+
+def test_help_loads_nothing_that_only_a_run_needs():
+    scripts = [name for name in SCRIPTS if re.match("main_|eval_|visualize", name)]
+    code = """
+import importlib, sys
+for script in sys.argv[1:]:
+    importlib.import_module(script).get_parser().format_help()
+heavy = ("torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "timm", "submitit")
+print(*(name for name in heavy if name in sys.modules))
+"""
+    command = [sys.executable, "-c", code, *scripts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_every_flag_is_read_in_its_script_or_in_what_the_script_needs():
