@@ -78,8 +78,8 @@ def nt_xent(embedding: torch.Tensor, num_crops: int, temperature: float) -> torc
         same_image.fill_(-math.inf)  # what is left in s are the negatives
         negatives = s.flatten(2).logsumexp(2)  # (M, B)
         losses = F.softplus(negatives[:, None] - positives)  # (M, M, B)
-        others = 1 - torch.eye(num_crops, device=s.device)  # a crop is not its own positive
-        return (others * losses.mean(2)).sum() / others.sum()
+        is_other = 1 - torch.eye(num_crops, device=s.device)  # a crop is not its own positive
+        return (is_other * losses.mean(2)).sum() / is_other.sum()
 
 
 # ============ one epoch ============
@@ -159,9 +159,9 @@ def diagnose(history: list[dict], num_negatives: int) -> health.Trouble | None:
         return None
     ceiling = math.log(1 + num_negatives)
     remedies = "lower --base_lr, lengthen --warmup_epochs, or lower --temperature (0.1)"
-    found = health.same_embedding(recent, remedies)
-    if found:
-        return found
+    trouble = health.same_embedding(recent, remedies)
+    if trouble:
+        return trouble
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
         return health.Trouble(
             "loss",

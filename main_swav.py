@@ -116,6 +116,7 @@ class Queue:
 
     @property
     def full(self):
+        """Whether each row has been pushed, so that the queue may be read."""
         return self.num_rows >= self.embeddings.shape[1]
 
     def push(self, embeddings):
@@ -132,14 +133,14 @@ class Queue:
         return {"embeddings": rows.flatten(1, 3).cpu(), "num_rows": self.num_rows * len(rows[0, 0])}
 
     def load_state_dict(self, state):
+        """Take over this process's rows of what state_dict gave, on any number of processes."""
         batch_size, rank, world_size = self.batch_size, dist.rank(), dist.world_size()
         stored = state["embeddings"].to(self.embeddings.device)
         num_batches = self.embeddings.shape[1] // batch_size
         global_batch = world_size * batch_size
         missing = num_batches * global_batch - stored.shape[1]
-        if (
-            missing > 0
-        ):  # the queue was made longer: it keeps the newest whole batches, and fills up
+        if missing > 0:
+            # The queue was made longer: it keeps the newest whole batches, and fills up.
             kept = stored.shape[1] // global_batch * global_batch
             logger.info(
                 f"the queue is longer than that of the checkpoint: {kept:,} rows of it are kept"
@@ -240,9 +241,9 @@ def diagnose(history: list[dict], num_prototypes: int) -> health.Trouble | None:
         return None
     ceiling = math.log(num_prototypes)
     remedies = "lower --epsilon (0.03), lower --base_lr, or freeze the prototypes for longer "
-    found = health.same_embedding(recent, remedies + "(--freeze_prototypes_niters)")
-    if found:
-        return found
+    trouble = health.same_embedding(recent, remedies + "(--freeze_prototypes_niters)")
+    if trouble:
+        return trouble
     if all(abs(line["loss"] - ceiling) < 1e-3 * ceiling for line in recent):
         return health.Trouble(
             "loss",

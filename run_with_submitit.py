@@ -65,8 +65,10 @@ def take_script(words: list[str]) -> tuple[Path, list[str]]:
     for path in (Path(name), ROOT / name):
         if path.suffix == ".py" and path.is_file():
             return path.resolve(), flags
-    there = sorted(path.name for kind in ("main", "eval") for path in ROOT.glob(f"{kind}_*.py"))
-    raise ValueError(f"there is no script {name}; the first word must be one of {', '.join(there)}")
+    scripts = sorted(path.name for kind in ("main", "eval") for path in ROOT.glob(f"{kind}_*.py"))
+    raise ValueError(
+        f"there is no script {name}; the first word must be one of {', '.join(scripts)}"
+    )
 
 
 def check_flags(script: Path, flags: list[str]):
@@ -129,16 +131,16 @@ def local_executor(folder, args, name):
 
     if (args.nodes or 1) > 1:
         raise ValueError(f"--cluster local is one node; use --nodes 1 instead of {args.nodes}")
-    there = dist.visible_gpus()
-    wanted = len(there) if args.ngpus is None else args.ngpus
-    if there and wanted > len(there):
-        raise ValueError(f"--ngpus {wanted}: this machine has {len(there)} GPUs")
-    gpus, tasks = min(wanted, len(there)), args.tasks or wanted or 1
+    gpus_here = dist.visible_gpus()
+    wanted = len(gpus_here) if args.ngpus is None else args.ngpus
+    if gpus_here and wanted > len(gpus_here):
+        raise ValueError(f"--ngpus {wanted}: this machine has {len(gpus_here)} GPUs")
+    gpus, tasks = min(wanted, len(gpus_here)), args.tasks or wanted or 1
     executor = submitit.LocalExecutor(folder, max_num_timeout=args.max_num_timeout)
     executor.update_parameters(
         tasks_per_node=tasks,
         gpus_per_node=gpus,
-        visible_gpus=there[:gpus],
+        visible_gpus=gpus_here[:gpus],
         timeout_min=args.timeout,
         signal_delay_s=args.signal_delay,
         stderr_to_stdout=True,

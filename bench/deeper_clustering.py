@@ -49,8 +49,8 @@ def published_sampler(labels, total, rng):
     share = int(total / len(images)) + 1
     drawn = np.zeros(share * len(images))
     for i, members in enumerate(images):
-        some = rng.choice(members, share, replace=len(members) <= share)
-        drawn[i * share : (i + 1) * share] = some
+        of_cluster = rng.choice(members, share, replace=len(members) <= share)
+        drawn[i * share : (i + 1) * share] = of_cluster
     rng.shuffle(drawn)
     return drawn[:total].astype("int")
 

@@ -217,7 +217,7 @@ def main(argv=None):
     root = args.root.resolve()
     methods = sorted(path.stem for path in root.glob("main_*.py"))
     evaluations = sorted(path.stem for path in root.glob("eval_*.py"))
-    scripts = args.scripts or [*methods, *evaluations]
+    scripts = args.scripts or [*methods, *evaluations, "visualize"]
 
     texts = {path: path.read_text(encoding="utf-8") for path in python_files(root)}
     trees = {path: ast.parse(text) for path, text in texts.items()}

@@ -79,10 +79,10 @@ def main(argv=None):
     megabytes = [peak_megabytes(lambda f=f: f(2), args.device) for f in forms.values()]
     rows = []
     for i, name in enumerate(forms):
-        same = (labels[i] == labels[0]).double().mean().item() * 100
+        agreement = (labels[i] == labels[0]).double().mean().item() * 100
         ratios = times[0] / times[i], seconds[2 * i] - 2 * times[i]
         ratios += megabytes[i], megabytes[i] / megabytes[0]
-        rows.append([name, times[i] * 1e3, *ratios, f"{same:.3f}"])
+        rows.append([name, times[i] * 1e3, *ratios, f"{agreement:.3f}"])
     header = ["form", "ms an iteration", "times faster", "s once", "MB", "share", "% same labels"]
     title = f"Assignment of {args.rows} x {args.dim} to {args.prototypes}, {args.device}"
     print_table(title, header, rows, args.json)

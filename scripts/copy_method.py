@@ -164,8 +164,8 @@ def make_copy(script: str, name: str, chosen: list[str], package: str) -> dict[s
     left_out = set()
 
     def follow_lazy(module):
-        for extra, place in EXTRAS.items():
-            if is_inside(module, place) and extra not in chosen:
+        for extra, folder_of_extra in EXTRAS.items():
+            if is_inside(module, folder_of_extra) and extra not in chosen:
                 left_out.add(extra)
                 return False
         return True

@@ -635,8 +635,8 @@ def is_online():
 
 def section_limits(sections, minutes):
     """{section: seconds}: the usual ones, or all alike shorter or longer, `minutes` together."""
-    usual = sum(MINUTES[name] for name in sections)
-    factor = 1.0 if minutes is None else minutes / usual
+    usual_minutes = sum(MINUTES[name] for name in sections)
+    factor = 1.0 if minutes is None else minutes / usual_minutes
     return {name: 60 * factor * MINUTES[name] for name in sections}
 
 

@@ -12,9 +12,11 @@ def main(folder: Path) -> None:
     print("\nk-NN on scikit-learn's digits, top-1 %, 500 images to classify")
     print(f"{'':20}{'5 a class':>12}{'all labels':>12}")
     for name in dict.fromkeys(row["features"] for row in rows):
-        mine = [row for row in rows if row["features"] == name]
-        few = next(row["top1"] for row in mine if row["labels"] == 5 and row["k"] == 5)
-        full = next(row["top1"] for row in mine if row["labels"] == "all" and row["k"] == 10)
+        rows_of_name = [row for row in rows if row["features"] == name]
+        few = next(row["top1"] for row in rows_of_name if row["labels"] == 5 and row["k"] == 5)
+        full = next(
+            row["top1"] for row in rows_of_name if row["labels"] == "all" and row["k"] == 10
+        )
         print(f"{NAMES.get(name, name):20}{few:12.1f}{full:12.1f}")
     print()
     for path in sorted((folder / "plots").glob("*.png")):

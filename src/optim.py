@@ -76,7 +76,11 @@ class LARC(torch.optim.Optimizer):
     _step_supports_amp_scaling = False
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, trust_coefficient=1e-3, clip=False, eps=1e-8
+        self,
+        optimizer: torch.optim.Optimizer,
+        trust_coefficient: float = 1e-3,
+        clip: bool = False,
+        eps: float = 1e-8,
     ):
         if not trust_coefficient > 0:
             raise ValueError(f"the trust coefficient must be positive, not {trust_coefficient}")
@@ -96,15 +100,19 @@ class LARC(torch.optim.Optimizer):
         vars(self).update(state)
 
     def state_dict(self):
+        """The memory of the wrapped optimizer."""
         return self.optim.state_dict()
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict):
+        """Take over what state_dict gave."""
         self.optim.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True):
+        """Forget the gradients."""
         self.optim.zero_grad(set_to_none)
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict):
+        """More parameters, as torch's optimizers take them."""
         self.optim.add_param_group(param_group)
 
     @torch.no_grad()
@@ -159,7 +167,12 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr: float = 0.0, weight_decay=0.0, momentum: float = 0.9, eta: float = 1e-3
+        self,
+        params,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 1e-3,
     ):
         if not lr >= 0:
             raise ValueError(f"the learning rate of LARS, {lr}, must be at least 0")

@@ -144,13 +144,13 @@ def member_means(features: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
 
     features: (n, D). labels: (n,) on the CPU; those below 0, or not below K, belong to none.
     """
-    known = labels >= 0
-    counts = torch.bincount(labels[known], minlength=len(centroids))[: len(centroids)]
-    known &= labels < len(centroids)
+    has_cluster = labels >= 0
+    counts = torch.bincount(labels[has_cluster], minlength=len(centroids))[: len(centroids)]
+    has_cluster &= labels < len(centroids)
     sums = torch.zeros(len(centroids), features.shape[1], dtype=torch.float64)
-    rows = known.nonzero().flatten()
-    for some in rows.split(4096):
-        sums.index_add_(0, labels[some], features[some].double())
+    rows = has_cluster.nonzero().flatten()
+    for block in rows.split(4096):
+        sums.index_add_(0, labels[block], features[block].double())
     sums, counts = dist.all_reduce_sum(sums), dist.all_reduce_sum(counts)
     means = (sums / counts.clamp(min=1)[:, None]).float()
     return torch.where(counts[:, None] > 0, means, centroids)

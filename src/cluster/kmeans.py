@@ -263,16 +263,16 @@ def _owned(positions, wanted):
     if not len(positions):
         return torch.zeros_like(wanted, dtype=torch.bool), wanted[:0]
     at = torch.searchsorted(positions, wanted).clamp_(max=len(positions) - 1)
-    mine = positions[at] == wanted
-    return mine, at[mine]
+    is_owned = positions[at] == wanted
+    return is_owned, at[is_owned]
 
 
 def _rows_at(features, positions, chosen):
     """The rows at the positions `chosen` (K,), from whichever process owns each: (K, D) float32."""
-    mine, at = _owned(positions, chosen)
+    is_owned, at = _owned(positions, chosen)
     rows = torch.zeros(len(chosen), features.shape[1] + 1, device=features.device)
-    rows[mine, :-1] = features[at].float()
-    rows[mine, -1] = 1.0  # owners
+    rows[is_owned, :-1] = features[at].float()
+    rows[is_owned, -1] = 1.0  # owners
     rows = dist.all_reduce_sum(rows)
     if (rows[:, -1] != 1).any():
         raise ValueError("positions must ascend and give each of 0 to N-1 to one row of a process")
@@ -314,9 +314,9 @@ def _draw(weights, positions, total, generator):
     for _ in range(ROUNDS):
         proposed = torch.randint(total, (DRAWS,), generator=generator)
         keep = torch.rand(DRAWS, generator=generator).to(weights.device)  # in [0, 1)
-        mine, at = _owned(positions, proposed)
+        is_owned, at = _owned(positions, proposed)
         found = torch.zeros_like(keep)
-        found[mine] = weights[at]
+        found[is_owned] = weights[at]
         accepted = (keep * top < dist.all_reduce_sum(found)).nonzero()
         if len(accepted):
             return proposed[accepted[0].cpu()]

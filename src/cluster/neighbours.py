@@ -128,8 +128,8 @@ def _block_keys(product, k, first):
     candidates = torch.cat([candidates, columns[grouped:].expand(len(product), -1)], dim=1)
     keys = _largest(_keys(product.gather(1, candidates), first + candidates), k)
     tied = (maxima[:, k - 1] == maxima[:, k]).nonzero()[:, 0]
-    for some in tied.split(32):
-        keys[some] = _largest(_keys(product[some], first + columns), k)
+    for block in tied.split(32):
+        keys[block] = _largest(_keys(product[block], first + columns), k)
     return keys
 
 

@@ -109,13 +109,13 @@ def whiten(
     rows = weights.new_zeros(length, size)
     product = weights.new_empty(length, weights.shape[1])
     with full_precision():
-        for block, place in zip(features.split(length), out.split(length), strict=True):
-            some = rows[: len(block)]
-            some.copy_(block).mul_(scale).sub_(coarse).sub_(fine)
-            largest = torch.linalg.vector_norm(some, ord=math.inf, dim=1, keepdim=True)
-            some.div_(largest.where(largest > 0, 1.0))  # of any size: no square overflows
+        for block, target in zip(features.split(length), out.split(length), strict=True):
+            centred = rows[: len(block)]
+            centred.copy_(block).mul_(scale).sub_(coarse).sub_(fine)
+            largest = torch.linalg.vector_norm(centred, ord=math.inf, dim=1, keepdim=True)
+            centred.div_(largest.where(largest > 0, 1.0))  # of any size: no square overflows
             torch.mm(rows, weights, out=product)
-            place.copy_(F.normalize(product[:, :dim])[: len(block)])
+            target.copy_(F.normalize(product[:, :dim])[: len(block)])
     return out
 
 

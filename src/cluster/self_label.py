@@ -130,15 +130,11 @@ def _check(embeddings, prototypes, temperature, epsilon, tolerance, max_iteratio
     if max_iterations < 1:
         raise ValueError(f"max_iterations {max_iterations} must be at least 1")
     shapes = tuple(embeddings.shape), tuple(prototypes.shape)
-    if (
-        [len(shape) for shape in shapes] != [2, 2]
-        or shapes[0][1] != shapes[1][1]
-        or not shapes[1][0]
-    ):
+    are_tables = [len(shape) for shape in shapes] == [2, 2]
+    if not are_tables or shapes[0][1] != shapes[1][1] or not shapes[1][0]:
         raise ValueError(
-            "self_labels needs embeddings (n, D) and prototypes (K, D), not {} and {}".format(
-                *shapes
-            )
+            "self_labels needs embeddings (n, D) and prototypes (K, D), not "
+            f"{shapes[0]} and {shapes[1]}"
         )
 
 

@@ -149,14 +149,14 @@ class ImageDataset:
     def __init__(
         self,
         source,
-        name,
-        in_chans,
-        flag,
+        name: str,
+        in_chans: int,
+        flag: str,
         labels=None,
         classes=None,
         normalisation=IMAGENET,
-        storage_timeout=STORAGE_TIMEOUT,
-        max_broken=MAX_BROKEN,
+        storage_timeout: float = STORAGE_TIMEOUT,
+        max_broken: float = MAX_BROKEN,
     ):
         self.name, self.labels, self.classes = name, labels, classes
         self.groups = getattr(source, "groups", None)
@@ -339,7 +339,9 @@ class EpochSampler(torch.utils.data.Sampler):
     reading local.
     """
 
-    def __init__(self, num_samples, batch_size, rank, world_size, seed, groups=None):
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, groups=None
+    ):
         if batch_size < 1:
             raise ValueError(f"--batch_size {batch_size} must be at least 1")
         if batch_size * world_size > num_samples:

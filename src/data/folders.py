@@ -271,16 +271,20 @@ class FolderSource:
         """The path of each image: its first two folders, where it has them, and the rest."""
         return [path.split(os.fsencode(os.sep), 3) for path in self.paths.tolist()]
 
-    def name(self, index):
+    def name(self, index: int) -> str:
+        """The path of an image, for people."""
         return os.fsdecode(self._path(index))
 
-    def fingerprint(self):
+    def fingerprint(self) -> bytes:
+        """What tells these files from others, in order."""
         return self.paths.tobytes()
 
-    def read(self, index):
+    def read(self, index: int) -> bytes:
+        """The bytes of one image. Raises as read_file does."""
         return read_file(self._path(index))
 
-    def is_of_one_file(self, index, error):
+    def is_of_one_file(self, index: int, error: OSError) -> bool:
+        """Whether an error concerns this image alone, and not the storage."""
         return is_of_one_file(self._path(index), self.root, error)
 
     def _path(self, index):
@@ -316,9 +320,9 @@ def is_of_one_file(path: bytes, root: bytes, error: OSError) -> bool:
         return _has_entries(root)
     target, root = os.path.realpath(path), os.path.realpath(root)
     below = target.startswith(os.path.join(root, b""))
-    place = root if below else os.path.dirname(target)  # a link may lead to another storage
+    parent = root if below else os.path.dirname(target)  # a link may lead to another storage
     # Looked at twice, since a storage may come back at any moment.
-    return _has_entries(place) and not os.path.lexists(target) and _has_entries(place)
+    return _has_entries(parent) and not os.path.lexists(target) and _has_entries(parent)
 
 
 def _has_entries(folder):

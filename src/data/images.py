@@ -65,13 +65,13 @@ def decode_image(data: bytes, in_chans: int) -> torch.Tensor:
 
 def _jpeg_pixels(data):
     """Pixels that the frame header of a JPEG says; 0 where it is not found at once."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    offset = 2
+    while offset + 9 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            height = int.from_bytes(data[place + 5 : place + 7], "big")
-            return height * int.from_bytes(data[place + 7 : place + 9], "big")
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            height = int.from_bytes(data[offset + 5 : offset + 7], "big")
+            return height * int.from_bytes(data[offset + 7 : offset + 9], "big")
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return 0
 
 

@@ -36,12 +36,12 @@ class MultiCropDataset(Dataset):
     def __init__(
         self,
         dataset,
-        num_crops,
-        size_crops,
-        min_scale_crops,
-        max_scale_crops,
-        seed=31,
-        interpolation="bilinear",
+        num_crops: list[int],
+        size_crops: list[int],
+        min_scale_crops: list[float],
+        max_scale_crops: list[float],
+        seed: int = 31,
+        interpolation: str = "bilinear",
         ratio=(3 / 4, 4 / 3),
     ):
         check_crops(num_crops, size_crops, min_scale_crops, max_scale_crops)
@@ -70,7 +70,12 @@ class MultiCropDataset(Dataset):
         return crops, index
 
 
-def check_crops(num_crops, size_crops, min_scale_crops, max_scale_crops):
+def check_crops(
+    num_crops: list[int],
+    size_crops: list[int],
+    min_scale_crops: list[float],
+    max_scale_crops: list[float],
+):
     """Raise ValueError, naming the flag, when the lists of crops do not make sense."""
     lists = {
         "--nmb_crops": num_crops,
@@ -97,7 +102,9 @@ def crop_generator(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random((int(seed) << 96) + (int(epoch) << 64) + int(index))
 
 
-def draw_window(height, width, scale, ratio, generator) -> tuple[int, int, int, int]:
+def draw_window(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator
+) -> tuple[int, int, int, int]:
     """Window (top, left, height, width) of a random resized crop, drawn as torchvision does.
 
     The area is uniform in `scale`, the logarithm of width / height uniform in `ratio`, the place
@@ -131,7 +138,7 @@ def crop_and_resize(image: torch.Tensor, window, size: int, interpolation: str) 
 
 
 def multicrop_loader(
-    dataset, sampler, batch_size, num_workers, device_type, timeout: float = TIMEOUT
+    dataset, sampler, batch_size: int, num_workers: int, device_type: str, timeout: float = TIMEOUT
 ) -> Loader:
     """Loader of a MultiCropDataset.
 

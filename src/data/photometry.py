@@ -30,33 +30,33 @@ BOX_PASSES = 3  # PIL approximates a Gaussian by three box blurs, and so do we
 TINY = 1e-9
 
 
-def flip(x):
+def flip(x: torch.Tensor) -> None:
     """Mirror left and right."""
     x.copy_(x.flip(-1))
 
 
-def solarize(x):
+def solarize(x: torch.Tensor) -> None:
     """Invert what is brighter than one half, which is PIL's threshold of 128."""
     torch.minimum(x, 1 - x, out=x)
 
 
-def grayscale(x):
+def grayscale(x: torch.Tensor) -> None:
     """Set all three channels to the luminance."""
     x.copy_(luminance(x))
 
 
-def luminance(x):
+def luminance(x: torch.Tensor) -> torch.Tensor:
     """`(n, 3, ...)` to `(n, 1, ...)` with PIL's weights."""
     gray = x[:, 0:1] * LUMA[0]
     return gray.add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:3], alpha=LUMA[2])
 
 
-def brightness(x, factor):
+def brightness(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply, then clamp to [0, 1]."""
     x.mul_(factor).clamp_(0, 1)
 
 
-def contrast(x, factor):
+def contrast(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply the distance to the image's mean luminance, then clamp to [0, 1].
 
     Without three channels the mean of all values stands for the luminance.
@@ -66,13 +66,13 @@ def contrast(x, factor):
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
-def saturation(x, factor):
+def saturation(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply the distance to each pixel's luminance, then clamp to [0, 1]."""
     gray = luminance(x).mul_(1 - factor)
     x.mul_(factor).add_(gray).clamp_(0, 1)
 
 
-def hue(x, peaks):
+def hue(x: torch.Tensor, peaks: torch.Tensor) -> None:
     """Turn the hue of HSV; `peaks` `(n, 3, 1, 1)` as `hue_peaks` gives them.
 
     With the hue h in sextants from -3 to 3 and D = max - min, a channel that peaks at hue c is
@@ -92,7 +92,7 @@ def hue_peaks(factor: np.ndarray) -> np.ndarray:
     return np.mod(np.array([0.0, 2.0, -2.0]) - 6 * factor[:, None] + 3, 6) - 3  # (N, 3)
 
 
-def blur(x, kernel):
+def blur(x: torch.Tensor, kernel: torch.Tensor) -> None:
     """Separable blur; `kernel` `(n, r + 1, 1, 1)` is one half of it, centre first.
 
     Beyond the border the edge pixel goes on, as in PIL.

@@ -93,18 +93,21 @@ class ShardSource:
     def __getstate__(self):  # handles do not travel to a spawned worker
         return {**self.__dict__, "_files": OrderedDict(), "_owner": None}
 
-    def name(self, index):
+    def name(self, index: int) -> str:
+        """The shard of an image and its key in there, for people."""
         key = self.keys[index].decode(errors="replace")
         return f"{self.paths[self.groups[index]]}:{key}"
 
-    def fingerprint(self):
+    def fingerprint(self) -> bytes:
+        """What tells these images from others, in order."""
         return self.keys.tobytes() + self.sizes.tobytes()
 
-    def is_of_one_file(self, index, error):
+    def is_of_one_file(self, index: int, error: OSError) -> bool:
+        """Whether an error concerns this shard alone, and not the storage."""
         path = os.fsencode(self.paths[self.groups[index]])
         return is_of_one_file(path, os.path.dirname(path), error)
 
-    def read(self, index):
+    def read(self, index: int) -> bytes:
         """The bytes of one image. Raises OSError where the shard does not give them."""
         if self._owner != os.getpid():  # a forked worker must not share the file position
             self._files, self._owner = OrderedDict(), os.getpid()

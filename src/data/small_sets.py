@@ -118,8 +118,10 @@ class ArraySource:
     def __len__(self):
         return len(self.images)
 
-    def name(self, index):
+    def name(self, index: int) -> str:
+        """The number of an image, for people."""
         return f"image {index}"
 
-    def read(self, index):
+    def read(self, index: int):
+        """One image, uint8 (C, H, W)."""
         return self.images[index]

@@ -118,15 +118,15 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return tensor
     row = tensor.element_size() * math.prod(tensor.shape[1:])  # bytes: any dtype travels as such
-    mine = _copy(tensor).reshape(-1).view(torch.uint8)  # (n_r * row,)
-    sizes = mine.new_empty(world_size(), 2, dtype=torch.int64)
+    own_bytes = _copy(tensor).reshape(-1).view(torch.uint8)  # (n_r * row,)
+    sizes = own_bytes.new_empty(world_size(), 2, dtype=torch.int64)
     dist.all_gather(list(sizes.unbind(0)), sizes.new_tensor([len(tensor), row]), _within.get())
     lengths, rows = sizes.T.tolist()
     if len(set(rows)) > 1:
         raise ValueError(f"all_gather_rows: rows of {rows} bytes on ranks 0 to {len(rows) - 1}")
     longest = max(lengths) * row
-    padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-    gathered = mine.new_empty(world_size(), longest)
+    padded = torch.nn.functional.pad(own_bytes, (0, longest - len(own_bytes)))
+    gathered = own_bytes.new_empty(world_size(), longest)
     if longest:
         dist.all_gather(list(gathered.unbind(0)), padded, _within.get())
     whole = torch.cat([part[: n * row] for part, n in zip(gathered, lengths, strict=True)])

@@ -136,13 +136,13 @@ def shutdown() -> None:
 
 def resolve_device(name: str = "auto") -> torch.device:
     """Device of a name; "auto" is the first of cuda, mps and cpu that there is, or ValueError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next((kind for kind, is_there in there.items() if is_there), "cpu")
+        name = next((kind for kind, is_there in available.items() if is_there), "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cuda", "mps", "cpu") or (index and not index.isdecimal()):
         raise ValueError(f"--device must be auto, cuda, cuda:N, mps or cpu, not {name!r}")
-    if not there.get(kind, True) or (
+    if not available.get(kind, True) or (
         kind == "cuda" and int(index or 0) >= torch.cuda.device_count()
     ):
         raise ValueError(f"--device {name} is not there for PyTorch; use --device auto or cpu")

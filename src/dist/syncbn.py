@@ -68,7 +68,7 @@ class CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.dim() < 2:
             raise ValueError(f"batch normalisation needs (B, C, ...), not {tuple(x.shape)}")
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
@@ -88,7 +88,7 @@ class _Normalise(torch.autograd.Function):
     """Returns the normalised x, and mean, variance and count over all processes of the group."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
+    def forward(ctx, x: torch.Tensor, weight, bias, eps, group):
         channels = x.shape[1]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [dim for dim in range(x.dim()) if dim != 1]

@@ -27,7 +27,7 @@ class LinearClassifiers(nn.Module):
     The names of parameters are those of published linear weights, which lack the first dimension.
     """
 
-    def __init__(self, num, dim, num_classes, bn_channels=0, seed=0):
+    def __init__(self, num: int, dim: int, num_classes: int, bn_channels=0, seed: int = 0):
         super().__init__()
         weight = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * 0.01
         self.linear = nn.Module()

@@ -183,6 +183,7 @@ class Part:
         return len(self.indices)
 
     def load(self, index: int) -> Tensor:
+        """One image, uint8 (C, H, W)."""
         return self.dataset.load(self.indices[index])
 
 
@@ -198,6 +199,7 @@ class Joined:
         return len(self.labels)
 
     def load(self, index: int) -> Tensor:
+        """One image, uint8 (C, H, W)."""
         first, second = self.parts
         return first.load(index) if index < len(first) else second.load(index - len(first))
 

@@ -43,8 +43,8 @@ def voc_folder(path: str) -> Path | None:
     """The folder with JPEGImages/ and ImageSets/Main/ that `path` is or holds; None: it is not VOC."""
     if not path:
         return None
-    for place in (".", "VOC2007", "VOCdevkit/VOC2007"):
-        folder = Path(path).expanduser() / place
+    for subfolder in (".", "VOC2007", "VOCdevkit/VOC2007"):
+        folder = Path(path).expanduser() / subfolder
         if (folder / "JPEGImages").is_dir() and (folder / "ImageSets" / "Main").is_dir():
             return folder
     return None
@@ -109,12 +109,12 @@ def _read_annotations(folder, split, flag):
         row, file = [0] * len(CLASSES), folder / "Annotations" / f"{image}.xml"
         if not file.is_file():
             raise FileNotFoundError(f"{flag} {folder}: there is no {file}, which says its labels")
-        for thing in ElementTree.parse(file).getroot().iter("object"):
-            name = thing.findtext("name", "").strip()
+        for item in ElementTree.parse(file).getroot().iter("object"):
+            name = item.findtext("name", "").strip()
             if name not in CLASSES:
                 raise ValueError(f"{flag} {folder}: {file} has an object {name!r}, no class of VOC")
             number = CLASSES.index(name)
-            difficult = thing.findtext("difficult", "0").strip() == "1"
+            difficult = item.findtext("difficult", "0").strip() == "1"
             if row[number] != 1:
                 row[number] = IGNORED if difficult else 1
         labels[image] = row

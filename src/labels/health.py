@@ -63,10 +63,10 @@ def cluster_health(
     }
     for key, other in (("nmi_previous", previous), ("nmi_labels", labels)):
         if other is not None:
-            others = other.expand(len(heads), -1)
+            reference = other.expand(len(heads), -1)
             nmi = [
                 normalized_mutual_information(a, b)
-                for a, b in zip(assignments, others, strict=True)
+                for a, b in zip(assignments, reference, strict=True)
             ]
             health[key] = sum(nmi) / len(nmi)
     return health

@@ -29,7 +29,7 @@ class MemoryBank:
     num_crops: embeddings of an image. capacity: images of this process, at most. batch_size: B.
     """
 
-    def __init__(self, num_crops, capacity, batch_size, dim, device):
+    def __init__(self, num_crops: int, capacity: int, batch_size: int, dim: int, device):
         self.batch_size, self.num_rows = batch_size, 0
         self._embeddings = torch.zeros(num_crops, capacity, dim, device=device)
         self._indices = torch.zeros(capacity, dtype=torch.int64)

@@ -45,9 +45,11 @@ class PseudoLabels:
         return before
 
     def state_dict(self) -> dict:
+        """The labels of all images and the epoch that they are of."""
         return {"labels": self.labels.int(), "epoch": self.epoch}
 
     def load_state_dict(self, state: dict) -> None:
+        """Take over what state_dict gave. Raises CheckpointError for labels of other images."""
         num_saved, num_images = state["labels"].shape[1], self.labels.shape[1]
         if num_saved != num_images:
             raise CheckpointError(

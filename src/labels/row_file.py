@@ -69,6 +69,7 @@ class RowFile:
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.shape[0]))
 
     def chunk_of(self, row: int) -> int:
+        """The chunk that a row is in."""
         return row // CHUNK
 
     def write(self, first: int, rows: Tensor) -> None:

@@ -90,6 +90,7 @@ class SubClassifiers:
         )
 
     def parameters(self) -> list[nn.Parameter]:
+        """Those of all classifiers that this process holds."""
         return [p for layer in self.layers.values() for p in layer.parameters()]
 
     def reset(self, num_classes: int, seed: int, epoch: int) -> None:

@@ -82,11 +82,11 @@ def build_backbone(
 
 def refuse_unusual(arch: str, kind: str, **options) -> None:
     """Raise ValueError naming the first option that was changed, of those that `kind` alone has."""
-    usual = {"num_registers": 0, "depth": None, "width": 1.0}
-    usual |= {"zero_init_residual": False, "sobel": False}
+    defaults = {"num_registers": 0, "depth": None, "width": 1.0}
+    defaults |= {"zero_init_residual": False, "sobel": False}
     for name, value in options.items():
-        if value != usual[name]:
-            hint = f"use --{name} {usual[name]}" if usual[name] else "leave it out"
+        if value != defaults[name]:
+            hint = f"use --{name} {defaults[name]}" if defaults[name] else "leave it out"
             raise ValueError(f"--{name} needs {kind}: for --arch {arch} {hint}")
 
 

@@ -32,6 +32,7 @@ class AlexNet(PlainNetwork):
 
     @staticmethod
     def linear_layers(inputs: int, num_features: int, dropout: float) -> list[nn.Module]:
+        """The layers between the last map, flattened to (B, inputs), and the features (B, num_features)."""
         return [
             nn.Dropout(dropout),
             nn.Linear(inputs, num_features),
@@ -59,6 +60,7 @@ class VGG16(PlainNetwork):
 
     @staticmethod
     def linear_layers(inputs: int, num_features: int, dropout: float) -> list[nn.Module]:
+        """The layers between the last map, flattened to (B, inputs), and the features (B, num_features)."""
         return [
             nn.Linear(inputs, num_features),
             nn.ReLU(inplace=True),
@@ -83,9 +85,11 @@ class ResNetClassifier(Classifier):
         super().__init__({"trunk": trunk}, features, num_classes, sobel, sobel_padding, in_chans)
 
     def forward_backbone(self, x: Tensor) -> Tensor:
+        """Features (B, num_features) of images (B, C, S, S)."""
         return self.trunk.forward_backbone(self.edges(x))
 
     def before_top(self, x: Tensor) -> Tensor:
+        """What the top layer takes, of the features."""
         return x  # the pooled output of a ReLU
 
 

@@ -262,10 +262,8 @@ def _build_with_head(arch, options, run_args):
         if name not in (*VIT_FLAGS, "feat_dim", "drop_path_rate")  # published for every network
     } | {"output_dim": options.get("feat_dim", 0)}
     prototypes = run_args.get("nmb_prototypes", 0)
-    if (
-        isinstance(prototypes, list) and len(prototypes) == 1
-    ):  # a single set, as the scripts build it
-        prototypes = prototypes[0]
+    if isinstance(prototypes, list) and len(prototypes) == 1:
+        prototypes = prototypes[0]  # a single set, as the scripts build it
     return build_model(arch, normalize=True, nmb_prototypes=prototypes, **options)
 
 

@@ -104,7 +104,7 @@ def _recognise_resnet(weights):
         for i in (1, 2, 3, 4)
     )
     has_bottlenecks = "layer1.0.conv3.weight" in layers
-    found = {}
+    width_of_arch = {}
     for arch, network in ARCHITECTURES.items():
         block, block_counts = network.args
         groups = network.keywords.get("groups", 1)
@@ -112,10 +112,10 @@ def _recognise_resnet(weights):
         if (block is Bottleneck, block_counts) != (has_bottlenecks, depths):
             continue
         if tuple(second.shape[:2]) == (inner, inner // groups):
-            found[arch] = planes / 64 / network.keywords.get("widen", 1)
-    if not found:
+            width_of_arch[arch] = planes / 64 / network.keywords.get("widen", 1)
+    if not width_of_arch:
         return {}
     # Of names for the same network (resnet50 twice as wide is resnet50w2) the one of width 1.
-    arch = min(found, key=lambda name: found[name] != 1)
+    arch = min(width_of_arch, key=lambda name: width_of_arch[name] != 1)
     kind = "small" if stem.shape[-1] == 3 else "imagenet"
-    return {"arch": arch, "width": found[arch], "stem": kind, "in_chans": stem.shape[1]}
+    return {"arch": arch, "width": width_of_arch[arch], "stem": kind, "in_chans": stem.shape[1]}

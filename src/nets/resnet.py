@@ -22,7 +22,14 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_planes, planes, stride=1, groups=1, width_per_group=64):
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int = 1,
+        groups: int = 1,
+        width_per_group: int = 64,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
@@ -31,7 +38,7 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_planes, planes * self.expansion, stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return self.relu(out.add_(self.downsample(x)))
@@ -42,7 +49,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_planes, planes, stride=1, groups=1, width_per_group=64):
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int = 1,
+        groups: int = 1,
+        width_per_group: int = 64,
+    ):
         super().__init__()
         width = max(1, planes * width_per_group // 64) * groups
         self.conv1 = nn.Conv2d(in_planes, width, 1, bias=False)
@@ -54,7 +68,7 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_planes, planes * self.expansion, stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -192,6 +206,7 @@ class TorchvisionTrunk(nn.Module):
         return self.trunk(x)
 
     def forward_head(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
+        """Embeddings, and scores where there are prototypes, of features (B, F): see apply_head."""
         return apply_head(x, self.projection_head, self.prototypes, self.normalize)
 
     def forward(self, crops: Tensor | Sequence[Tensor]):

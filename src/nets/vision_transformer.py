@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D): softmax(q k^T / sqrt(D / heads)) v."""
 
-    def __init__(self, dim, num_heads, qkv_bias):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x, class_only=False):
+    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
         queries, keys, values = self.split(x)
         queries = queries[:, :, :1] if class_only else queries
         x = F.scaled_dot_product_attention(queries, keys, values)  # (B, heads, T or 1, D / heads)
@@ -44,12 +44,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Linear, GELU, Linear; (..., dim) -> (..., dim)."""
 
-    def __init__(self, dim, hidden_dim):
+    def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -60,7 +60,9 @@ class Block(nn.Module):
     by 1 - drop_path_rate. class_only: token 0 alone, (B, 1, D); no output needs more of the last.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, drop_path_rate):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop_path_rate: float
+    ):
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -68,12 +70,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x, class_only=False):
+    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
         branch = self.attn(self.norm1(x), class_only)
         x = self.add(x[:, :1] if class_only else x, branch)
         return self.add(x, self.mlp(self.norm2(x)))
 
-    def add(self, x, branch):
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add a branch's output, left out for some images where there is stochastic depth: (B, N, D)."""
         if not self.training or self.drop_path_rate == 0:
             return x + branch
         keep = 1 - self.drop_path_rate
@@ -85,11 +88,11 @@ class Block(nn.Module):
 class PatchEmbedding(nn.Module):
     """(B, C, H, W) -> (B, floor(H/p) floor(W/p), D): a linear map of each p x p patch, by rows."""
 
-    def __init__(self, patch_size, in_chans, dim):
+    def __init__(self, patch_size: int, in_chans: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

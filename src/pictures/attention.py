@@ -221,6 +221,7 @@ class Animation:
         self.frames.append(frame.quantize(256, dither=Image.Dither.NONE))  # a byte a pixel
 
     def save(self, path: str | Path, fps: float) -> None:
+        """Write the frames as a GIF, which counts in hundredths of a second."""
         first, *rest = self.frames
         # A GIF counts in hundredths of a second.
         milliseconds = max(10, round(100 / fps) * 10)

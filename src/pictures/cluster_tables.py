@@ -189,6 +189,7 @@ class Clusters:
         )
 
     def class_name(self, label: int) -> str:
+        """The name of a class; its number where it has none."""
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
     def summary(self) -> dict:

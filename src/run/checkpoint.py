@@ -33,9 +33,16 @@ FLAGS = {
     "": "--arch, --stem and --in_chans",
 }
 
-# What a saved optimizer or queue cannot do without.
-SAME = ("optimizer", "fixed_prototypes", "crops_for_assign", "norm_last_layer")
-SAME += ("super_classes", "rotnet")
+# What a saved network, optimizer or queue cannot do without.
+SAME = (
+    "optimizer",
+    "fixed_prototypes",
+    "crops_for_assign",
+    "norm_last_layer",
+    "super_classes",
+    "rotnet",
+    "image_padding",
+)
 # Parts of a method's state that have a row for each image, by its number.
 BY_IMAGE = ("memory_bank", "pseudo_labels")
 
@@ -159,9 +166,11 @@ def load_state(module: torch.nn.Module, state: dict, source: str | Path = NEWEST
         f"{name}." for name, part in module.named_modules() if getattr(part, "resizable", False)
     )
     for name in own.keys() & state.keys():
-        there, here = tuple(state[name].shape), tuple(own[name].shape)
-        if there != here and not (name.startswith(resizing) and there[1:] == here[1:]):
-            problems[name] = f"{there} in the file, {here} here"
+        saved_shape, own_shape = tuple(state[name].shape), tuple(own[name].shape)
+        if saved_shape != own_shape and not (
+            name.startswith(resizing) and saved_shape[1:] == own_shape[1:]
+        ):
+            problems[name] = f"{saved_shape} in the file, {own_shape} here"
     if problems:
         order = [name for name in [*own, *state] if name in problems]
         first = order[0]
@@ -196,6 +205,8 @@ def check_same_run(
             "another --dump_path, or start from its weights with --init_from"
         )
     before, changed = state["args"], None
+    if arguments["arch"] == "vgg16" and arguments.get("sobel") is False:
+        before = {"image_padding": 0, **before}  # runs of the first versions padded none
     for name in sorted(before.keys() & arguments.keys()):
         if before[name] != arguments[name]:
             logger.info("--%s was %s and is now %s", name, before[name], arguments[name])
@@ -205,9 +216,9 @@ def check_same_run(
         images = f"{state['num_images']:,} images, not {num_images:,}"
         changed = f"--data_path {before['data_path']} with {images}"
     elif _have_other_names(state.get("images_digest"), images_digest):
-        known = [name for name in BY_IMAGE if name in state["method_state"]]
-        if known:
-            names = " and ".join(name.replace("_", " ") for name in known)
+        by_image = [name for name in BY_IMAGE if name in state["method_state"]]
+        if by_image:
+            names = " and ".join(name.replace("_", " ") for name in by_image)
             changed = f"images of other names in --data_path, by whose order its {names} goes"
         else:
             logger.info(

@@ -155,6 +155,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        """Leave with status 2 and one sentence."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -242,16 +243,18 @@ def parse_args(
     defaults of the method, by preset; those that methods share are in src.run.flags. A default warm-up
     that is longer than --epochs becomes half of them, and check_batch says so.
     """
-    known, _ = parser.parse_known_args(argv)
-    preset = preset_of(known.data_path) if known.preset == "auto" else known.preset
-    defaults = {name: SHARED[preset][name] for name in SHARED[preset] if name in known}
+    first_pass, _ = parser.parse_known_args(argv)
+    preset = preset_of(first_pass.data_path) if first_pass.preset == "auto" else first_pass.preset
+    defaults = {name: SHARED[preset][name] for name in SHARED[preset] if name in first_pass}
     parser.set_defaults(**{**defaults, **presets[preset]})
     args = parser.parse_args(argv)
     if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         parser.set_defaults(warmup_epochs=args.epochs // 2)
-        args, usual = parser.parse_args(argv), args.warmup_epochs
-        if args.warmup_epochs != usual:  # else it was asked for: check_batch refuses it
-            args.note = f"the usual {usual} epochs of warm-up are {args.warmup_epochs} in a run of "
+        args, asked_epochs = parser.parse_args(argv), args.warmup_epochs
+        if args.warmup_epochs != asked_epochs:  # else it was asked for: check_batch refuses it
+            args.note = (
+                f"the usual {asked_epochs} epochs of warm-up are {args.warmup_epochs} in a run of "
+            )
             args.note += f"--epochs {args.epochs}; --warmup_epochs says otherwise"
     args.preset = preset
     if args.use_fp16 is not None and args.precision == "auto":

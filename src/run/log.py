@@ -141,6 +141,7 @@ class RunLog:
             self.events.flush()
 
     def close(self) -> None:
+        """Close the files; nothing is written after it."""
         for stream in (self.file, self.events):
             if stream is not None:
                 stream.close()
@@ -169,16 +170,16 @@ def _parse(text):
         line = json.loads(text)
     except ValueError:
         return None
-    known = isinstance(line, dict) and isinstance(line.get("epoch_float"), int | float)
-    return line if known else None
+    is_line = isinstance(line, dict) and isinstance(line.get("epoch_float"), int | float)
+    return line if is_line else None
 
 
 def _is_before(line, epoch_float, assigned):
     """Whether a line was written before the run was saved at that place; see RunLog.rewind."""
-    place, *kind = _place(line)
-    if math.isclose(place, epoch_float, rel_tol=1e-12):
+    written_at, *kind = _place(line)
+    if math.isclose(written_at, epoch_float, rel_tol=1e-12):
         return kind <= [assigned, True]
-    return place < epoch_float
+    return written_at < epoch_float
 
 
 def _place(line):

@@ -253,11 +253,8 @@ class Run:
         if self.is_knn_epoch(epoch - 1) and dist.broadcast_object(owed):
             logger.info(f"k-NN of epoch {epoch}, which the run did not come to")
             self.probe(epoch - 1)
-        picture = self.folder / "plots" / "curves.png"
-        if (
-            not picture.exists()
-            or picture.stat().st_mtime < (self.folder / "log.jsonl").stat().st_mtime
-        ):
+        picture, log = self.folder / "plots" / "curves.png", self.folder / "log.jsonl"
+        if not picture.exists() or picture.stat().st_mtime < log.stat().st_mtime:
             self.plot()
 
     def leave(self) -> int:

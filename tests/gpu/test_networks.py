@@ -17,7 +17,7 @@ from src.optim import LARC, clip_gradients
 from tests.data.test_augment import MEAN, STD, SWAV, generator, random_batch
 from tests.golden_weights import fill
 from tests.gpu.host import relative_error, to_device, to_host
-from tests.nets import test_convnets, test_dino_heads, test_resnet, test_vision_transformer
+from tests.nets import test_convnets, test_dino_head, test_resnet, test_vision_transformer
 
 pytestmark = pytest.mark.gpu
 
@@ -91,10 +91,10 @@ def test_a_vision_transformer_gives_the_golden_class_tokens_and_attention(golden
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", test_dino_heads.VARIANTS)
+@pytest.mark.parametrize("variant", test_dino_head.VARIANTS)
 def test_dinos_head_gives_the_golden_outputs(golden, device, precision, variant):
     arrays = golden("dino_head")
-    head = fill(test_dino_heads.golden_head(variant), "hash").eval().to(device)
+    head = fill(test_dino_head.golden_head(variant), "hash").eval().to(device)
     (x,) = to_device(arrays, ["x"], device)
     with dist.autocast(device, precision):
         output = head(x)
@@ -105,7 +105,7 @@ def test_dinos_head_gives_the_golden_outputs(golden, device, precision, variant)
 @torch.no_grad()
 def test_transformer_and_head_give_the_golden_outputs_of_several_crops(golden, device, precision):
     arrays = golden("dino_head")
-    wrapper = fill(test_dino_heads.golden_wrapper(), "hash").eval().to(device)
+    wrapper = fill(test_dino_head.golden_wrapper(), "hash").eval().to(device)
     large, small = to_device(arrays, ["mc_global", "mc_local"], device)
     with dist.autocast(device, precision):
         output = wrapper([*large, *small])
