@@ -31,3 +31,9 @@ def golden():
             return {key: arrays[key] for key in arrays.files}
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)

@@ -335,8 +335,10 @@ def faiss_centroids(
     try:
         logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
         import faiss
-    except ImportError:
-        raise ValueError('backend="faiss" needs the package faiss: pip install faiss-cpu') from None
+    except ImportError as error:  # it is not there, or does not go with this numpy
+        raise ValueError(
+            f'backend="faiss" needs the package faiss ({error}): pip install faiss-cpu'
+        ) from None
     rows = dist.all_gather_rows(features.float().cpu()).contiguous()
     found = centroids.cpu().contiguous()
 

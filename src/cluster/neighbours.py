@@ -158,9 +158,9 @@ def _faiss_search(train):
     try:
         logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
         import faiss
-    except ImportError:
+    except ImportError as error:  # it is not there, or does not go with this numpy
         raise ValueError(
-            "--knn_backend faiss needs the package faiss: pip install faiss-cpu"
+            f"--knn_backend faiss needs the package faiss ({error}): pip install faiss-cpu"
         ) from None
     index = faiss.IndexFlatIP(train.shape[1])
     index.add(train.float().cpu().numpy())

@@ -1,7 +1,5 @@
 """src.cluster.kmeans: golden values, exact sums, empty clusters, several processes, extremes of the input."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 
 from src.cluster import exact_sums, kmeans
 from src.cluster.kmeans import assign, euclidean_kmeans, initial_centroids, spherical_kmeans
-from tests.gloo import run_ranks
+from tests.gloo import has_faiss, run_ranks
 from tests.reference import assert_best
 
 BOTH = pytest.mark.parametrize("cluster", [spherical_kmeans, euclidean_kmeans])
@@ -558,7 +556,7 @@ def _errors(rank):
     return messages
 
 
-def _rank_facts(rank, world_size, has_faiss):
+def _rank_facts(rank, world_size, with_faiss):
     """What the tests below compare, of one rank: processes are started once for all of it."""
     rows, clusters = _rows(), []
     for sizes, strided in SPLITS[world_size]:
@@ -570,7 +568,7 @@ def _rank_facts(rank, world_size, has_faiss):
     at = torch.arange(rank, len(rows), world_size)
     plain = euclidean_kmeans(uneven[at], uneven[::20], 5)
     facts = {"clusters": clusters, "plain": [x.numpy() for x in plain], "errors": _errors(rank)}
-    if has_faiss:
+    if with_faiss:
         facts["faiss"] = _faiss_clusters(rows.tensor_split(world_size)[rank], rows[:5])
     return facts
 
@@ -578,8 +576,7 @@ def _rank_facts(rank, world_size, has_faiss):
 @pytest.fixture(scope="module")
 def ranks():
     """_rank_facts by the number of processes."""
-    has_faiss = importlib.util.find_spec("faiss") is not None
-    return {size: run_ranks(_rank_facts, size, has_faiss) for size in SPLITS}
+    return {size: run_ranks(_rank_facts, size, has_faiss()) for size in SPLITS}
 
 
 @pytest.mark.parametrize("world_size", SPLITS)

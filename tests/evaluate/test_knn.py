@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from src.cluster import neighbours
 from src.cluster.neighbours import nearest_neighbours
 from src.evaluate.knn import few_label_accuracy, knn_accuracy, knn_votes
-from tests.gloo import run_ranks
+from tests.gloo import has_faiss, run_ranks
 from tests.reference import assert_nearest, margins
+
+needs_faiss = pytest.mark.skipif(not has_faiss(), reason="needs faiss")
+BACKENDS = ["torch", pytest.param("faiss", marks=needs_faiss)]
 
 
 def features_of(num, dim=16, seed=0):
@@ -43,7 +46,7 @@ def knn_golden(golden):
     return arrays, [torch.from_numpy(arrays[name]) for name in names]
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_votes_and_accuracy_equal_the_golden_ones(knn_golden, backend):
     arrays, inputs = knn_golden
     ks = arrays["ks"].tolist()
@@ -345,7 +348,7 @@ def _of_my_share(rank, world_size, shares, data, backend):
     return [x.numpy() for x in (*found, *votes)], accuracy, few
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "train_shares, query_shares",
     [

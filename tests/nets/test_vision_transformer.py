@@ -159,7 +159,7 @@ def test_the_class_token_is_that_of_the_last_layer(num_registers):
     model = spread(small(num_registers=num_registers)).eval()
     x = torch.randn(3, 3, 16, 20)
     expected = model.get_intermediate_layers(x)[0][:, 0]
-    assert expected.std(0).min() > 0.01  # inputs matter
+    assert expected.std(0).mean() > 0.01  # inputs matter
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.forward_backbone(x), model(x))
 
