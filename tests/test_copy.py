@@ -86,6 +86,7 @@ def test_a_copy_trains_as_its_original_does_to_the_last_bit(tmp_path, script):
     assert output.count("src/pictures is not there") == 1 and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_copy_in_another_package_with_all_extras_evaluates_and_draws_too(tmp_path):
     argv = "--with knn plots shards --package mylib --name mine".split()
     files = copy("main_rotnet.py", tmp_path / "copy", *argv)
@@ -106,6 +107,7 @@ def test_a_copy_in_another_package_with_all_extras_evaluates_and_draws_too(tmp_p
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, sentence",
     [
@@ -252,6 +254,7 @@ def test_the_program_needs_the_standard_library_only(tmp_path):
 
 
 # ============ a copy inside the repository ============
+@pytest.mark.slow
 def test_a_copied_script_beside_the_others_passes_their_tests(tmp_path):
     for name in ("main_simclr.py", "main_mine.py"):
         shutil.copy(ROOT / "main_simclr.py", tmp_path / name)

@@ -101,6 +101,7 @@ def test_selav2_gives_all_prototypes_equal_shares(whole):
     assert second["clusters_empty"] == 0 and second["cluster_max"] < 3 * 1280 / 10
 
 
+@pytest.mark.slow
 @both
 def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     whole, tmp_path, monkeypatch, method
@@ -239,6 +240,7 @@ def test_selav2_keeps_its_labels_between_the_times_of_the_schedule(tmp_path):
     assert f"assigned anew before {len(epochs)} of 5 epochs" in text
 
 
+@pytest.mark.slow
 @both
 def test_data_without_labels_and_broken_files_train_through(tmp_path, method):
     folder, run = images(tmp_path / "images", 150, broken_every=50), tmp_path / "run"

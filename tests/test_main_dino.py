@@ -110,6 +110,7 @@ def test_schedules_reach_the_optimizer_and_norms_have_no_weight_decay(whole):
     assert first["lr"] == second["lr"] < 0.0005
 
 
+@pytest.mark.slow
 def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
     iterations = iter(range(20))
     with monkeypatch.context() as patch:
@@ -158,6 +159,7 @@ def test_another_number_of_processes_takes_the_run_over(tmp_path):
     assert sorted(line["iteration"] for line in read_log(tmp_path)) == list(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -346,6 +348,7 @@ def test_a_teacher_without_momentum_and_centre_is_seen_to_collapse(tmp_path):
         main_dino.main([*argv, "--dump_path", str(tmp_path / "stopped"), "--abort_on_collapse"])
 
 
+@pytest.mark.slow
 def test_uniform_outputs_are_named_while_it_happens(tmp_path, capsys):
     train(tmp_path, "--teacher_temp", "100", "--warmup_teacher_temp", "100")
     assert "output is uniform" in capsys.readouterr().out

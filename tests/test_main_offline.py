@@ -100,6 +100,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, method):
     assert re.search(r"epoch 2/2 clusters 12 of 1,297 images in .* NMI 0\.\d\d with the", text)
 
 
+@pytest.mark.slow
 @both
 def test_the_classifier_is_new_after_each_clustering(whole, method, tmp_path, monkeypatch):
     from src.nets.top_layer import TopLayer
@@ -117,6 +118,7 @@ def test_the_classifier_is_new_after_each_clustering(whole, method, tmp_path, mo
     assert all(0.007 < std < 0.013 for _, std in sizes)
 
 
+@pytest.mark.slow
 @both
 def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     whole, tmp_path, monkeypatch, method
@@ -141,6 +143,7 @@ def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     assert expected == [{k: v for k, v in x.items() if "seconds" not in k} for x in found]
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_the_clustering_goes_on_there(whole, tmp_path, monkeypatch):
     kmeans, calls = two_level.euclidean_kmeans, []
 
@@ -187,6 +190,7 @@ def test_deepcluster_leaves_its_clustering_at_once(whole, tmp_path, monkeypatch,
     assert status == 0 and values == whole["deepcluster"][1]
 
 
+@pytest.mark.slow
 def test_another_number_of_images_is_refused_on_resume(tmp_path, capsys):
     folder = images(tmp_path / "images", 130)
     argv = ("--data_path", folder, *TINY, "--size_dataset", 100)
@@ -304,6 +308,7 @@ def test_pic_finds_a_number_of_clusters_and_the_top_layer_follows_and_resumes(tm
     assert losses(tmp_path / "parts")[29] == losses(tmp_path / "whole")[29]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_data_is_all_that_a_run_sees(tmp_path):
     train("deepercluster", tmp_path, "--size_dataset", 700, "--epochs", 1)
     labels = labels_of(tmp_path)
@@ -311,6 +316,7 @@ def test_a_part_of_the_data_is_all_that_a_run_sees(tmp_path):
     assert len(losses(tmp_path)) == 700 // 128
 
 
+@pytest.mark.slow
 def test_the_published_lines_run(tmp_path):
     folder = images(tmp_path / "images", 80, size=40)
     line = f"{folder} --arch vgg16 --sobel --lr 0.05 --wd -5 --k 10 --verbose --workers 0 "
@@ -339,6 +345,7 @@ def test_the_published_lines_run(tmp_path):
     assert "4 rotations x 4 clusters = 16 super-classes of 80 images, 10 sub-classes" in text
 
 
+@pytest.mark.slow
 def test_uncurated_images_come_from_flat_folders_and_from_tar_shards(tmp_path):
     folder = images(tmp_path / "images", 100, broken_every=40)
     for shard in range(2):
@@ -354,6 +361,7 @@ def test_uncurated_images_come_from_flat_folders_and_from_tar_shards(tmp_path):
         assert (labels_of(tmp_path / name) >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, flags", [
     ("deepcluster", ["--start_epoch", "1"]),
     ("deepercluster", ["--epoch", "1", "--start_iter", "4"]),

@@ -88,6 +88,7 @@ def test_rotations_are_learned(whole):
     assert sum(line["accuracy"] for line in lines[-5:]) / 5 > 35  # a quarter by chance
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     whole, tmp_path, monkeypatch
 ):
@@ -273,6 +274,7 @@ def test_broken_images_are_counted_and_other_names_are_a_word(few, tmp_path):
     assert text.count("have other names than before") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".", "runs/a"])
 def test_a_run_among_the_images_sees_none_of_its_own_pictures(
     few, tmp_path, place, monkeypatch, capsys
@@ -301,6 +303,7 @@ def test_a_storage_that_is_away_for_a_second_takes_no_images_from_a_run(few, tmp
     assert output.count("waiting up to 600 s") == output.count("the storage answers again") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, capsys):
     weights = build_convnet("resnet10", 4, stem="small", width=0.125).state_dict()
     weights["top_layer.weight"].zero_()

@@ -71,6 +71,7 @@ def test_the_loss_falls(whole):
     assert sum(values[-5:]) / 5 < sum(values[:5]) / 5 - 0.1
 
 
+@pytest.mark.slow
 def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
     iterations = iter(range(20))
     with monkeypatch.context() as patch:
@@ -128,6 +129,7 @@ def test_another_number_of_processes_takes_the_run_over(tmp_path):
     assert sorted(line["iteration"] for line in read_log(tmp_path)) == list(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -206,6 +208,7 @@ def test_a_folder_of_another_method_is_refused_and_left_as_it_is(whole, tmp_path
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_collapse_is_named_while_it_happens(tmp_path, capsys):
     argv = ("--temperature", 100, "--epochs", 1)
     train(tmp_path / "said", *argv)

@@ -561,6 +561,7 @@ def test_precision_of_the_cpu():
     dist.synchronize(cpu)
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_by_what_is_held():
     """In a process of its own: a peak is not reached twice, nor inherited from one that holds more."""
     code = (

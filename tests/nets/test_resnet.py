@@ -358,6 +358,7 @@ def test_channels_last_gives_the_same_numbers_and_gradients(small):
     torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_under_autocast_the_embedding_and_the_scores_are_float32(small):
     x = torch.randn(4, 3, 32, 32)

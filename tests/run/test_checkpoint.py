@@ -152,6 +152,7 @@ def _save_for_ever(folder, reached):
         reached.value = epoch
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path):
     random.seed(0)
     for trial in range(6):
