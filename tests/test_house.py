@@ -53,15 +53,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (25, 5250),
-    "main_simclr": (24, 5150),
-    "main_selav2": (29, 6000),
-    "main_deepclusterv2": (30, 6200),
-    "main_rotnet": (30, 5850),
-    "main_dino": (29, 5850),
-    "main_deepcluster": (37, 7100),
-    "main_deepercluster": (40, 7900),
-    "main_clusterfit": (35, 6800),
+    "main_swav": (25, 5300),
+    "main_simclr": (24, 5200),
+    "main_selav2": (29, 6050),
+    "main_deepclusterv2": (30, 6250),
+    "main_rotnet": (30, 5900),
+    "main_dino": (29, 5900),
+    "main_deepcluster": (37, 7150),
+    "main_deepercluster": (40, 7950),
+    "main_clusterfit": (35, 6850),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

@@ -111,8 +111,11 @@ def places(notes: Path) -> list[str]:
     return [re.sub(r"tmp-.*?\d+$", "tmp", line) for line in notes.read_text().splitlines()]
 
 
-def first_and_last(kinds: list[str]) -> list[int]:
-    """The numbers of the first and the last use of each kind."""
-    firsts = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-    lasts = {kind: i for i, kind in enumerate(kinds)}
-    return sorted({*firsts.values(), *lasts.values()})
+def first_of_each(kinds: list[str]) -> list[int]:
+    """The numbers of the first use of each kind."""
+    return sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
+
+
+def last_of_each(kinds: list[str]) -> list[int]:
+    """The numbers of the last use of each kind."""
+    return sorted({kind: i for i, kind in enumerate(kinds)}.values())

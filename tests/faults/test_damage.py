@@ -1,4 +1,4 @@
-"""Checkpoints that are cut or have other bits: refused in a sentence, or the values of a good one; never others."""
+"""Checkpoints that are cut or have other bits: refused in a sentence, or with all values right."""
 
 import shutil
 import sys

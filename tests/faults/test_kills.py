@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, again and again, and started again: nothing is lost, nothing is twice."""
+"""Runs that are killed at any moment, and started again: no line is lost, and none is there twice."""
 
 import sys
 
