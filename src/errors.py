@@ -79,6 +79,13 @@ def cause(error: BaseException) -> str:
     return text.splitlines()[0].split(". ")[0]
 
 
+def beneath(error: BaseException) -> BaseException:
+    """What the system said, where torch covers it by an error of its own; else the first error of all."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def printable(name: str | bytes) -> str:
     """A file's name for a terminal or a log: bytes that are no text, and what would move the cursor,
     are written as \\xe9 or \\n."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from src import dist
+from tests.faults import figures
 
 GOLDEN = Path(__file__).parent / "golden"
 # Also of the processes that tests start. A value that OpenMP cannot read would be a line on stderr.
@@ -20,6 +21,19 @@ dist.settle_vector_functions()
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", help="of the tests in tests/gpu: cuda or cpu")
+    text = (
+        "of each fault that tests/faults tries, beside those of a quick look; 100 for the long form"
+    )
+    parser.addoption("--fault_rounds", type=int, default=0, help=text)
+    parser.addoption(
+        "--fault_seed", type=int, default=0, help="of the moments and places of faults"
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    for line in figures.table(reports):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

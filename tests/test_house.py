@@ -54,15 +54,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (26, 5550),
-    "main_simclr": (25, 5400),
-    "main_selav2": (30, 6300),
-    "main_deepclusterv2": (31, 6500),
-    "main_rotnet": (31, 6150),
-    "main_dino": (30, 6100),
-    "main_deepcluster": (38, 7400),
-    "main_deepercluster": (41, 8150),
-    "main_clusterfit": (36, 7100),
+    "main_swav": (26, 5600),
+    "main_simclr": (25, 5450),
+    "main_selav2": (30, 6350),
+    "main_deepclusterv2": (31, 6550),
+    "main_rotnet": (31, 6200),
+    "main_dino": (30, 6150),
+    "main_deepcluster": (38, 7450),
+    "main_deepercluster": (41, 8250),
+    "main_clusterfit": (36, 7150),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

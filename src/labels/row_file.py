@@ -4,6 +4,7 @@
 flushed, a number a line. The folder must be shared by all processes, as that of the run is.
 """
 
+import contextlib
 import os
 import shutil
 import struct
@@ -11,12 +12,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import dist
+from ..errors import CheckpointError, beneath, cause
 from .features import share
 
 CHUNK = 4096  # rows
@@ -36,10 +39,11 @@ class RowFile:
             header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {self.shape}, }}"
             magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", START - 10)
             part = self.path.with_suffix(".part")
-            with open(part, "wb") as file:
-                file.write(magic + header.ljust(START - 11).encode() + b"\n")
-                file.truncate(START + 4 * num_rows * width)  # sparse: no bytes
-            os.replace(part, self.path)
+            with _named(self.path):
+                with open(part, "wb") as file:
+                    file.write(magic + header.ljust(START - 11).encode() + b"\n")
+                    file.truncate(START + 4 * num_rows * width)  # sparse: no bytes
+                os.replace(part, self.path)
         dist.barrier()
 
     def read(self) -> Tensor:
@@ -75,15 +79,15 @@ class RowFile:
     def write(self, first: int, rows: Tensor) -> None:
         """Write rows (n, width) from number `first` on."""
         data = np.ascontiguousarray(rows.detach().cpu().float().numpy())
-        with open(self.path, "r+b") as file:
+        with _named(self.path), open(self.path, "r+b") as file:
             file.seek(START + first * self.shape[1] * 4)
             file.write(data.data)
 
     def mark(self, chunk: int) -> None:
         """Remember that all rows of a chunk are written, once they have reached the disk."""
-        with open(self.path, "r+b") as file:
+        with _named(self.path), open(self.path, "r+b") as file:
             os.fsync(file.fileno())
-        with open(self._done, "a") as file:
+        with _named(self._done), open(self._done, "a") as file:
             file.write(f"\n{chunk}.\n")
             file.flush()
             os.fsync(file.fileno())
@@ -132,22 +136,33 @@ def load_tensors(path: Path) -> dict:
 
 
 def write_tensors(path: Path, values: dict) -> None:
-    """Write tensors and numbers by name, whole or not at all."""
-    try:
-        _write(path, lambda file: torch.save(values, file))
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+    """Write tensors and numbers by name, whole or not at all. Raises CheckpointError."""
+    _write(path, lambda file: torch.save(values, file))
 
 
 def write_array(path: Path, values: Tensor) -> None:
-    """Write a tensor as numpy reads it, whole or not at all."""
-    _write(path, lambda file: np.save(file, values.numpy()))
+    """Write a tensor as numpy reads it, whole or not at all. Raises CheckpointError."""
+    # Numpy writes to a file itself, and does not say why that fails.
+    _write(path, lambda file: np.save(SimpleNamespace(write=file.write), values.numpy()))
 
 
 def _write(path, write):
     part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with _named(path):
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Inside, what cannot be written is a CheckpointError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({cause(beneath(error))}): mend that, and the same command continues "
+            "the run"
+        ) from error

@@ -1,6 +1,8 @@
 """Pictures of a run: curves, a sheet of crops, a sheet of nearest neighbours."""
 
+import contextlib
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +61,12 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
         axis.set_xlabel("epoch", fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    path = _path(folder, "curves.png")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    path = Path(folder) / "plots" / "curves.png"
+    try:
+        with _whole(path) as spare:
+            figure.savefig(spare, dpi=110)
+    finally:
+        pyplot.close(figure)
     return path
 
 
@@ -118,14 +123,22 @@ def _tile(image, size, side):
     return tile
 
 
-def _path(folder, name):
-    path = Path(folder) / "plots" / name
+@contextlib.contextmanager
+def _whole(path):
+    """A name to write a picture under; it takes its place when it is whole, and only then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    spare = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        yield spare
+        os.replace(spare, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            spare.unlink(missing_ok=True)
+        raise
 
 
 def _save(array, path):
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+    with _whole(path) as spare:
+        Image.fromarray(array).save(spare)
     return path

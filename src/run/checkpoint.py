@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import dist
-from ..errors import CheckpointError, cause
+from ..errors import CheckpointError, beneath, cause
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,9 @@ def save_checkpoint(folder: str | Path, state: dict, keep_as: str | None = None)
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:
         _remove([spare])
-        reason = error
-        while not isinstance(reason, OSError) and reason.__context__ is not None:
-            reason = reason.__context__  # torch covers what the disk said by an error of its own
         free = shutil.disk_usage(folder).free / 1e6 if folder.is_dir() else 0.0
         raise CheckpointError(
-            f"{target} cannot be written ({cause(reason)}): it needs {size / 1e6:.1f} MB and "
+            f"{target} cannot be written ({cause(beneath(error))}): it needs {size / 1e6:.1f} MB and "
             f"{free:.1f} MB are free; what was saved before is untouched"
         ) from error
 

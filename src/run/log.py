@@ -1,5 +1,6 @@
 """What a run says: lines for people, JSON for programs, TensorBoard events, a rate and an ETA."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import printable
+from ..errors import CheckpointError, cause, printable
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,26 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
     logging.captureWarnings(True)
     if folder is not None and is_main:
         path = Path(folder) / "train.log"
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
         for name in (__name__.partition(".")[0], "__main__"):
             logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+class LogFile(logging.FileHandler):
+    """A file of log lines that a run can do without: where the disk is full, one line on stderr says so."""
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not getattr(self, "has_failed", False):
+            self.has_failed = True
+            name = printable(self.baseFilename)
+            sys.stderr.write(
+                f"{name} cannot be written ({cause(error)}): going on without its lines\n"
+            )
 
 
 class PlainFormatter(logging.Formatter):
@@ -53,8 +69,25 @@ def describe_run(arguments: dict, folder: str | Path) -> None:
     """Log the command, the versions and the git state; write the resolved arguments to args.json."""
     logger.info("command: %s", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     logger.info("torch %s, python %s, git %s", torch.__version__, sys.version.split()[0], _git())
-    path = Path(folder) / "args.json"
-    path.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+    _write_whole(Path(folder) / "args.json", json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+
+
+def _write_whole(path, text):
+    """Write a file whole, or leave what is there. Raises CheckpointError."""
+    spare = path.with_name(f"{path.name}.part")
+    try:
+        spare.write_text(text)
+        os.replace(spare, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            spare.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path, error):
+    return CheckpointError(
+        f"{path} cannot be written ({cause(error)}): mend that, and the same command continues the run"
+    )
 
 
 def _git():
@@ -80,12 +113,13 @@ def duration(seconds: float) -> str:
 class RunLog:
     """Writes one JSON object a line to log.jsonl, and the same numbers to TensorBoard.
 
-    folder: of the run; None: write nothing (the processes other than the main one).
+    folder: of the run; None: write nothing (the processes other than the main one). Raises
+    CheckpointError where the file cannot be written.
     """
 
     def __init__(self, folder: str | Path | None, tensorboard: bool = True):
         self.path = Path(folder) / "log.jsonl" if folder is not None else None
-        self.file = open(self.path, "a") if folder is not None else None
+        self.file = self._opened() if folder is not None else None
         self.events = None
         if folder is not None and tensorboard:
             try:
@@ -103,8 +137,11 @@ class RunLog:
             key: None if isinstance(x, float) and not math.isfinite(x) else x
             for key, x in values.items()
         }
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         if self.events is not None:
             for key, x in clean.items():
                 if isinstance(x, int | float) and not isinstance(x, bool):
@@ -126,19 +163,27 @@ class RunLog:
             elif text.strip():
                 redone.append(text)
         if redone:
-            with open(self.path.with_name("log.redone.jsonl"), "a") as file:
-                file.write("".join(f"{text}\n" for text in redone))
-            spare = self.path.with_name(f"log.jsonl.tmp-{os.getpid()}")
-            spare.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            others = self.path.with_name("log.redone.jsonl")
+            try:
+                with open(others, "a") as file:
+                    file.write("".join(f"{text}\n" for text in redone))
+            except OSError as error:
+                raise _unwritable(others, error) from error
             self.file.close()
-            os.replace(spare, self.path)
-            self.file = open(self.path, "a")
+            _write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            self.file = self._opened()
         return kept
 
     def flush(self) -> None:
         """Hand over what TensorBoard still holds back; the lines of log.jsonl are handed over at once."""
         if self.events is not None:
             self.events.flush()
+
+    def _opened(self):
+        try:
+            return open(self.path, "a")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Close the files; nothing is written after it."""

@@ -464,7 +464,11 @@ class Run:
             logger.info("no picture of the crops: src/pictures is not there")
             return
         mean, std = self.augment.mean, self.augment.std
-        curves.crop_sheet([curves.to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops], path)
+        pictures = [curves.to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops]
+        try:
+            curves.crop_sheet(pictures, path)
+        except OSError as error:
+            logger.warning(f"no picture of the crops: {error}")
 
     def plot(self) -> None:
         """Draw the log to plots/curves.png."""

@@ -182,15 +182,19 @@ def _as_from_a_terminal():
 
 def start_ranks(script: str, folder: Path, *argv, processes: int, absent: int = 0) -> list[Script]:
     """Start one script of each rank, as srun does; the last `absent` ranks are awaited but not started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     scripts = []
-    for rank in range(processes - absent):
-        environ = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank, environ in enumerate(environments_of_ranks(processes)[: processes - absent]):
         scripts.append(start(script, folder, *argv, environ=environ, name=f"screen{rank}"))
     return scripts
+
+
+def environments_of_ranks(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank of some on this machine, with a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 @functools.cache

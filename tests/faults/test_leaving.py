@@ -17,6 +17,7 @@ from tests.faults.harness import (
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
 ]
 LONG = [*DIGITS, "--epochs", 1000, "--log_freq", 1]

@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from src.errors import CheckpointError
 from src.pictures import curves
-from src.run.log import RunLog, Stopwatch, duration, read_log, setup_logging
+from src.run.log import RunLog, Stopwatch, describe_run, duration, read_log, setup_logging
 from tests.runs import images
 
 
@@ -178,3 +180,53 @@ def test_neighbours_are_framed_by_whether_they_are_right(tmp_path):
         pixels = np.asarray(picture).astype(int)
     left, right = pixels[0, 16 + 2 + 6 + 1], pixels[0, 16 + 2 + 6 + 18 + 1]
     assert left[1] > left[0] and right[0] > right[1]
+
+
+# ============ a full disk ============
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+
+@needs_dev_full
+def test_a_train_log_on_a_full_disk_is_one_line_and_no_traceback(tmp_path, capsys, root_handlers):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    setup_logging(tmp_path, True)
+    for text in ("first", "second"):
+        logging.getLogger("src.run").info(text)
+    output = capsys.readouterr()
+    assert output.out.splitlines() == ["first", "second"]
+    [line] = output.err.splitlines()
+    assert "train.log cannot be written (No space left on device)" in line
+
+
+@needs_dev_full
+def test_a_log_on_a_full_disk_is_one_sentence_that_names_it(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, tensorboard=False)
+    with pytest.raises(CheckpointError, match="log.jsonl cannot be written .No space left"):
+        log.write(0, {"epoch_float": 1.0})
+    with pytest.raises(OSError):
+        log.file.close()
+
+
+@needs_dev_full
+def test_a_full_disk_leaves_the_arguments_that_were_there(tmp_path):
+    describe_run({"seed": 1}, tmp_path)
+    (tmp_path / "args.json.part").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="args.json cannot be written .No space left"):
+        describe_run({"seed": 2}, tmp_path)
+    assert json.loads((tmp_path / "args.json").read_text()) == {"seed": 1}
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_a_picture_that_is_cut_short_leaves_the_one_that_was_there(tmp_path, monkeypatch, error):
+    def cut_short(image, path, **options):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    crops = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]
+    path = curves.crop_sheet(crops, tmp_path / "plots" / "crops.png")
+    before = path.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    with pytest.raises(type(error)):
+        curves.crop_sheet(crops, path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
