@@ -59,7 +59,7 @@ def run_ranks(function, world_size, *args):
             raise RuntimeError(f"ranks {missing} of {world_size} hung for {TIMEOUT} s") from None
         finally:
             for process in processes:
-                process.join(5 if len(collected) == world_size else 0)
+                process.join(10 if len(collected) == world_size else 0)
                 process.kill()
         return [collected[rank] for rank in range(world_size)]
 
@@ -92,11 +92,10 @@ def _rank_main(function, rank, world_size, folder, results, args):
         )
         result = function(rank, world_size, *args)
         dist.barrier()
+        dist.destroy_process_group()
     except BaseException:
         error = traceback.format_exc()
     results.put((rank, result, error))
-    if error is None:
-        dist.destroy_process_group()  # gloo of torch 2.6 hangs in here now and then; run_ranks ends that
 
 
 class Main:
