@@ -207,21 +207,35 @@ def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     assert text.count("clusters 12 of 1,297 images in") == 1
 
 
-@pytest.mark.parametrize("part", ["raw_pixels", "initial_centroids"])
-def test_a_signal_during_the_clustering_leaves_nothing_half_done(few, tmp_path, monkeypatch, part):
-    before, compute = signal.getsignal(signal.SIGUSR1), getattr(main_clusterfit, part)
+def test_a_signal_during_the_clustering_leaves_nothing_half_done(few, tmp_path, monkeypatch):
+    before, compute = signal.getsignal(signal.SIGUSR1), main_clusterfit.initial_centroids
 
     def signalled(*args, **options):
         os.kill(os.getpid(), signal.SIGUSR1)
         return compute(*args, **options)
 
-    later = {"raw_pixels": "cluster_features", "initial_centroids": "write_clusters"}[part]
     with monkeypatch.context() as patch:
-        patch.setattr(main_clusterfit, part, signalled)
-        patch.setattr(main_clusterfit, later, None)  # is not called any more
+        patch.setattr(main_clusterfit, "initial_centroids", signalled)
+        patch.setattr(main_clusterfit, "write_clusters", None)  # is not called any more
         assert train(tmp_path, *few)[0] == 128 + signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) is before
     assert {path.name for path in tmp_path.iterdir()} == {"train.log"}
+    assert train(tmp_path, *few)[0] == 0
+
+
+def test_a_signal_during_the_features_means_what_it_meant_before(few, tmp_path, monkeypatch):
+    def handler(*_):
+        raise SystemExit(99)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            main_clusterfit, "raw_pixels", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1)
+        )
+        with pytest.raises(SystemExit, match="99"):
+            train(tmp_path, *few)
+    signal.signal(signal.SIGUSR1, before)
+    assert not (tmp_path / "clusters.npy").exists()
     assert train(tmp_path, *few)[0] == 0
 
 
