@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import re
 import shlex
 import signal
@@ -23,7 +22,7 @@ from src.nets.convnets import build_convnet
 from src.run.log import read_log
 from tests import runs
 from tests.gloo import start_mains
-from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.runs import finish, images, losses, signal_handlers
 from tests.test_launch import load, run_recipe, sbatch_lines
 from tests.test_main_dino import few_label_accuracy
 
@@ -237,21 +236,6 @@ def test_a_signal_during_the_features_means_what_it_meant_before(few, tmp_path, 
     signal.signal(signal.SIGUSR1, before)
     assert not (tmp_path / "clusters.npy").exists()
     assert train(tmp_path, *few)[0] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
-    argv = ("--batch_size", 128 // processes, "--checkpoint_iters", 3, "--workers", processes - 1)
-    finish(start(tmp_path / "whole", *argv, processes=processes))
-    killed = start(tmp_path / "killed", *argv, processes=processes)
-    wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
-    for pid in [*children_of(killed), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
-    output = finish(start(tmp_path / "killed", *argv, processes=processes))
-    assert "continues from epoch" in output
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow

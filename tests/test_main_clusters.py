@@ -3,7 +3,6 @@
 import importlib
 import math
 import os
-import random
 import re
 import shlex
 import signal
@@ -145,22 +144,6 @@ def test_a_signal_in_the_first_pass_leaves_at_once(tmp_path, monkeypatch, method
     argv = [*SMALL, "--dump_path", str(tmp_path)]
     assert script(method).main(argv) == 128 + signal.SIGTERM and calls == [1, 2, 3]
     assert not (tmp_path / "checkpoint.pth").exists()
-
-
-@pytest.mark.slow
-@both
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes, method):
-    argv = ("--batch_size", 128 // processes, "--checkpoint_iters", 3, "--epochs", 3)
-    finish(start(method, tmp_path / "whole", *argv, processes=processes))
-    killed = start(method, tmp_path / "killed", *argv, processes=processes)
-    wait_for_lines(tmp_path / "killed", killed, random.randint(5, 24))
-    for pid in [*children_of(killed), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
-    output = finish(start(method, tmp_path / "killed", *argv, processes=processes))
-    assert "continues from epoch" in output
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 # Without photometry, whose draws depend on the process, and with small steps, which do not amplify

@@ -3,7 +3,6 @@
 import importlib
 import math
 import os
-import random
 import re
 import shlex
 import signal
@@ -201,22 +200,6 @@ def test_another_number_of_images_is_refused_on_resume(tmp_path, capsys):
         flags.run(lambda: script("deepercluster").main(argv))
     assert stop.value.code == 2
     assert "pseudo-labels are of 130 images, and --data_path has 129" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@both
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes, method):
-    argv = ("--batch_size", 128 // processes, "--checkpoint_iters", 3, "--epochs", 3)
-    finish(start(method, tmp_path / "whole", *argv, processes=processes))
-    killed = start(method, tmp_path / "killed", *argv, processes=processes)
-    wait_for_lines(tmp_path / "killed", killed, random.randint(5, 24))
-    for pid in [*children_of(killed), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
-    output = finish(start(method, tmp_path / "killed", *argv, processes=processes))
-    assert "continues from epoch" in output
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 # Flips are drawn by each process; batch norm's sums round otherwise on several.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shlex
 import signal
 
@@ -13,7 +12,7 @@ import eval_knn
 import main_simclr
 from src.run.log import read_log
 from tests import runs
-from tests.runs import children_of, finish, losses, signal_handlers, wait_for_lines
+from tests.runs import finish, losses, signal_handlers
 
 pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
 
@@ -91,21 +90,6 @@ def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
         for folder in (tmp_path, whole[0])
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
-    argv = ("--checkpoint_iters", 3, "--batch_size", 128 // processes, "--workers", processes - 1)
-    finish(start(tmp_path / "whole", *argv, processes=processes))
-    killed = start(tmp_path / "killed", *argv, processes=processes)
-    wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
-    for pid in [*children_of(killed), killed.pid]:  # torchrun's workers have sessions of their own
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
-    output = finish(start(tmp_path / "killed", *argv, processes=processes))
-    assert "continues from epoch" in output
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
