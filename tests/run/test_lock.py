@@ -10,7 +10,7 @@ import pytest
 
 from src.errors import CheckpointError
 from src.run import lock
-from tests.gloo import run_ranks
+from tests.gloo import CONTEXT, run_ranks
 
 HOLD = """
 import os, sys, time
@@ -21,16 +21,22 @@ time.sleep(600)
 """
 
 
+def _hold_for_long(folder, told):
+    lock.hold_folder(folder)
+    told.send("held")
+    time.sleep(600)
+
+
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
+    heard, told = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_hold_for_long, args=(tmp_path, told), daemon=True)
+    process.start()
+    assert heard.recv() == "held"
     yield process
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_a_folder_that_a_living_process_writes_into_is_refused_with_its_number(tmp_path, holder):
@@ -41,7 +47,7 @@ def test_a_folder_that_a_living_process_writes_into_is_refused_with_its_number(t
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
     holder.kill()
-    holder.wait()
+    holder.join()
     assert (tmp_path / "run.lock").exists()
     began = time.perf_counter()
     taken = lock.FolderLock(tmp_path, "run")
@@ -101,7 +107,7 @@ def test_where_nothing_can_be_locked_a_dead_process_is_told_from_a_living_one(
     with pytest.raises(CheckpointError, match=f"process {holder.pid}"):
         lock.FolderLock(tmp_path, "run")
     holder.kill()
-    holder.wait()
+    holder.join()
     lock.FolderLock(tmp_path, "run").release()
 
 

@@ -71,15 +71,14 @@ def test_curves_take_a_small_part_of_the_time_and_are_there_at_the_end(tmp_path,
         drawn.append(clock[0])
         clock[0] += 3
 
-    def epoch_of_five_seconds(run, epoch, done, keep):
-        clock[0] += 5
+    def epoch_of_half_a_minute(run, epoch, done, keep):
+        clock[0] += 30
 
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("src.pictures.curves.plot_curves", draw_for_three_seconds)
-    monkeypatch.setattr(Run, "save", epoch_of_five_seconds)
-    assert train(tmp_path, "--epochs", "40") == 0
-    assert drawn[0] == 25 and len(drawn) == 4  # after 20 s, then each 60 s, and the last
-    assert drawn[-1] == 40 * 5 + 3 * 3
+    monkeypatch.setattr(Run, "save", epoch_of_half_a_minute)
+    assert train(tmp_path, "--epochs", "8") == 0
+    assert drawn == [30, 123, 216, 8 * 30 + 3 * 3]  # after 20 s, then each 60 s, and at the end
 
 
 def test_lines_of_what_is_done_again_are_not_in_the_log_twice(tmp_path, trained):
