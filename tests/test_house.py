@@ -55,13 +55,13 @@ ORDER = [
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
     "main_swav": (26, 5600),
-    "main_simclr": (25, 5450),
+    "main_simclr": (25, 5500),
     "main_selav2": (30, 6350),
     "main_deepclusterv2": (31, 6550),
     "main_rotnet": (31, 6200),
-    "main_dino": (30, 6150),
+    "main_dino": (30, 6200),
     "main_deepcluster": (38, 7450),
-    "main_deepercluster": (41, 8250),
+    "main_deepercluster": (41, 8300),
     "main_clusterfit": (36, 7150),
 }
 FUNCTION_LINES = 90

@@ -10,7 +10,7 @@ import shutil
 import struct
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import dist
-from ..errors import CheckpointError, beneath, cause
+from ..errors import CheckpointError, RunError, beneath, cause
+from ..run.lock import has_lost_its_writer
 from .features import share
 
 CHUNK = 4096  # rows
@@ -115,10 +116,11 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
-def wait_for(condition: Callable[[], bool], stop, folder: Path) -> None:
+def wait_for(condition: Callable[[], bool], stop, folder: Path, locks: Iterable[Path] = ()) -> None:
     """Wait until the files of other processes are there, or one of all was asked to stop.
 
     A collective would do, but for its time limit: processes may have hours of work more than others.
+    locks: of the processes that this one waits for. Raises RunError when one of them has ended.
     """
     asked, pause = folder / "stop", 0.01
     while not condition():
@@ -126,6 +128,11 @@ def wait_for(condition: Callable[[], bool], stop, folder: Path) -> None:
             asked.touch()
         if asked.exists():
             return
+        if pause > 1.0 and any(map(has_lost_its_writer, locks)):
+            raise RunError(
+                "another process of the run has ended in the clustering: what it says on its screen tells "
+                "why; the same command continues the run"
+            )
         time.sleep(pause)
         pause = min(5.0, 1.5 * pause)
 

@@ -20,6 +20,7 @@ from ..cluster.exact_sums import member_means
 from ..cluster.kmeans import euclidean_kmeans, initial_centroids
 from ..cluster.pca import Whitening, fit_whitening, whiten
 from ..errors import RunError, Stopped
+from ..run.lock import FolderLock
 from ..run.log import duration
 from .features import share
 from .row_file import RowFile, check_space, load_tensors, wait_for, write_array, write_tensors
@@ -55,6 +56,16 @@ class TwoLevelClustering:
         self.groups, self.member, self.backend, self.stop = groups, member, backend, stop
         if dist.is_main():
             self._keep_files_of(settings)
+        dist.barrier()
+        self.lock, self.watched = None, []
+        if dist.world_size() > 1:
+            self._hold_lock()
+
+    def _hold_lock(self):
+        """Show the others that this process lives; the main one looks after all, and they after it."""
+        self.lock = FolderLock(self.folder, f"process{dist.rank()}")
+        watched = range(1, dist.world_size()) if dist.is_main() else [0]
+        self.watched = [self.folder / f"process{rank}.lock" for rank in watched]
         dist.barrier()
 
     def _keep_files_of(self, settings):
@@ -281,6 +292,9 @@ class TwoLevelClustering:
     def remove(self) -> None:
         """Delete the files, when their result is saved elsewhere."""
         dist.barrier()
+        if self.lock is not None:
+            self.lock.release()
+            dist.barrier()
         if dist.is_main():
             shutil.rmtree(self.folder)
 
@@ -295,7 +309,7 @@ class TwoLevelClustering:
 
     def _leave_if_asked(self, is_done):
         """Wait until all processes have done their part; all leave if one was asked to stop."""
-        wait_for(is_done, self.stop, self.folder)
+        wait_for(is_done, self.stop, self.folder, locks=self.watched)
         if self.stop.agreed():
             raise Stopped
 

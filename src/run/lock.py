@@ -140,6 +140,18 @@ def release_folders() -> None:
         _held.pop().release()
 
 
+def has_lost_its_writer(path: Path) -> bool:
+    """Whether the process that a lock file names is no more: at once on this host, after two minutes else."""
+    try:
+        with open(path) as file:
+            holder, touched = _read(file), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return True
+    if _is_elsewhere(holder):
+        return _now(path.parent) - touched > SILENT_SECONDS
+    return bool(holder) and _has_ended(holder)
+
+
 # ============ who holds it ============
 def _this_process():
     return {

@@ -152,6 +152,19 @@ def test_a_process_whose_peer_is_gone_says_where_to_look(name, tmp_path):
     ranks[1].ending()
 
 
+def test_a_process_that_waits_in_the_clustering_leaves_when_its_peer_is_killed(tmp_path):
+    folder = tmp_path / "run"
+    argv = [*LONG, "--workers", 0, "--rotnet", "true", "--k", 64, "--batch_size", 64]
+    ranks = start_ranks("main_deepercluster.py", folder, *argv, processes=2)
+    ranks[0].wait_until((folder / "clustering" / "process1.lock").exists)
+    ranks[0].hurt_at = ranks[1].hurt_at
+    ranks[1].send("SIGKILL")
+    ending = ranks[0].ending(within=2 * END_SECONDS)
+    assert ending.status == 1 and "Traceback" not in ending.screen
+    assert ending.screen.splitlines()[-1].startswith("error: another process of the run has ended")
+    ranks[1].ending()
+
+
 # ============ /dev/shm ============
 mounted = pytest.mark.skipif(not can_mount(), reason="may not mount another /dev/shm")
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,3 +232,12 @@ def test_a_matrix_larger_than_the_memory_can_be_mapped(tmp_path):
 
 def test_an_empty_matrix_can_be_read(tmp_path):
     assert RowFile(tmp_path, "x", 0, 4).read().shape == (0, 4)
+
+
+def test_nobody_waits_for_a_process_that_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_file, "time", SimpleNamespace(sleep=lambda seconds: None))
+    nobody_asked = SimpleNamespace(requested=False)
+    locks = [tmp_path / "process1.lock"]
+    with pytest.raises(RunError, match="another process of the run has ended in the clustering"):
+        row_file.wait_for(lambda: False, nobody_asked, tmp_path, locks=locks)
+    row_file.wait_for(lambda: True, nobody_asked, tmp_path, locks=locks)

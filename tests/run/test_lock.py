@@ -45,6 +45,21 @@ def test_a_folder_that_a_living_process_writes_into_is_refused_with_its_number(t
     lock.FolderLock(tmp_path, "eval_knn").release()  # an evaluation may work beside a run
 
 
+def test_who_waits_for_a_process_sees_that_it_was_killed(tmp_path, holder):
+    path = tmp_path / "run.lock"
+    assert not lock.has_lost_its_writer(path)
+    holder.kill()
+    holder.join()
+    assert lock.has_lost_its_writer(path)
+    on_another_host = {**json.loads(path.read_text()), "host": "far"}
+    path.write_text(json.dumps(on_another_host))
+    assert not lock.has_lost_its_writer(path)  # it may live
+    long_ago = time.time() - 2 * lock.SILENT_SECONDS
+    os.utime(path, (long_ago, long_ago))
+    assert lock.has_lost_its_writer(path)
+    assert lock.has_lost_its_writer(tmp_path / "released.lock")
+
+
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
     holder.kill()
     holder.join()
