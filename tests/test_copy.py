@@ -72,14 +72,9 @@ def check_same_run(tmp_path, script, name, argv):
     return output
 
 
-def without_knn_is_fast(script):
-    """Marks that leave one script to the fast tests; another runs below."""
-    marks = [] if script == "main_simclr.py" else pytest.mark.slow
-    return pytest.param(script, marks=marks, id=script.removesuffix(".py"))
-
-
 # ============ it runs ============
-@pytest.mark.parametrize("script", map(without_knn_is_fast, SCRIPTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_copy_trains_as_its_original_does_to_the_last_bit(tmp_path, script):
     copy(script, tmp_path / "copy", "--name", "mine")
     output = check_same_run(tmp_path, script, "mine", ["--knn_freq", "0"])

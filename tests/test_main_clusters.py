@@ -177,33 +177,18 @@ def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path,
         assert (labels[name] == labels["one"]).float().mean() > 0.9  # one in ten by chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, argv",
     [
         ("deepclusterv2", "--nmb_prototypes 10 --kmeans_start k-means++ --empty_clusters reseed"),
-        pytest.param(
-            "deepclusterv2",
-            "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --kmeans_iters 1",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "deepclusterv2",
-            "--freeze_prototypes_niters 3 --crops_for_assign 0 1 2 --in_chans 1",
-            marks=pytest.mark.slow,
-        ),
+        ("deepclusterv2", "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --kmeans_iters 1"),
+        ("deepclusterv2", "--freeze_prototypes_niters 3 --crops_for_assign 0 1 2 --in_chans 1"),
         ("deepclusterv2", "--kmeans_backend faiss --optimizer adamw --base_lr 0.001"),
         ("deepclusterv2", "--precision bf16 --optimizer larc --head_dims 24 16"),
-        pytest.param(
-            "selav2",
-            "--nmb_prototypes 10 --epsilon 0.01 --sinkhorn_tolerance 1",
-            marks=pytest.mark.slow,
-        ),
+        ("selav2", "--nmb_prototypes 10 --epsilon 0.01 --sinkhorn_tolerance 1"),
         ("selav2", "--nmb_reassignments 2 --precision bf16 --freeze_prototypes_niters 0"),
-        pytest.param(
-            "selav2",
-            "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --workers 2",
-            marks=pytest.mark.slow,
-        ),
+        ("selav2", "--nmb_crops 1 --size_crops 12 --crops_for_assign 0 --workers 2"),
     ],
 )
 def test_every_option_trains(tmp_path, method, argv):

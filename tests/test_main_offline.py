@@ -252,7 +252,8 @@ def test_another_number_of_processes_takes_over_classifiers_and_momentum(tmp_pat
 VGG = "--arch vgg16 --width 0.0625 --size_crops 32 --sobel --dropout 0.2"
 
 
-SLOW_OPTIONS = [
+OPTIONS = [
+    ("deepercluster", "--rotnet false --super_classes 3 --warm_restart true --dim_pca 999"),
     ("deepcluster", "--arch alexnet --width 0.0625 --size_crops 64 --batch_size 256"),
     ("deepcluster", "--kmeans_backend faiss --sobel --nmb_crops 1 1 --size_crops 12 8 "
         "--min_scale_crops 0.4 0.2 --max_scale_crops 1 0.5"),
@@ -264,13 +265,8 @@ SLOW_OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "method, argv",
-    [
-        ("deepercluster", "--rotnet false --super_classes 3 --warm_restart true --dim_pca 999"),
-        *(pytest.param(*x, marks=slow) for x in SLOW_OPTIONS),
-    ],
-)
+@slow
+@pytest.mark.parametrize("method, argv", OPTIONS)
 def test_every_option_trains(tmp_path, method, argv):
     if "faiss" in argv:
         pytest.importorskip("faiss")
