@@ -92,7 +92,7 @@ def _rank_main(function, rank, world_size, folder, results, args):
         )
         result = function(rank, world_size, *args)
         dist.barrier()
-        dist.destroy_process_group()
+        distributed.shutdown()
     except BaseException:
         error = traceback.format_exc()
     results.put((rank, result, error))

@@ -6,6 +6,7 @@ a kind of device."""
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .launch import Launch, gpu_index, gpu_numbers, read_launch, rendezvous
 
 logger = logging.getLogger(__name__)
 
+LAST_COLLECTIVE = 0.1  # seconds that the threads of gloo may still be busy with it
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What torch hands to MKL's vector mathematics on a CPU, in float32 and float64.
 VECTOR_FUNCTIONS = (
@@ -128,6 +130,9 @@ def sharing_processes(group_size: int, world_size: int) -> int:
 def shutdown() -> None:
     """End the process group, if there is one."""
     if has_group():
+        # A thread of gloo may still hold what the last collective worked on, and needs Python's lock to let
+        # it go; ending the group keeps that lock while it waits for the thread. Seen in torch 2.6 and 2.7.
+        time.sleep(LAST_COLLECTIVE)
         dist.destroy_process_group()
 
 
