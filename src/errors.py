@@ -1,6 +1,9 @@
 """What a script turns into one sentence for people, instead of a traceback."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class RunError(RuntimeError):
@@ -84,6 +87,18 @@ def beneath(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__
     return error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what cannot be written is a CheckpointError that names the file of a run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({cause(beneath(error))}): mend that, and the same command continues "
+            "the run"
+        ) from error
 
 
 def printable(name: str | bytes) -> str:

@@ -4,7 +4,6 @@
 flushed, a number a line. The folder must be shared by all processes, as that of the run is.
 """
 
-import contextlib
 import os
 import shutil
 import struct
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dist
-from ..errors import CheckpointError, RunError, beneath, cause
+from ..errors import RunError, writing
 from ..run.lock import has_lost_its_writer
 from .features import share
 
@@ -40,7 +39,7 @@ class RowFile:
             header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {self.shape}, }}"
             magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", START - 10)
             part = self.path.with_suffix(".part")
-            with _named(self.path):
+            with writing(self.path):
                 with open(part, "wb") as file:
                     file.write(magic + header.ljust(START - 11).encode() + b"\n")
                     file.truncate(START + 4 * num_rows * width)  # sparse: no bytes
@@ -80,15 +79,15 @@ class RowFile:
     def write(self, first: int, rows: Tensor) -> None:
         """Write rows (n, width) from number `first` on."""
         data = np.ascontiguousarray(rows.detach().cpu().float().numpy())
-        with _named(self.path), open(self.path, "r+b") as file:
+        with writing(self.path), open(self.path, "r+b") as file:
             file.seek(START + first * self.shape[1] * 4)
             file.write(data.data)
 
     def mark(self, chunk: int) -> None:
         """Remember that all rows of a chunk are written, once they have reached the disk."""
-        with _named(self.path), open(self.path, "r+b") as file:
+        with writing(self.path), open(self.path, "r+b") as file:
             os.fsync(file.fileno())
-        with _named(self._done), open(self._done, "a") as file:
+        with writing(self._done), open(self._done, "a") as file:
             file.write(f"\n{chunk}.\n")
             file.flush()
             os.fsync(file.fileno())
@@ -155,21 +154,9 @@ def write_array(path: Path, values: Tensor) -> None:
 
 def _write(path, write):
     part = path.with_suffix(".part")
-    with _named(path):
+    with writing(path):
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-
-
-@contextlib.contextmanager
-def _named(path):
-    """Inside, what cannot be written is a CheckpointError that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be written ({cause(beneath(error))}): mend that, and the same command continues "
-            "the run"
-        ) from error

@@ -1,15 +1,13 @@
 """Pictures of a run: curves, a sheet of crops, a sheet of nearest neighbours."""
 
-import contextlib
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..run.log import read_log
+from ..run.log import read_log, whole
 
 GAP = 2  # pixels between images of a sheet
 PAPER = 215  # grey level behind the images, which are often white or black themselves
@@ -62,9 +60,10 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     path = Path(folder) / "plots" / "curves.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _whole(path) as spare:
-            figure.savefig(spare, dpi=110)
+        with whole(path) as spare:
+            figure.savefig(spare, dpi=110, format="png")
     finally:
         pyplot.close(figure)
     return path
@@ -123,22 +122,9 @@ def _tile(image, size, side):
     return tile
 
 
-@contextlib.contextmanager
-def _whole(path):
-    """A name to write a picture under; it takes its place when it is whole, and only then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    spare = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
-        yield spare
-        os.replace(spare, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            spare.unlink(missing_ok=True)
-        raise
-
-
 def _save(array, path):
     path = Path(path)
-    with _whole(path) as spare:
-        Image.fromarray(array).save(spare)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as spare:
+        Image.fromarray(array).save(spare, format="PNG")
     return path

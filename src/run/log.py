@@ -9,11 +9,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, cause, printable
+from ..errors import cause, printable, writing
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +73,22 @@ def describe_run(arguments: dict, folder: str | Path) -> None:
     _write_whole(Path(folder) / "args.json", json.dumps(arguments, indent=2, sort_keys=True) + "\n")
 
 
-def _write_whole(path, text):
-    """Write a file whole, or leave what is there. Raises CheckpointError."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes its place when it is whole, and only then."""
     spare = path.with_name(f"{path.name}.part")
     try:
-        spare.write_text(text)
+        yield spare
         os.replace(spare, path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             spare.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise
 
 
-def _unwritable(path, error):
-    return CheckpointError(
-        f"{path} cannot be written ({cause(error)}): mend that, and the same command continues the run"
-    )
+def _write_whole(path, text):
+    with writing(path), whole(path) as spare:
+        spare.write_text(text)
 
 
 def _git():
@@ -137,11 +138,9 @@ class RunLog:
             key: None if isinstance(x, float) and not math.isfinite(x) else x
             for key, x in values.items()
         }
-        try:
+        with writing(self.path):
             self.file.write(json.dumps(clean) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
         if self.events is not None:
             for key, x in clean.items():
                 if isinstance(x, int | float) and not isinstance(x, bool):
@@ -164,11 +163,8 @@ class RunLog:
                 redone.append(text)
         if redone:
             others = self.path.with_name("log.redone.jsonl")
-            try:
-                with open(others, "a") as file:
-                    file.write("".join(f"{text}\n" for text in redone))
-            except OSError as error:
-                raise _unwritable(others, error) from error
+            with writing(others), open(others, "a") as file:
+                file.write("".join(f"{text}\n" for text in redone))
             self.file.close()
             _write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
             self.file = self._opened()
@@ -180,10 +176,8 @@ class RunLog:
             self.events.flush()
 
     def _opened(self):
-        try:
+        with writing(self.path):
             return open(self.path, "a")
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Close the files; nothing is written after it."""
