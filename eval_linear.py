@@ -297,22 +297,21 @@ def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settin
     if first_epoch == args.epochs:
         logger.info(f"{folder} is trained for its {args.epochs} epochs already")
         return probe
-    with stop.at_once():
+    with stop.at_once():  # all is saved
         val_features, val_labels = frozen.of(val, args.batch_size, args.tencrops)
         if args.cache_features:
             features, _ = frozen.of(train, args.batch_size)
-    if args.cache_features:
-        batches = CachedBatches(
-            features, train, batch_size=args.batch_size, process=process, seed=args.seed
-        )
-    else:
-        batches = frozen.batches(
-            train,
-            args.batch_size,
-            seed=args.seed,
-            flip=not args.no_flip,
-            unscaled=args.protocol == "deepcluster",
-        )
+            batches = CachedBatches(
+                features, train, batch_size=args.batch_size, process=process, seed=args.seed
+            )
+        else:
+            batches = frozen.batches(
+                train,
+                args.batch_size,
+                seed=args.seed,
+                flip=not args.no_flip,
+                unscaled=args.protocol == "deepcluster",
+            )
 
     # ============ epochs ============
     log = RunLog(folder if process.rank == 0 else None, tensorboard=False)

@@ -270,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(f"{folder} is trained for its {start} iterations already")
 
     # ============ evaluation ============
-    stop.restore()  # all is saved: from here on a signal ends the process at once
-    result = evaluate(state, tested, args)
+    with stop.at_once():  # all is saved
+        result = evaluate(state, tested, args)
     report(result, settings | named, out / f"eval_voc07_{name}.json", not args.pretrained)
     return finish(stop)
 
