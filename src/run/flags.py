@@ -250,12 +250,12 @@ def parse_args(
     args = parser.parse_args(argv)
     if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         parser.set_defaults(warmup_epochs=args.epochs // 2)
-        args, asked_epochs = parser.parse_args(argv), args.warmup_epochs
-        if args.warmup_epochs != asked_epochs:  # else it was asked for: check_batch refuses it
+        args, usual_epochs = parser.parse_args(argv), args.warmup_epochs
+        if args.warmup_epochs != usual_epochs:  # else it was asked for: check_batch refuses it
             args.note = (
-                f"the usual {asked_epochs} epochs of warm-up are {args.warmup_epochs} in a run of "
+                f"the usual {usual_epochs} epochs of warm-up are {args.warmup_epochs} in a run of "
+                f"--epochs {args.epochs}; --warmup_epochs says otherwise"
             )
-            args.note += f"--epochs {args.epochs}; --warmup_epochs says otherwise"
     args.preset = preset
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
