@@ -106,6 +106,7 @@ class Main:
 
     def __init__(self, script, folder, argv, environ=None):
         self.log = Path(f"{folder}.out{(environ or {}).get('RANK', '')}")
+        self.log.write_text("")
         words = ["--dump_path", str(folder), *map(str, argv)]
         arguments = (script, words, str(self.log), environ or {})
         self.process = CONTEXT.Process(target=_call_main, args=arguments)
@@ -141,11 +142,16 @@ def start_mains(script, folder, argv, world_size):
     return [Main(script, folder, argv, environ) for environ in environs]
 
 
-def _call_main(script, argv, log, environ):
+def load_script(script, log, environ):
+    """In a fork of the server: the module of a script, in an environment, with a file in place of a screen."""
     settle()
     os.environ.update(environ)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
-    module = importlib.import_module(script)
+    return importlib.import_module(script)
+
+
+def _call_main(script, argv, log, environ):
+    module = load_script(script, log, environ)
     flags.run(lambda: module.main(argv))

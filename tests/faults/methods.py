@@ -7,7 +7,6 @@ log.jsonl but for times and memory, the newest checkpoint and the picture of the
 
 import atexit
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from sklearn.datasets import load_digits
 
 from src.run import flags
 from tests.faults import harness
-from tests.gloo import CONTEXT, settle
+from tests.gloo import CONTEXT, load_script
 
 CONVNET = "--arch resnet10 --width 0.125 --stem small --size_crops 8 "
 CROPS = (
@@ -181,13 +180,8 @@ class _Fork:
 def _call_main(script, argv, screen, prepare, environ):
     """What a fresh process does from `flags.run(main)` on."""
     os.setsid()
-    settle()
     multiprocessing.set_start_method(None, force=True)  # the fork has that of its server
-    os.environ.update(environ)
-    file = os.open(screen, os.O_WRONLY | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
-    module = importlib.import_module(script)
+    module = load_script(script, screen, environ)
     if prepare is not None:
         prepare()
 
