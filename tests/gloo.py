@@ -143,7 +143,7 @@ def start_mains(script, folder, argv, world_size):
 
 
 def load_script(script, log, environ):
-    """In a fork of the server: the module of a script, in an environment, with a file in place of a screen."""
+    """In a fork of the server, set its environment and a file in place of its screen, and load a script."""
     settle()
     os.environ.update(environ)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
