@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     # ============ data ============
     crops = MultiCropDataset(dataset, **image_flags.crop_options(args))
     sampler = PlannedSampler(args.batch_size, rank=process.rank, world_size=process.world_size)
-    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device.type))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         groups=dataset.groups,
     )
-    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device))
+    loader = multicrop_loader(crops, sampler, **flags.loader_options(args, process.device.type))
 
     # ============ model and optimizer ============
     model = place_network(model, process, **flags.placement_options(args))

@@ -99,24 +99,24 @@ class LARC(torch.optim.Optimizer):
     def __setstate__(self, state):
         vars(self).update(state)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """The memory of the wrapped optimizer."""
         return self.optim.state_dict()
 
-    def load_state_dict(self, state_dict: dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """Take over what state_dict gave."""
         self.optim.load_state_dict(state_dict)
 
-    def zero_grad(self, set_to_none: bool = True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.optim.zero_grad(set_to_none)
 
-    def add_param_group(self, param_group: dict):
+    def add_param_group(self, param_group: dict) -> None:
         """More parameters, as torch's optimizers take them."""
         self.optim.add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Tensor | None:
         """One step; returns the loss of `closure` (called once, before the norms) or None."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -168,7 +168,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable[Tensor] | Iterable[dict],
         lr: float = 0.0,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
@@ -180,7 +180,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Tensor | None:
         """One step; returns the loss of `closure` or None."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -247,7 +247,9 @@ def step_lr(lr: float, epoch: int, decay_epochs: list[int], gamma: float) -> flo
     return lr * gamma ** sum(epoch >= at for at in decay_epochs)
 
 
-def build_optimizer(name: str, parameters: list[Tensor] | list[dict], weight_decay: float):
+def build_optimizer(
+    name: str, parameters: list[Tensor] | list[dict], weight_decay: float
+) -> torch.optim.Optimizer | LARC:
     """ "larc" (around SGD, as SwAV is trained), "lars", "sgd", all with momentum 0.9, or "adamw".
 
     parameters: tensors, or groups with options of their own. The learning rate is 0 until the

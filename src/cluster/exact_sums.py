@@ -1,6 +1,7 @@
 """The sums of k-means' M-step, without rounding of their own: the same in any order of the rows."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class ExactRows:
         block = block.to(self.device).float()
         return block.add(self.anchor).sub_(self.anchor)
 
-    def blocks(self):
+    def blocks(self) -> Iterable[Tensor]:
         """The rounded rows, `length` at a time."""
         return self.kept or map(self._round, self.features.split(self.length))
 

@@ -5,6 +5,7 @@ queries, and only small blocks of queries and neighbours travel.
 """
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -134,7 +135,7 @@ def _block_keys(product, k, first):
 
 
 @contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """float32 products in float32, whatever torch.set_float32_matmul_precision was set to.
 
     Autocast needs no switching off: it leaves products with `out` alone.

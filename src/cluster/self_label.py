@@ -197,7 +197,7 @@ class Plan:
     sums to 1 and every column to at least exp(-NEAR) of its share.
     """
 
-    def __init__(self, embeddings, prototypes, epsilon, max_bytes):
+    def __init__(self, embeddings: Tensor, prototypes: Tensor, epsilon: float, max_bytes: int):
         self.embeddings, self.epsilon = embeddings, epsilon
         self.weights = prototypes.t()  # (D, K)
         num_rows, num_prototypes = len(embeddings), len(prototypes)
@@ -226,7 +226,7 @@ class Plan:
             scores, top = self._scores(rows, self.buffer[: rows.stop - rows.start])
             yield rows, self.wide[: len(scores)].copy_(scores).sub_(top).mul_(1 / self.epsilon)
 
-    def first_scales(self, total, temperature):
+    def first_scales(self, total: int, temperature: float) -> Tensor:
         """log r (K,) of the first iteration, where c = 1/N.
 
         A column of P can be 0 in float64, so it is summed on logarithms. Later that cannot be: r has
@@ -249,7 +249,7 @@ class Plan:
         sums = dist.all_reduce_sum(sums * (tops - top).exp())
         return -math.log(num_prototypes / total) - top - sums.clamp(min=TINY).log()
 
-    def step(self, log_scales):
+    def step(self, log_scales: Tensor) -> Tensor:
         """One iteration from log r (K,): the plan's rows are made to sum to 1/N.
 
         Returns (K + 1,), float64: for each prototype its mass in this process's rows times N, then
@@ -303,7 +303,7 @@ class Plan:
             wide = block.dtype == torch.float64
             yield rows, block if wide else self.wide[: len(block)].copy_(block)
 
-    def labels(self, log_scales):
+    def labels(self, log_scales: Tensor) -> Tensor:
         """The largest entry of each row of the plan, (n,) int64."""
         labels = torch.zeros_like(self.log_sums, dtype=torch.int64)
         for rows, x in self._log_plan():

@@ -4,6 +4,7 @@ Every sample has its own draw, its own order of jitter operations and its own bl
 has the operations. Source: SimCLR's transformation, as section 3.3 of the SwAV paper uses it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -54,15 +55,15 @@ class Augment:
 
     def __init__(
         self,
-        mean,
-        std,
+        mean: Sequence[float],
+        std: Sequence[float],
         flip_prob: float = 0.5,
-        color_jitter=(0.8, 0.8, 0.8, 0.2),
+        color_jitter: Sequence[float] = (0.8, 0.8, 0.8, 0.2),
         jitter_prob: float = 0.8,
-        grayscale_prob=0.2,
-        blur_prob=0.5,
-        blur_sigma=(0.1, 2.0),
-        solarize_prob=0.0,
+        grayscale_prob: float = 0.2,
+        blur_prob: float | Sequence[float] = 0.5,
+        blur_sigma: Sequence[float] = (0.1, 2.0),
+        solarize_prob: float | Sequence[float] = 0.0,
     ):
         probabilities = {
             "flip_prob": flip_prob,
@@ -106,16 +107,16 @@ class Augment:
 
 
 def draw_parameters(
-    generator,
-    num_crops,
-    batch_size,
-    flip_prob,
-    color_jitter,
-    jitter_prob,
-    grayscale_prob,
-    blur_prob,
-    blur_sigma,
-    solarize_prob,
+    generator: torch.Generator,
+    num_crops: int,
+    batch_size: int,
+    flip_prob: float,
+    color_jitter: Sequence[float],
+    jitter_prob: float,
+    grayscale_prob: float,
+    blur_prob: float | Sequence[float],
+    blur_sigma: Sequence[float],
+    solarize_prob: float | Sequence[float],
 ) -> Draws:
     """Draw for `num_crops * batch_size` samples, crop-major.
 
@@ -148,7 +149,9 @@ def _a_sample(probability, num_crops, batch_size, name):
     return np.repeat(np.broadcast_to(probability, num_crops), batch_size)
 
 
-def apply_draws(images, draws: Draws, mean, std) -> torch.Tensor:
+def apply_draws(
+    images: torch.Tensor, draws: Draws, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
     """Apply `draws` to uint8 `(N, C, S, S)`; returns normalised float32 of the same shape.
 
     mean, std: `(C, 1, 1)`. On a CPU a few samples at a time, on other devices all at once.
@@ -178,7 +181,9 @@ def _apply_draws(images, draws, mean, scale):
     return out
 
 
-def plan_steps(draws: Draws, radii, channels: int):
+def plan_steps(
+    draws: Draws, radii: np.ndarray, channels: int
+) -> list[tuple[str, slice | None, np.ndarray]]:
     """The operations in their order: (name, columns of its values, indices of its samples)."""
     masks = [("flip", None, draws.flip)]
     usable = JITTER if channels == 3 else JITTER[:2]

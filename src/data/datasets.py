@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -135,6 +136,21 @@ def open_dataset(
     return dataset
 
 
+class ImageSource(Protocol):
+    """Where the images of a set lie; what a new kind of place needs."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The name of an image, for people and for the digest of the set."""
+
+    def read(self, index: int) -> bytes | torch.Tensor:
+        """The bytes of an image's file, or the image, uint8 (C, H, W). Raises BrokenImage, OSError."""
+
+    def is_of_one_file(self, index: int, error: OSError) -> bool:
+        """Whether what `read` raised concerns this image alone, and not the storage."""
+
+
 class ImageDataset:
     """Images by index, with what is known about them.
 
@@ -148,13 +164,13 @@ class ImageDataset:
 
     def __init__(
         self,
-        source,
+        source: ImageSource,
         name: str,
         in_chans: int,
         flag: str,
-        labels=None,
-        classes=None,
-        normalisation=IMAGENET,
+        labels: torch.Tensor | None = None,
+        classes: list[str] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] = IMAGENET,
         storage_timeout: float = STORAGE_TIMEOUT,
         max_broken: float = MAX_BROKEN,
     ):
@@ -340,7 +356,13 @@ class EpochSampler(torch.utils.data.Sampler):
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, groups=None
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        groups: Sequence[int] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"--batch_size {batch_size} must be at least 1")
@@ -354,7 +376,7 @@ class EpochSampler(torch.utils.data.Sampler):
         self.seed, self.groups = seed, None if groups is None else np.asarray(groups)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start_iteration: int = 0):
+    def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
         """Choose the epoch, and how many of its global batches were already seen."""
         self.epoch, self.start_iteration = epoch, start_iteration
 
@@ -371,7 +393,9 @@ class EpochSampler(torch.utils.data.Sampler):
                 yield self.epoch, index
 
 
-def epoch_permutation(num_samples: int, seed: int, epoch: int, groups=None) -> np.ndarray:
+def epoch_permutation(
+    num_samples: int, seed: int, epoch: int, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Order of the samples in an epoch, `(num_samples,)`; see EpochSampler for `groups`."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     if groups is None:

@@ -135,7 +135,7 @@ def describe_left_out(left_out: Counter, most: int = 5) -> str:
     return ", ".join([*texts, f"{others:,} others"] if others else texts)
 
 
-def has_image(folder) -> bool:
+def has_image(folder: str | os.PathLike) -> bool:
     """Whether a folder (str or bytes) has an image file directly in it."""
     names = map(os.fsdecode, os.listdir(folder))
     return any(_has_image_suffix(name) and not name.startswith(".") for name in names)
@@ -291,7 +291,7 @@ class FolderSource:
         return os.path.join(self.root, self.paths[index])
 
 
-def read_file(path) -> bytes:
+def read_file(path: str | os.PathLike) -> bytes:
     """The bytes of a file. Raises BrokenImage for a pipe, a device, or what is too large to be an image.
 
     Nothing is waited for: a pipe is opened without anybody who writes to it.

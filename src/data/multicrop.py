@@ -10,7 +10,7 @@ import random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from .loading import TIMEOUT, Loader
 
@@ -35,14 +35,14 @@ class MultiCropDataset(Dataset):
 
     def __init__(
         self,
-        dataset,
+        dataset: Dataset,
         num_crops: list[int],
         size_crops: list[int],
         min_scale_crops: list[float],
         max_scale_crops: list[float],
         seed: int = 31,
         interpolation: str = "bilinear",
-        ratio=(3 / 4, 4 / 3),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ):
         check_crops(num_crops, size_crops, min_scale_crops, max_scale_crops)
         if interpolation not in ("bilinear", "bicubic"):
@@ -75,7 +75,7 @@ def check_crops(
     size_crops: list[int],
     min_scale_crops: list[float],
     max_scale_crops: list[float],
-):
+) -> None:
     """Raise ValueError, naming the flag, when the lists of crops do not make sense."""
     lists = {
         "--nmb_crops": num_crops,
@@ -103,7 +103,11 @@ def crop_generator(seed: int, epoch: int, index: int) -> random.Random:
 
 
 def draw_window(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: random.Random,
 ) -> tuple[int, int, int, int]:
     """Window (top, left, height, width) of a random resized crop, drawn as torchvision does.
 
@@ -125,7 +129,9 @@ def draw_window(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_and_resize(image: torch.Tensor, window, size: int, interpolation: str) -> torch.Tensor:
+def crop_and_resize(
+    image: torch.Tensor, window: tuple[int, int, int, int], size: int, interpolation: str
+) -> torch.Tensor:
     """Resize a window of uint8 `(C, H, W)` to `(1, C, size, size)`, with antialiasing.
 
     The channels of a pixel lie together in memory, before and after: torch then resizes 8-bit
@@ -138,7 +144,12 @@ def crop_and_resize(image: torch.Tensor, window, size: int, interpolation: str) 
 
 
 def multicrop_loader(
-    dataset, sampler, batch_size: int, num_workers: int, device_type: str, timeout: float = TIMEOUT
+    dataset: Dataset,
+    sampler: Sampler,
+    batch_size: int,
+    num_workers: int,
+    device_type: str,
+    timeout: float = TIMEOUT,
 ) -> Loader:
     """Loader of a MultiCropDataset.
 
@@ -158,7 +169,9 @@ def multicrop_loader(
     )
 
 
-def collate_crops(samples):
+def collate_crops(
+    samples: list[tuple[list[torch.Tensor], int]],
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Stack samples of a MultiCropDataset; pixels stay as `crop_and_resize` left them."""
     resolutions = zip(*[crops for crops, _ in samples], strict=True)
     by_pixel = [[crops.permute(0, 2, 3, 1) for crops in same_size] for same_size in resolutions]

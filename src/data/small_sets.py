@@ -32,7 +32,9 @@ STATISTICS = {
 DIGITS_VAL, DIGITS_SEED = 500, 31  # 500 of 1,797 for evaluation, the same ones in every run
 
 
-def read_small_set(name: str, split: str, flag: str, root: str):
+def read_small_set(
+    name: str, split: str, flag: str, root: str
+) -> tuple[torch.Tensor, torch.Tensor | None, list[str] | None]:
     """Images, labels and class names of one of datasets.NAMES.
 
     Returns uint8 `(N, C, H, W)`, int64 `(N,)` or None, and a list of str or None.
@@ -95,7 +97,7 @@ def _read_digits(split, flag):
     return torch.from_numpy(images[rows])[:, None], labels, [str(name) for name in range(10)]
 
 
-def split_evenly(labels: np.ndarray, num_val: int, seed: int):
+def split_evenly(labels: np.ndarray, num_val: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Two sorted index arrays, `num_val` of them in the second, each class in proportion."""
     generator = np.random.RandomState(seed)  # its stream is frozen, whatever numpy's version
     counts = np.bincount(labels)
@@ -112,7 +114,7 @@ class ArraySource:
 
     in_memory = True
 
-    def __init__(self, images):
+    def __init__(self, images: torch.Tensor):
         self.images = images
 
     def __len__(self):
@@ -122,6 +124,6 @@ class ArraySource:
         """The number of an image, for people."""
         return f"image {index}"
 
-    def read(self, index: int):
+    def read(self, index: int) -> torch.Tensor:
         """One image, uint8 (C, H, W)."""
         return self.images[index]

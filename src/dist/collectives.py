@@ -46,7 +46,7 @@ def new_groups(members: Sequence[Sequence[int]]) -> list:
 
 
 @contextlib.contextmanager
-def within(group) -> Iterator[None]:
+def within(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Inside, all collectives are among the processes of `group`, and so are ranks and their number.
 
     group: of torch.distributed, of which this process is one; None: all processes.

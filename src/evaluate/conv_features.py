@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..data.datasets import ImageDataset
 from ..data.multicrop import crop_generator
 from ..labels.features import centre_crop
 
@@ -79,7 +80,9 @@ class CentreRegionCrops(Dataset):
     drawn from (seed, epoch, i), as DeepCluster trains its classifiers. See MultiCropDataset.
     """
 
-    def __init__(self, dataset, size: int, seed: int, interpolation: str = "bilinear"):
+    def __init__(
+        self, dataset: ImageDataset, size: int, seed: int, interpolation: str = "bilinear"
+    ):
         self.dataset, self.size, self.seed = dataset, size, seed
         self.resize, self.interpolation = round(size * 256 / 224), interpolation
 

@@ -6,6 +6,7 @@ by hand, so that a process may have fewer rows of a batch than another, or none.
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class LinearClassifiers(nn.Module):
     The names of parameters are those of published linear weights, which lack the first dimension.
     """
 
-    def __init__(self, num: int, dim: int, num_classes: int, bn_channels=0, seed: int = 0):
+    def __init__(self, num: int, dim: int, num_classes: int, bn_channels: int = 0, seed: int = 0):
         super().__init__()
         weight = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * 0.01
         self.linear = nn.Module()
@@ -87,7 +88,13 @@ class ManySGD:
             p.sub_(lrs.view(-1, *[1] * (p.ndim - 1)) * step)
 
 
-def epoch_lr(lr: float, epoch: int, epochs: int, final_lr: float = 0.0, decay=None) -> float:
+def epoch_lr(
+    lr: float,
+    epoch: int,
+    epochs: int,
+    final_lr: float = 0.0,
+    decay: tuple[float, Sequence[int]] | None = None,
+) -> float:
     """Learning rate of an epoch, counted from 0: a cosine from lr to final_lr, which it never takes.
 
     decay: instead (factor, epochs at which lr is multiplied by it).
@@ -130,7 +137,7 @@ def view_scores(classifiers: nn.Module, x: Tensor, views: int, multilabel: bool)
 
 @torch.no_grad()
 def accuracies(
-    classifiers: nn.Module, features: Tensor, labels: Tensor, device, views: int = 1
+    classifiers: nn.Module, features: Tensor, labels: Tensor, device: torch.device, views: int = 1
 ) -> dict:
     """Top-1, top-5 (%) and mean loss over the rows of all processes: lists of L numbers by name.
 

@@ -1,6 +1,6 @@
 """What a linear classifier is trained on: features of a frozen network, in batches or all at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import dist
 from ..data.augment import apply_draws, draw_parameters
-from ..data.datasets import EpochSampler, epoch_permutation
+from ..data.datasets import EpochSampler, ImageDataset, epoch_permutation
 from ..data.loading import TIMEOUT
 from ..data.multicrop import MultiCropDataset, generator, multicrop_loader
 from ..labels.features import extract_features, share
@@ -88,19 +88,19 @@ class ImageBatches:
 
     def __init__(
         self,
-        forward,
-        dataset,
-        size,
+        forward: Callable[[Tensor], Tensor],
+        dataset: ImageDataset,
+        size: int,
         *,
-        normalisation,
-        batch_size,
-        process,
-        precision,
-        seed,
-        workers,
-        flip,
-        unscaled=False,
-        loader_timeout=TIMEOUT,
+        normalisation: tuple[Sequence[float], Sequence[float]],
+        batch_size: int,
+        process: dist.Process,
+        precision: str,
+        seed: int,
+        workers: int,
+        flip: bool,
+        unscaled: bool = False,
+        loader_timeout: float = TIMEOUT,
     ):
         self.forward, self.labels, self.seed = forward, dataset.labels, seed
         self.process, self.precision, self.batch_size = process, precision, batch_size
@@ -149,7 +149,14 @@ class CachedBatches:
     Of each global batch a process has the images that lie in its share, which may be none.
     """
 
-    def __init__(self, features, dataset, batch_size, process, seed):
+    def __init__(
+        self,
+        features: Tensor,
+        dataset: ImageDataset,
+        batch_size: int,
+        process: dist.Process,
+        seed: int,
+    ):
         self.features, self.labels = features, dataset.labels  # (n, D), (N,)
         self.total, self.device, self.seed = batch_size * process.world_size, process.device, seed
 
@@ -181,7 +188,9 @@ class FrozenFeatures:
     workers: int
     loader_timeout: float = TIMEOUT
 
-    def of(self, dataset, batch_size: int, ten_crops: bool = False) -> tuple[Tensor, Tensor]:
+    def of(
+        self, dataset: ImageDataset, batch_size: int, ten_crops: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Features (n, dim) of the centre crops of this process's share, and their labels (n, ...).
 
         ten_crops: (n, 10 dim), those of ten crops of an image, one after the other.
@@ -208,7 +217,9 @@ class FrozenFeatures:
         )
         return features, dataset.labels[indices]
 
-    def batches(self, dataset, batch_size: int, seed: int, flip: bool, unscaled: bool):
+    def batches(
+        self, dataset: ImageDataset, batch_size: int, seed: int, flip: bool, unscaled: bool
+    ) -> ImageBatches:
         """Those of random crops, see ImageBatches."""
         return ImageBatches(
             self.forward,

@@ -17,7 +17,9 @@ class Probe:
     settings: all that the result depends on; a folder with others is not continued.
     """
 
-    def __init__(self, classifiers: LinearClassifiers, optimizer: ManySGD, folder, settings: dict):
+    def __init__(
+        self, classifiers: LinearClassifiers, optimizer: ManySGD, folder: str | Path, settings: dict
+    ):
         self.classifiers, self.optimizer = classifiers, optimizer
         self.folder, self.settings = Path(folder), settings
         self.history = []  # results by epoch, see accuracies
@@ -53,7 +55,7 @@ class Probe:
         return epoch, samples_done
 
 
-def check_settings(state: dict, settings: dict, folder) -> None:
+def check_settings(state: dict, settings: dict, folder: str | Path) -> None:
     """Raise CheckpointError if one of `settings` differs in the checkpoint `state` of `folder`."""
     for name, value in settings.items():
         before = state["settings"].get(name, EARLIER.get(name))
@@ -64,7 +66,9 @@ def check_settings(state: dict, settings: dict, folder) -> None:
             )
 
 
-def saved_classifiers(weights: str | None, folder, settings: dict, dim: int, num_classes: int):
+def saved_classifiers(
+    weights: str | None, folder: str | Path, settings: dict, dim: int, num_classes: int
+) -> tuple[LinearClassifiers, list[float | None], int | None]:
     """Classifiers to evaluate, their learning rates and the epochs they were trained for.
 
     weights: a file of published linear weights, whose rate and epochs are None; without it, what

@@ -3,6 +3,8 @@
 import argparse
 import logging
 
+from .. import dist
+from ..data.datasets import ImageDataset
 from ..nets.backbones import is_transformer
 from ..nets.pretrained import is_dino
 from ..run import flags
@@ -120,7 +122,17 @@ def chosen_folds(cross_valid: int | None, kfold: int | None) -> tuple[int | None
     return max(cross_valid, kfold), [min(cross_valid, kfold)]
 
 
-def log_plan(args, train, val, *, num_classes: int, dim: int, total: int, lrs, process) -> None:
+def log_plan(
+    args: argparse.Namespace,
+    train: ImageDataset,
+    val: ImageDataset,
+    *,
+    num_classes: int,
+    dim: int,
+    total: int,
+    lrs: list[float],
+    process: dist.Process,
+) -> None:
     """Say what will be computed, before it is.
 
     dim: features of an image. total: images of a batch over all processes. lrs: of the classifiers.

@@ -97,7 +97,9 @@ def report_folds(paths: list[Path], path: Path) -> None:
     logger.info(f"written to {path}")
 
 
-def log_epoch(log: RunLog, epoch: int, iters_per_epoch: int, lrs: list, history: list[dict]):
+def log_epoch(
+    log: RunLog, epoch: int, iters_per_epoch: int, lrs: list, history: list[dict]
+) -> None:
     """Write a line with the accuracies of an epoch; people see those of the best classifier."""
     rows, best = summary(lrs, history)
     names = figures(history)

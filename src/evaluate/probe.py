@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..data.datasets import ImageDataset, open_dataset
 from ..labels.features import extract_features
@@ -30,7 +31,9 @@ def open_validation(dataset: ImageDataset, data_path: str, in_chans: int) -> Ima
     return val
 
 
-def knn_probe(network, dataset: ImageDataset, val: ImageDataset | None, **extraction) -> float:
+def knn_probe(
+    network: nn.Module, dataset: ImageDataset, val: ImageDataset | None, **extraction
+) -> float:
     """Top-1 (%) of weighted 20-NN on the backbone's features.
 
     `val` is classified by `dataset`; without it every tenth image of `dataset` by the others.

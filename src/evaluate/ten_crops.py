@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.datasets import ImageDataset
 from ..data.multicrop import crop_and_resize, crop_generator, draw_window
 
 VIEWS = 10
@@ -24,7 +25,13 @@ class TenCrops:
     default size * 256 / 224, the published 256 for 224.
     """
 
-    def __init__(self, dataset, size: int, resize: int | None = None, interpolation="bilinear"):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        size: int,
+        resize: int | None = None,
+        interpolation: str = "bilinear",
+    ):
         self.dataset, self.size, self.interpolation = dataset, size, interpolation
         self.resize = round(size * 256 / 224) if resize is None else resize
         self.name, self.labels = dataset.name, dataset.labels
@@ -53,7 +60,14 @@ class RandomTenCrops:
     scale: range of the area as a share of the image, ratio: of width / height.
     """
 
-    def __init__(self, dataset, size: int, scale, ratio, seed: int):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        seed: int,
+    ):
         self.dataset, self.size, self.scale, self.ratio = dataset, size, scale, ratio
         self.seed, self.name, self.labels = seed, dataset.name, dataset.labels
 

@@ -1,6 +1,7 @@
 """Fine-tuning on PASCAL VOC 2007: what is saved and resumed, and the batches of random crops."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,13 @@ class Training:
     """
 
     def __init__(
-        self, model: nn.Module, weight_decay: float, process, precision, folder, settings: dict
+        self,
+        model: nn.Module,
+        weight_decay: float,
+        process: dist.Process,
+        precision: str,
+        folder: str | Path,
+        settings: dict,
     ):
         self.process, self.precision = process, precision
         self.folder, self.settings = folder, settings

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import dist
+from ..data.datasets import ImageDataset
 from ..data.loading import TIMEOUT, Loader
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _num_cpus():
 @torch.no_grad()  # not inference_mode: what is returned may be trained on
 def extract_features(
     forward: Callable[[Tensor], Tensor],
-    dataset,
+    dataset: Dataset,
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -150,7 +151,7 @@ def _log_progress(dataset, done, total, seconds, waited):
         )
 
 
-def raw_pixels(dataset, size: int | None = None, **options) -> tuple[Tensor, Tensor]:
+def raw_pixels(dataset: ImageDataset, size: int | None = None, **options) -> tuple[Tensor, Tensor]:
     """The pixels themselves as features, between 0 and 1: what a network has to beat.
 
     size: side in pixels, by default that of the first image, at most 32. `options` are batch_size,

@@ -6,12 +6,14 @@ training computed during the last epoch, instead of on a pass of its own over th
 
 import logging
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .. import dist
 from ..run.log import duration
+from ..run.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,9 @@ class MemoryBank:
     num_crops: embeddings of an image. capacity: images of this process, at most. batch_size: B.
     """
 
-    def __init__(self, num_crops: int, capacity: int, batch_size: int, dim: int, device):
+    def __init__(
+        self, num_crops: int, capacity: int, batch_size: int, dim: int, device: torch.device
+    ):
         self.batch_size, self.num_rows = batch_size, 0
         self._embeddings = torch.zeros(num_crops, capacity, dim, device=device)
         self._indices = torch.zeros(capacity, dtype=torch.int64)
@@ -100,7 +104,9 @@ class MemoryBank:
 
 
 @torch.no_grad()
-def fill_memory(run, bank: MemoryBank, loader, crops_for_assign: list[int], epoch: int) -> None:
+def fill_memory(
+    run: Run, bank: MemoryBank, loader: Iterable, crops_for_assign: list[int], epoch: int
+) -> None:
     """Embed every image with the untrained network: what the first assignment works on.
 
     epoch: whose crops these are, one after the last. In training mode, as the rows that follow: batch

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import dist
 from ..errors import CheckpointError
 from ..run import health
+from ..run.run import Run
 from .health import cluster_health, diagnose_clusters, prediction_health
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def loss_of_nothing(num_clusters: list[int]) -> float:
 
 
 def report_predictions(
-    run,
+    run: Run,
     logits: Tensor,
     labels: Tensor,
     embedding: Tensor,
@@ -108,7 +109,7 @@ def report_predictions(
 
 
 def report_assignment(
-    run,
+    run: Run,
     labels: Tensor,
     before: Tensor | None,
     truth: Tensor | None,

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import dist
 from ..errors import RunError, writing
 from ..run.lock import has_lost_its_writer
+from ..run.stop import StopSignal
 from .features import share
 
 CHUNK = 4096  # rows
@@ -115,7 +116,9 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
-def wait_for(condition: Callable[[], bool], stop, folder: Path, locks: Iterable[Path] = ()) -> None:
+def wait_for(
+    condition: Callable[[], bool], stop: StopSignal, folder: Path, locks: Iterable[Path] = ()
+) -> None:
     """Wait until the files of other processes are there, or one of all was asked to stop.
 
     A collective would do, but for its time limit: processes may have hours of work more than others.

@@ -22,6 +22,7 @@ from ..cluster.pca import Whitening, fit_whitening, whiten
 from ..errors import RunError, Stopped
 from ..run.lock import FolderLock
 from ..run.log import duration
+from ..run.stop import StopSignal
 from .features import share
 from .row_file import RowFile, check_space, load_tensors, wait_for, write_array, write_tensors
 
@@ -50,7 +51,7 @@ class TwoLevelClustering:
         member: int,
         device: torch.device,
         backend: str,
-        stop,
+        stop: StopSignal,
     ):
         self.folder, self.num_images, self.device = Path(folder), num_images, device
         self.groups, self.member, self.backend, self.stop = groups, member, backend, stop

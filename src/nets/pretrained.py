@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from .backbones import build_backbone, is_transformer
 from .recognise import recognise
@@ -71,7 +72,7 @@ class Pretrained:
         return self.options.get("in_chans", 3)
 
     def normalisation(
-        self, dataset, imagenet_red: float | None = None
+        self, dataset: Dataset, imagenet_red: float | None = None
     ) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel to normalise the images of a dataset with.
 

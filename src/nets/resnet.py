@@ -167,7 +167,9 @@ class ResNet(nn.Module):
         """Features (B, num_features) -> embedding, or (embedding, scores), see apply_head."""
         return apply_head(x, self.projection_head, self.prototypes, self.normalize)
 
-    def forward(self, crops: Tensor | Sequence[Tensor]):
+    def forward(
+        self, crops: Tensor | Sequence[Tensor]
+    ) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
         """A tensor or a list of crops -> embedding (N, D) or (embedding, scores), crop-major."""
         x = forward_crops(self.forward_backbone, crops)
         return x if self.eval_mode else self.forward_head(x)
@@ -209,7 +211,9 @@ class TorchvisionTrunk(nn.Module):
         """Embeddings, and scores where there are prototypes, of features (B, F): see apply_head."""
         return apply_head(x, self.projection_head, self.prototypes, self.normalize)
 
-    def forward(self, crops: Tensor | Sequence[Tensor]):
+    def forward(
+        self, crops: Tensor | Sequence[Tensor]
+    ) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
         return self.forward_head(forward_crops(self.forward_backbone, crops))
 
 

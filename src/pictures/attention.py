@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 ROUNDING = 1e-9  # of the mass: what is reached but for rounding is reached
 BATCH_BYTES, IMAGE_BYTES, MOST_IMAGES = 256 << 20, 8 << 30, 32  # see images_at_once
@@ -43,7 +43,7 @@ def keep_mass(attention: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
 
 
-def images_at_once(model, image: Tensor) -> int:
+def images_at_once(model: nn.Module, image: Tensor) -> int:
     """How many images (C, H, W) a batch may have, so that its attention fits into BATCH_BYTES.
 
     Raises ValueError where that of a single one takes more than IMAGE_BYTES.
@@ -127,7 +127,7 @@ def heat_map(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return _enlarge(colours, shape)
 
 
-def blend(picture: np.ndarray, colours, share: float) -> np.ndarray:
+def blend(picture: np.ndarray, colours: np.ndarray, share: float) -> np.ndarray:
     """`share` of `colours` (a picture, or one colour) over a picture, which is seen as grey."""
     grey = picture.mean(2, keepdims=True)
     return (grey * (1 - share) + np.asarray(colours) * share).round().astype(np.uint8)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cluster.kmeans import initial_centroids, spherical_kmeans
+from ..data.datasets import ImageDataset
 from ..data.loading import TIMEOUT
 from ..labels.features import extract_features
 from ..labels.health import normalized_mutual_information
@@ -81,7 +82,7 @@ def _dino_head(weights):
 def features_of(
     network: Pretrained,
     dino: DINOHead | None,
-    dataset,
+    dataset: ImageDataset,
     *,
     size: int,
     device: torch.device,
@@ -170,7 +171,14 @@ class Clusters:
     of each cluster, and matching (K,), the number of its images that have it.
     """
 
-    def __init__(self, assignments, cosines, centroids, labels=None, classes=None):
+    def __init__(
+        self,
+        assignments: Tensor,
+        cosines: Tensor,
+        centroids: Tensor,
+        labels: Tensor | None = None,
+        classes: list[str] | None = None,
+    ):
         self.assignments, self.centroids = assignments, centroids
         self.readable = assignments != UNREADABLE
         self.cosines = cosines.masked_fill(~self.readable, torch.nan)

@@ -188,8 +188,8 @@ def check_same_run(
     arguments: dict,
     num_images: int,
     images_digest: str,
-    folder,
-):
+    folder: str | Path,
+) -> None:
     """Log every flag that has changed; CheckpointError for another method, data or optimizer.
 
     images_digest: of ImageDataset. Images of other names are refused where something is known of each
@@ -228,7 +228,7 @@ def check_same_run(
         )
 
 
-def check_is_of_a_run(state, folder) -> None:
+def check_is_of_a_run(state: Any, folder: str | Path) -> None:
     """CheckpointError for what is not the checkpoint of a run: weights alone, a list, another program's."""
     parts = {"epoch": int, "samples_done": int, "args": dict, "num_images": int, "optimizer": dict}
     wrong = list(parts)
@@ -248,7 +248,7 @@ def _have_other_names(before, now):
     return before.partition("-")[0] == now.partition("-")[0]
 
 
-def check_same_place(epoch: int, samples_done: int, folder) -> None:
+def check_same_place(epoch: int, samples_done: int, folder: str | Path) -> None:
     """CheckpointError unless all processes found the same checkpoint, (-1, 0) for none."""
     place = torch.tensor([[epoch, samples_done]])
     if len(dist.all_gather_rows(place).unique(dim=0)) > 1:

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from .. import dist
 from ..data.datasets import NAMES
@@ -154,7 +155,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Leave with status 2 and one sentence."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
@@ -412,12 +413,12 @@ def model_options(args: argparse.Namespace) -> dict:
     }
 
 
-def loader_options(args: argparse.Namespace, device) -> dict:
-    """The arguments of src.data.multicrop.multicrop_loader that come from the flags; device: of a batch."""
+def loader_options(args: argparse.Namespace, device_type: str) -> dict:
+    """The arguments of src.data.multicrop.multicrop_loader that come from the flags."""
     return {
         "batch_size": args.batch_size,
         "num_workers": args.workers,
-        "device_type": device.type,
+        "device_type": device_type,
         "timeout": args.loader_timeout,
     }
 

@@ -118,7 +118,7 @@ def crop_options(args: argparse.Namespace) -> dict:
     }
 
 
-def augment_options(args: argparse.Namespace, dataset, num_crops: int) -> dict:
+def augment_options(args: argparse.Namespace, dataset: ImageDataset, num_crops: int) -> dict:
     """The arguments of src.data.augment.Augment; mean and std are the data's unless given."""
     jitter = args.color_jitter
     if jitter == [0]:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
 class LogFile(logging.FileHandler):
     """A file of log lines that a run can do without: where the disk is full, one line on stderr says so."""
 
-    def handleError(self, record):
+    def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -62,7 +62,7 @@ class LogFile(logging.FileHandler):
 class PlainFormatter(logging.Formatter):
     """Lines without control characters, and with bytes that are no text written as \\xe9."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
@@ -235,7 +235,7 @@ class Stopwatch:
     def __init__(self):
         self.waited, self.started, self.iterations = 0.0, time.perf_counter(), 0
 
-    def watch(self, loader):
+    def watch(self, loader: Iterable) -> Iterator:
         """Yield from `loader`, measuring how long each next() takes."""
         iterator = iter(loader)
         while True:

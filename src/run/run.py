@@ -15,21 +15,26 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
             return
 """
 
+import argparse
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import dist
-from ..data.multicrop import generator
+from ..data.augment import Augment
+from ..data.datasets import ImageDataset
+from ..data.loading import Loader
+from ..data.multicrop import MultiCropDataset, generator
 from ..errors import RunError
-from ..optim import grad_norm, norms, same_kind
+from ..optim import LARC, grad_norm, norms, same_kind
 from . import checkpoint
 from .health import Trouble
 from .lock import hold_folder
@@ -63,22 +68,22 @@ class Run:
 
     def __init__(
         self,
-        args,
-        process,
+        args: argparse.Namespace,
+        process: dist.Process,
         *,
-        method,
-        module,
-        network,
-        augment,
-        optimizer,
-        dataset,
-        global_batch,
-        image_size,
-        num_prototypes,
-        num_images=None,
-        method_state=None,
-        saved=None,
-        evaluated=None,
+        method: str,
+        module: nn.Module,
+        network: nn.Module,
+        augment: Augment,
+        optimizer: torch.optim.Optimizer | LARC,
+        dataset: ImageDataset,
+        global_batch: int,
+        image_size: int,
+        num_prototypes: int | None,
+        num_images: int | None = None,
+        method_state: dict[str, Any] | None = None,
+        saved: dict[str, nn.Module] | None = None,
+        evaluated: nn.Module | None = None,
     ):
         self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
         hold_folder(self.folder)
@@ -116,7 +121,7 @@ class Run:
     # ============ what the loop calls, in this order ============
     def iterate(
         self,
-        loader,
+        loader: Loader,
         epoch: int,
         start: int,
         picture_crops: bool = True,
@@ -491,8 +496,13 @@ class Run:
 
 # ============ networks on several processes ============
 def place_network(
-    module, process: dist.Process, *, sync_bn: str, syncbn_process_group_size: int, compiled: bool
-):
+    module: nn.Module,
+    process: dist.Process,
+    *,
+    sync_bn: str,
+    syncbn_process_group_size: int,
+    compiled: bool,
+) -> nn.Module:
     """Move a network to its device for training, and return it.
 
     Channels last, batch norm over groups of processes, compiled on request. Names of parameters stay
@@ -508,7 +518,7 @@ def place_network(
     return module
 
 
-def average_gradients(module, process: dist.Process):
+def average_gradients(module: nn.Module, process: dist.Process) -> nn.Module:
     """The network in DDP where there are several processes; again whenever a parameter was resized."""
     if process.world_size == 1:
         return module
@@ -516,14 +526,14 @@ def average_gradients(module, process: dist.Process):
     return DistributedDataParallel(module, device_ids=devices)
 
 
-def share_buffers(module) -> None:
+def share_buffers(module: nn.Module) -> None:
     """Give all processes the batch statistics of rank 0, which are those of the checkpoint."""
     for buffer in module.buffers():
         buffer.copy_(dist.broadcast(buffer))
 
 
 # ============ the plan ============
-def log_plan(run: Run, crops, peak_lr: float) -> None:
+def log_plan(run: Run, crops: MultiCropDataset, peak_lr: float) -> None:
     """Say what will be computed, before it is. crops: the MultiCropDataset."""
     args, process, dataset = run.arguments, run.process, crops.dataset
     resolutions = [
