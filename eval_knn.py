@@ -54,7 +54,8 @@ logger = logging.getLogger(__name__)
 # What features depend on, kept with them by --dump_features.
 SETTINGS = (
     *("pretrained", "checkpoint_key", "feature", *MODEL_FLAGS),
-    *("data_path", "train_path", "val_path", "in_chans", "mean", "std", "size", "interpolation"),
+    *("data_path", "train_path", "val_path", "data_root", "label_column"),
+    *("in_chans", "mean", "std", "size", "interpolation"),
 )
 UNTRAINED = "untrained network"
 
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             train_path=args.train_path,
             val_path=args.val_path,
             in_chans=args.in_chans,
-            **image_flags.reading_options(args),
+            **image_flags.opening_options(args),
         )
         network = eval_flags.open_network(args, args.feature)
     if args.dump_features:

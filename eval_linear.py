@@ -87,7 +87,10 @@ TRAINING = (
     *("epochs", "wd", "momentum", "nesterov", "scheduler_type", "decay_epochs", "gamma"),
     *("final_lr", "use_bn", "cache_features", "no_flip", "tencrops", "split", "seed"),
 )
-NAMED = ("protocol", "pretrained", "checkpoint_key", "data_path", "train_path", "val_path")
+NAMED = (
+    *("protocol", "pretrained", "checkpoint_key"),
+    *("data_path", "train_path", "val_path", "data_root", "label_column"),
+)
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
 
 
@@ -348,9 +351,9 @@ def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settin
 
 def open_parts(args, num_folds):
     """A function: fold, or None -> training and validation images."""
-    reading = image_flags.reading_options(args)
+    opening = image_flags.opening_options(args)
     if args.evaluate and args.val_path and not args.train_path:  # it is enough to evaluate alone
-        val = open_dataset(args.val_path, "val", args.in_chans, flag="--val_path", **reading)
+        val = open_dataset(args.val_path, "val", args.in_chans, flag="--val_path", **opening)
         check_labelled(val, "--val_path")
         return lambda fold: (val, val)
     train, val = open_splits(
@@ -359,7 +362,7 @@ def open_parts(args, num_folds):
         val_path=args.val_path,
         in_chans=args.in_chans,
         split=args.split,
-        **reading,
+        **opening,
     )
     if num_folds is not None:
         return split_folds(train, num_folds)

@@ -264,7 +264,7 @@ def open_teacher(pretrained, dataset, *, arch="", checkpoint_key=None, layer="")
         raise CheckpointError(f"{error}; for a teacher give --teacher_arch, not --arch") from error
     forward, size = forward_of_layer(teacher.model, layer), teacher.image_size
     if len(dataset.mean) != teacher.in_chans:
-        dataset = open_dataset(dataset.name, in_chans=teacher.in_chans, **dataset.reading)
+        dataset = open_dataset(dataset.name, in_chans=teacher.in_chans, **dataset.opening)
     mean, std = teacher.normalisation(dataset)
 
     def extract(device, **options):

@@ -301,8 +301,8 @@ def open_split(args):
     """The images of --split."""
     path = {"train": args.train_path, "val": args.val_path}[args.split]
     flag = f"--{args.split if path else 'data'}_path"
-    reading = image_flags.reading_options(args)
-    return open_dataset(path or args.data_path, args.split, args.in_chans, flag, **reading)
+    opening = image_flags.opening_options(args)
+    return open_dataset(path or args.data_path, args.split, args.in_chans, flag, **opening)
 
 
 # ============ filters, activations ============

@@ -38,6 +38,7 @@ NAMES = (
     "fashion_mnist",
 )
 IMAGENET = ((0.485, 0.456, 0.406), (SWAV_RED_STD, 0.224, 0.225))
+LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 SHARD_WINDOW = 8  # shards whose samples are mixed with each other
 STORAGE_TIMEOUT = 600.0  # seconds that a storage may take to come back
 # Seconds between two attempts to read a file, doubled each time.
@@ -60,17 +61,21 @@ def open_dataset(
     root: str = "data",
     storage_timeout: float = STORAGE_TIMEOUT,
     max_broken: float = MAX_BROKEN,
+    data_root: str | None = None,
+    label_column: str | None = None,
 ) -> "ImageDataset":
     """Open the images that `path` names.
 
     path: a name (`digits`, `cifar10`, ...: NAMES; a folder of that name is written
-        `./cifar10`), a folder, or tar shards (`a.tar`, `shard-{000..009}.tar`, `shards/*.tar`,
-        several of these joined by commas or in a list, or a folder that holds them).
+        `./cifar10`), a folder, a list of files (`.txt`, `.csv`, `.tsv`: see lists.py), or tar shards
+        (`a.tar`, `shard-{000..009}.tar`, `shards/*.tar`, several of these joined by commas or in a
+        list, or a folder that holds them).
     split: "train" or "val". In a folder: `<path>/train`, or `<path>/val` or else `<path>/test`, in
         one of their spellings (folders.SPLITS); a folder without any of them is taken as it is for
-        every split, and so are shards.
+        every split, and so are shards, and lists without a column that says it.
     in_chans: channels of the tensors. root: folder of downloads and of shard indexes.
-    storage_timeout, max_broken: see ImageDataset.
+    storage_timeout, max_broken: see ImageDataset. data_root: the folder that the paths in a list are
+        relative to, by default its own. label_column: of a table, by default label or class.
 
     Labels: where all images lie in two or more immediate subfolders, each with at least one image
     directly in it, or in images/ or the like in there, every subfolder is a class. Images at the top,
@@ -100,23 +105,22 @@ def open_dataset(
             labels, classes, unlabelled_since = folder_labels(source, train)
             if split == "train":
                 warn_of_inner_splits(source.parts(), flag, folder)
+    elif folder.lower().endswith(LIST_SUFFIXES) and os.path.isfile(folder):
+        from .lists import ListSource
+
+        source = ListSource(folder, split, data_root, label_column, flag)
     elif ".tar" in path:
         source = _shard_source(path, index, flag)
-    elif os.path.exists(folder):
-        raise ValueError(f"{flag} {path} is a file: give a folder of images, or tar shards")
     else:
-        raise FileNotFoundError(
-            f"{flag} {path} does not exist: give a folder of images, tar shards, or one of "
-            f"{', '.join(NAMES)}"
-        )
+        raise _no_images_at(path, folder, flag)
     if len(source) == 0:
         left_out = getattr(source, "left_out", "")
         left_out = f"; left out: {left_out}" if left_out else ""
         raise FileNotFoundError(
             f"{flag} {folder} has no image in it, nor in its subfolders{left_out}"
         )
-    if getattr(source, "labels", None) is not None:  # of shards
-        labels, classes = _shard_labels(source.labels)
+    if getattr(source, "labels", None) is not None:  # of shards and lists
+        labels, classes = _number_labels(source.labels)
     unlabelled_since = unlabelled_since or getattr(source, "unlabelled_since", "")
     if unlabelled_since:
         logger.info(f"{printable(path)} is unlabelled: {unlabelled_since}")
@@ -132,8 +136,21 @@ def open_dataset(
         max_broken=max_broken,
     )
     dataset.unlabelled_since = unlabelled_since
+    dataset.opening |= {"data_root": data_root, "label_column": label_column}
     dataset.check_channels()
     return dataset
+
+
+def _no_images_at(path, folder, flag):
+    """The error of a path that is none of what open_dataset takes."""
+    if os.path.exists(folder):
+        return ValueError(
+            f"{flag} {path} is a file: give a folder of images, a list of files (.txt, .csv), or tar shards"
+        )
+    return FileNotFoundError(
+        f"{flag} {path} does not exist: give a folder of images, a list of files, tar shards, or one of "
+        f"{', '.join(NAMES)}"
+    )
 
 
 class ImageSource(Protocol):
@@ -155,7 +172,9 @@ class ImageDataset:
     """Images by index, with what is known about them.
 
     `labels` is `(N,)` int64 or None, `classes` the names; `mean` and `std` have one value a
-    channel, from `normalisation`, those of RGB; `groups` `(N,)` is the shard of each sample, or None.
+    channel, from `normalisation`, those of RGB; `groups` `(N,)` is the shard of each sample, or None;
+    `metadata` has N texts by the name of a column of a list; `opening` is what open_dataset needs
+    besides to open another split.
 
     Broken is what was read and does not decode, and a file that is gone while its folder is there. A
     storage that does not answer is waited for, `storage_timeout` seconds; then RunError is raised, and
@@ -182,7 +201,8 @@ class ImageDataset:
         if in_chans != 3:  # no figures are known for them: the average over the colours
             mean, std = [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
         self.mean, self.std = list(mean), list(std)
-        self.reading = {"storage_timeout": storage_timeout, "max_broken": max_broken}
+        self.metadata = getattr(source, "metadata", {})
+        self.opening = {"storage_timeout": storage_timeout, "max_broken": max_broken}
         self._source, self._in_chans, self._flag = source, in_chans, flag
         # Shared, so that a broken file is tried and named once by all workers together.
         self._is_broken = shared_bytes(len(source))
@@ -289,7 +309,7 @@ class ImageDataset:
                     raise FileNotFoundError(cause(error)) from error
                 file, reason, now = printable(self.file_name(index)), cause(error), time.monotonic()
             failed_at = failed_at or now
-            timeout = self.reading["storage_timeout"]
+            timeout = self.opening["storage_timeout"]
             if now - failed_at >= timeout:
                 raise RunError(
                     f"{self._flag}: {file} cannot be read for {timeout:g} s ({reason}): start the same "
@@ -310,7 +330,7 @@ class ImageDataset:
 
     def _check_broken(self, example=""):
         """Raise RunError where more images are broken than may be."""
-        share, count = self.reading["max_broken"], int(self._is_broken.sum())
+        share, count = self.opening["max_broken"], int(self._is_broken.sum())
         allowed = max(FEW_BROKEN, share * len(self)) if share > 0 else 0
         if allowed < count < len(self):
             raise RunError(
@@ -332,8 +352,8 @@ def _shard_source(paths, index, flag):
     return ShardSource(expand_shards(paths, flag) if isinstance(paths, str) else paths, index, flag)
 
 
-def _shard_labels(texts):
-    """Labels and class names from the .cls members: numbers as they are, else sorted names."""
+def _number_labels(texts):
+    """Labels and class names from bytes (N,): numbers as they are, else sorted names."""
     try:
         labels = torch.from_numpy(texts.astype(np.int64))
     except ValueError:

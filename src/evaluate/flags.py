@@ -50,9 +50,11 @@ def add_image_args(parser: argparse.ArgumentParser) -> Callable:
     """The images and how they are prepared; returns the group's add_argument."""
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="digits",
-        help="digits, cifar10, ..., a folder of class folders or of train/ and val/, or tar shards")
+        help="digits, cifar10, ..., a folder of class folders or of train/ and val/, a list of files "
+        "(.txt, .csv), or tar shards")
     add("--train_path", default=None, help="training images that are not in --data_path")
     add("--val_path", default=None, help="validation images that are not in --data_path")
+    image_flags.add_list_args(add)
     image_flags.add_reading_args(add)
     add("--size", type=positive(int), default=224, help="side in pixels of the crops")
     add("--in_chans", type=positive(int), default=3, help="channels of the images")

@@ -20,7 +20,7 @@ def open_validation(dataset: ImageDataset, data_path: str, in_chans: int) -> Ima
     """
     dataset.load(0)  # or a storage that is away for a moment would look like a missing split
     try:
-        val = open_dataset(data_path, split="val", in_chans=in_chans, **dataset.reading)
+        val = open_dataset(data_path, split="val", in_chans=in_chans, **dataset.opening)
     except FileNotFoundError:
         return None
     if val.labels is None or val.same_files(dataset):

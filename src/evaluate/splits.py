@@ -13,6 +13,7 @@ from .voc import TESTED_ON, open_voc, voc_folder
 
 logger = logging.getLogger(__name__)
 
+READING = ("storage_timeout", "max_broken")  # of the options of open_dataset those of open_voc
 HELD_OUT = 10  # without a val split, every tenth image is classified by the others
 
 
@@ -22,19 +23,19 @@ def open_labelled_splits(
     train_path: str | None = None,
     val_path: str | None = None,
     in_chans: int = 3,
-    **reading,
+    **opening,
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images with labels; (images, None) where nothing splits them.
 
     train_path, val_path: where they are not in data_path. The labels of validation images are
-    numbered as the classes of the training images. reading: storage_timeout and max_broken of
+    numbered as the classes of the training images. opening: further arguments of
     open_dataset. Raises ValueError where labels are missing, and where no class is in both; what is
     only in the validation images is a warning.
     """
     train_flag = "--train_path" if train_path else "--data_path"
     val_flag = "--val_path" if val_path else "--data_path"
-    train = open_dataset(train_path or data_path, "train", in_chans, flag=train_flag, **reading)
-    val = open_dataset(val_path or data_path, "val", in_chans, flag=val_flag, **reading)
+    train = open_dataset(train_path or data_path, "train", in_chans, flag=train_flag, **opening)
+    val = open_dataset(val_path or data_path, "val", in_chans, flag=val_flag, **opening)
     check_labelled(train, train_flag)
     check_labelled(val, val_flag)
     if val.same_files(train):
@@ -51,18 +52,19 @@ def open_splits(
     val_path: str | None,
     in_chans: int,
     split: str,
-    **reading,
+    **opening,
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images with labels; (images, None) where nothing splits them.
 
     split: "train", or "trainval": those of train/ and val/ together, validated on test/. A folder
-    of VOC 2007 is known by what it holds. reading, and what is raised: as open_labelled_splits.
+    of VOC 2007 is known by what it holds. opening, and what is raised: as open_labelled_splits.
     """
     if voc_folder(data_path) is not None and not (train_path or val_path):
+        reading = {name: opening[name] for name in READING if name in opening}
         train = open_voc(data_path, split, in_chans, **reading)
         return train, open_voc(data_path, TESTED_ON[split], in_chans, **reading)
     if split == "train":
-        return open_labelled_splits(data_path, train_path, val_path, in_chans, **reading)
+        return open_labelled_splits(data_path, train_path, val_path, in_chans, **opening)
     if train_path or val_path:
         raise ValueError(f"--split {split} is for one --data_path: leave out the other paths")
     folder, names = Path(data_path).expanduser(), ("train", "val", "test")
@@ -71,7 +73,7 @@ def open_splits(
             f"--split {split} needs --data_path with the folders train, val and test, or VOC 2007; "
             f"{data_path} has not all of them"
         )
-    parts = [open_dataset(data_path, name, in_chans, **reading) for name in names]
+    parts = [open_dataset(data_path, name, in_chans, **opening) for name in names]
     for part in parts:
         check_labelled(part, "--data_path")
     train, val, test = parts
@@ -129,7 +131,7 @@ def check_labelled(dataset: ImageDataset, flag: str) -> None:
         reason = f" ({dataset.unlabelled_since})" if dataset.unlabelled_since else ""
         raise ValueError(
             f"{flag} {dataset.name} has no labels{reason}, which this evaluation needs: give a folder "
-            "with one folder for each class, or shards with .cls entries"
+            "with one folder for each class, a list with labels, or shards with .cls entries"
         )
 
 

@@ -41,7 +41,8 @@ def add_attention_flags(parser: argparse.ArgumentParser) -> None:
         help="auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="digits",
-        help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")
+        help="digits, cifar10, ..., a folder of images, a list of files, or tar shards")
+    image_flags.add_list_args(add)
     image_flags.add_reading_args(add)
     add("--in_chans", type=positive(int), default=3, help="channels of the images")
     add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")

@@ -11,12 +11,22 @@ def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> 
     """Images and the preset; returns the group's add_argument for the crops."""
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="digits",
-        help="digits, cifar10, ..., a folder of images, or tar shards; no labels are needed")  # fmt: skip
+        help="digits, cifar10, ..., a folder of images, a list of files (.txt, .csv), or tar shards; no "
+        "labels are needed")  # fmt: skip
+    add_list_args(add)
     add_reading_args(add)
     add("--preset", default="auto", choices=["auto", *presets],
         help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like, else "
         "imagenet, the published values, which are those that this page shows")  # fmt: skip
     return add
+
+
+def add_list_args(add: Callable) -> None:
+    """How lists of files are read; the same in every script that opens images by --data_path."""
+    add("--data_root", default=None,
+        help="folder that the paths in a list of files are relative to (default: the list's)")  # fmt: skip
+    add("--label_column", default=None,
+        help="column of labels in a list with a header (default: label or class, if any)")  # fmt: skip
 
 
 def add_reading_args(add: Callable) -> None:
@@ -29,13 +39,19 @@ def add_reading_args(add: Callable) -> None:
 
 
 def reading_options(args: argparse.Namespace) -> dict:
-    """The arguments of src.data.datasets.open_dataset that come from the flags of add_reading_args."""
+    """The arguments of src.data.datasets.ImageDataset that come from the flags of add_reading_args."""
     return {"storage_timeout": args.storage_timeout, "max_broken": args.max_broken}
+
+
+def opening_options(args: argparse.Namespace) -> dict:
+    """The arguments of src.data.datasets.open_dataset: those of lists, and reading_options."""
+    lists = {"data_root": args.data_root, "label_column": args.label_column}
+    return {**reading_options(args), **lists}
 
 
 def open_images(args: argparse.Namespace) -> ImageDataset:
     """The images to train on, of --data_path; raises as src.data.datasets.open_dataset."""
-    return open_dataset(args.data_path, in_chans=args.in_chans, **reading_options(args))
+    return open_dataset(args.data_path, in_chans=args.in_chans, **opening_options(args))
 
 
 def add_crop_args(add: Callable) -> None:
