@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before torch, whose loading takes seconds
 
 import argparse
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ from src.evaluate.splits import (
 )
 from src.evaluate.ten_crops import VIEWS
 from src.evaluate.voc import TESTED_ON
+from src.nets.pooling import shape_of_features
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS, SWAV_RED
 from src.nets.weights import fingerprint
 from src.run import checkpoint, flags, image_flags
@@ -168,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
             avgpool=args.avgpool_patchtokens,
             global_pooling=args.global_pooling,
         )
-    dim = count_features(forward, args)  # what does not fit is found before anything is started
+    shape = shape_of_features(forward, args.in_chans, args.size, args.arch)
+    dim = math.prod(shape)  # what does not fit is found before anything is started
     as_swav = args.protocol == "swav" and args.sobel is None
     args.mean, args.std = network.normalisation(train, SWAV_RED if as_swav else IMAGENET_RED)
     settings = {**feature_settings(args), "weights": fingerprint(model, network.head)}
@@ -367,18 +370,6 @@ def open_parts(args, num_folds):
     if num_folds is not None:
         return split_folds(train, num_folds)
     return lambda fold: (train, val) if val is not None else hold_out(train)
-
-
-def count_features(forward, args):
-    """The features of an image; ValueError where images of --size are too small for the network."""
-    with torch.no_grad():
-        images = torch.zeros(1, args.in_chans, args.size, args.size)
-        try:
-            return forward(images).flatten(1).shape[1]
-        except RuntimeError as error:
-            if "too small" not in str(error) and "greater than" not in str(error):
-                raise
-            raise ValueError(f"--size {args.size} is too small for --arch {args.arch}") from None
 
 
 # ============ arguments ============

@@ -221,6 +221,10 @@ class ImageDataset:
         """Names of the files that this process and its workers could not read."""
         return [self.file_name(index) for index in self._is_broken.nonzero().flatten().tolist()]
 
+    def is_broken(self, indices: Sequence[int]) -> torch.Tensor:
+        """Whether this process and its workers have found these images unreadable, (n,) bool."""
+        return self._is_broken[torch.as_tensor(indices)].bool()
+
     def digest(self) -> str:
         """Of the names of all images in their order, wherever the data set lies: their number, 16 digits."""
         if hasattr(self._source, "fingerprint"):

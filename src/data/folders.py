@@ -25,7 +25,7 @@ JUNK = frozenset(
     + ("thumbs.db", "ehthumbs.db", "desktop.ini")
 )
 # What runs and visualize.py leave in a folder, each by files that show that they were there.
-RUN_FOLDERS = frozenset(("plots", "checkpoints", "clustering", "clusters", "linear"))
+RUN_FOLDERS = frozenset(("plots", "checkpoints", "clustering", "clusters", "linear", "features"))
 RUN_FILES = (".jsonl", ".json", ".log", ".pth")
 PLOTS = frozenset(
     "curves.png crops.png multicrop.png attention clusters filters activations".split()
@@ -117,6 +117,8 @@ def _own_files(folder, names):
         own |= RUN_FOLDERS | {name for name in names if name.endswith(RUN_FILES)}
     if {"clusters.json", "assignments.npy"} <= names:
         own |= CLUSTER_FILES
+    if {"extract.json", "features.npy"} <= names:
+        own |= {"features.npy", "unit_rows.npy", "centroids.npy", "clusters.png"}
     if "attn-mean.png" in names:
         own |= {name for name in names if name.startswith(ATTENTION_FILES)}
     if os.path.basename(folder.rstrip(os.sep)) == "plots" and not names.isdisjoint(PLOTS):

@@ -4,12 +4,14 @@
 flushed, a number a line. The folder must be shared by all processes, as that of the run is.
 """
 
+import contextlib
+import math
 import os
 import shutil
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import dist
-from ..errors import RunError, writing
+from ..errors import RunError, Stopped, writing
 from ..run.lock import has_lost_its_writer
 from ..run.stop import StopSignal
 from .features import share
@@ -28,22 +30,25 @@ START = 4096  # bytes before the first row, so that chunks of two processes shar
 
 
 class RowFile:
-    """(num_rows, width) float32 at <folder>/<name>.npy, which is made if it is not there.
+    """(num_rows, *width) float32 at <folder>/<name>.npy, which is made if it is not there.
 
-    All processes call the constructor, with the same arguments.
+    width: a number, or the shape of a row. All processes call the constructor, with the same arguments.
     """
 
-    def __init__(self, folder: Path, name: str, num_rows: int, width: int):
-        self.path, self.shape = Path(folder) / f"{name}.npy", (num_rows, width)
+    def __init__(self, folder: Path, name: str, num_rows: int, width: int | Sequence[int]):
+        width = (width,) if isinstance(width, int) else tuple(width)
+        self.path, self.shape = Path(folder) / f"{name}.npy", (num_rows, *width)
+        self.row_bytes = 4 * math.prod(width)
         self._done = self.path.with_name(f"{name}.{dist.rank()}.done")
         if dist.is_main() and not self.path.exists():
+            self.forget_chunks()  # of a file that somebody has deleted
             header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {self.shape}, }}"
             magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", START - 10)
             part = self.path.with_suffix(".part")
             with writing(self.path):
                 with open(part, "wb") as file:
                     file.write(magic + header.ljust(START - 11).encode() + b"\n")
-                    file.truncate(START + 4 * num_rows * width)  # sparse: no bytes
+                    file.truncate(START + num_rows * self.row_bytes)  # sparse: no bytes
                 os.replace(part, self.path)
         dist.barrier()
 
@@ -78,10 +83,10 @@ class RowFile:
         return row // CHUNK
 
     def write(self, first: int, rows: Tensor) -> None:
-        """Write rows (n, width) from number `first` on."""
+        """Write rows (n, *width) from number `first` on."""
         data = np.ascontiguousarray(rows.detach().cpu().float().numpy())
         with writing(self.path), open(self.path, "r+b") as file:
-            file.seek(START + first * self.shape[1] * 4)
+            file.seek(START + first * self.row_bytes)
             file.write(data.data)
 
     def mark(self, chunk: int) -> None:
@@ -93,26 +98,61 @@ class RowFile:
             file.flush()
             os.fsync(file.fileno())
 
+    def fill(self, extract: Callable, stop: StopSignal) -> None:
+        """Write the missing rows of this process, until all are there or a signal asks to stop.
+
+        extract: called with the numbers (n,) of the rows, and with write(first, rows), to which it gives
+        theirs in batches, in order. All processes call this; it does not wait for the others' rows.
+        """
+        chunks = [self.rows(chunk) for chunk in self.own_missing()]
+        if not chunks:
+            return
+        numbers = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+
+        def write(first, batch):
+            done = 0
+            while done < len(batch):  # rows of one chunk at a time
+                number = int(numbers[first + done])
+                chunk = self.chunk_of(number)
+                chunk_end = self.rows(chunk).stop
+                count = min(len(batch) - done, chunk_end - number)
+                self.write(number, batch[done : done + count])
+                done += count
+                if number + count == chunk_end:
+                    self.mark(chunk)
+            if stop.requested:
+                raise Stopped
+
+        with contextlib.suppress(Stopped):
+            extract(numbers, write)
+
+    def forget_chunks(self) -> None:
+        """Delete the lists of chunks, when all are written; by the main process."""
+        for path in self.path.parent.glob(f"{self.path.stem}.*.done"):
+            path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Delete the file, once all processes have come here."""
         dist.barrier()
         if dist.is_main():
-            for path in [*self.path.parent.glob(f"{self.path.stem}.*.done"), self.path]:
-                path.unlink(missing_ok=True)
+            self.forget_chunks()
+            self.path.unlink(missing_ok=True)
         dist.barrier()
 
 
-def check_space(folder: Path, needed: int, purpose: str) -> None:
+def check_space(
+    folder: Path, needed: int, purpose: str, remedy: str = "lower --dim_pca or --size_dataset"
+) -> None:
     """ValueError on all processes if the disk has too little space for so many bytes.
 
-    What is in the folder's .npy files counts as free.
+    What is in the folder's .npy files counts as free. remedy: what would need less.
     """
     held = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
     free = dist.broadcast_object(shutil.disk_usage(folder).free + held)
     if needed > free:
         raise ValueError(
             f"--dump_path has {free / 1e9:.3g} GB free, and {purpose} needs {needed / 1e9:.3g} GB: "
-            "name a folder on another disk, or lower --dim_pca or --size_dataset"
+            f"name a folder on another disk, or {remedy}"
         )
 
 

@@ -93,7 +93,8 @@ class TwoLevelClustering:
             needed = 4 * self.num_images * (num_features + rows.shape[1])
             check_space(self.folder, needed, f"the clustering of {self.num_images:,} features")
             features = RowFile(self.folder, "features", self.num_images, num_features)
-            self._extract(features, extract)
+            features.fill(extract, self.stop)
+            self._leave_if_asked(lambda: not features.missing())
             whitening = self._fit(features, dim)
             matrix = features.read()
             for chunk in rows.own_missing():
@@ -107,29 +108,6 @@ class TwoLevelClustering:
             self._save(self.folder / "rows.pt", {})
         RowFile(self.folder, "features", 0, num_features).remove()
         return rows
-
-    def _extract(self, features, extract):
-        chunks = [features.rows(chunk) for chunk in features.own_missing()]
-        numbers = np.concatenate([np.arange(0), *(np.arange(c.start, c.stop) for c in chunks)])
-
-        def write(first, batch):
-            done = 0
-            while done < len(batch):  # rows of one chunk at a time
-                number = int(numbers[first + done])
-                chunk = features.chunk_of(number)
-                chunk_end = features.rows(chunk).stop
-                count = min(len(batch) - done, chunk_end - number)
-                features.write(number, batch[done : done + count])
-                done += count
-                if number + count == chunk_end:
-                    features.mark(chunk)
-            if self.stop.requested:
-                raise Stopped
-
-        with contextlib.suppress(Stopped):
-            if chunks:
-                extract(numbers, write)
-        self._leave_if_asked(lambda: not features.missing())
 
     def _fit(self, features, dim):
         path = self.folder / "whitening.pt"

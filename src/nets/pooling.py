@@ -1,0 +1,100 @@
+"""What is taken from the last layer of a network as the features of an image: pooled, or by position."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import is_vit
+from .pretrained import Pretrained
+
+FEATURES = ("backbone", "cls", "mean", "gem", "patches", "embedding")
+SMALLEST = 1e-6  # what generalised means are of, at least
+
+
+def forward_of_feature(
+    network: Pretrained, feature: str, gem_p: float = 3.0
+) -> Callable[[Tensor], Tensor]:
+    """Images (B, C, S, S), normalised, -> the features of --feature, (B, D) or (B, N, D).
+
+    backbone   what evaluations use: the average of the last map, or the class token
+    cls        the class token of a vision transformer
+    mean       the average over the positions of the last map, or the patches
+    gem        their generalised mean (Radenovic et al., arXiv:1711.02512, Eq. 3), with exponent gem_p
+    patches    all positions, by rows, (B, N, D)
+    embedding  the output of SwAV's projection head; the network is opened with that feature
+
+    Raises ValueError for what a network does not have.
+    """
+    if feature == "cls" and not is_vit(network.arch):
+        raise ValueError(
+            f"--feature cls is the class token of vit_tiny, vit_small and vit_base, and --arch "
+            f"{network.arch} has none: use --feature mean"
+        )
+    if feature in ("backbone", "cls"):
+        return network.model.forward_backbone
+    if feature == "embedding":
+        return network.model
+    positions = _positions_of_vit if is_vit(network.arch) else _positions_before_pooling
+    tokens = positions(network)
+    if feature == "patches":
+        return tokens
+    if feature == "mean":
+        return lambda images: tokens(images).float().mean(1)
+    return lambda images: generalised_mean(tokens(images), gem_p)
+
+
+def generalised_mean(tokens: Tensor, p: float) -> Tensor:
+    """(mean over positions of x^p)^(1/p) of tokens (B, N, D), at least SMALLEST each: (B, D) float32.
+
+    Radenovic et al. 2017, arXiv:1711.02512, Eq. 3. Scaled by the largest value, so that nothing overflows.
+    """
+    x = tokens.float().clamp(min=SMALLEST)
+    largest = x.amax(1, keepdim=True)  # (B, 1, D)
+    return (x / largest).pow(p).mean(1).pow(1 / p) * largest[:, 0]
+
+
+def _positions_of_vit(network):
+    """Images -> the patches after the last block and LayerNorm, (B, N, D)."""
+    model = network.model
+    return lambda images: model.get_intermediate_layers(images)[0][:, 1 + model.num_registers :]
+
+
+def _positions_before_pooling(network):
+    """Images -> what the last adaptive average pooling of a convolutional network takes, (B, N, D)."""
+    maps = []
+
+    def keep(module, inputs):
+        maps.append(inputs[0])
+
+    for module in network.model.modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            module.register_forward_pre_hook(keep)
+
+    def positions(images):
+        maps.clear()
+        network.model.forward_backbone(images)
+        if not maps or maps[-1].ndim != 4:
+            raise ValueError(
+                f"--feature mean, gem and patches need a last map, which --arch {network.arch} has not: "
+                "use --feature backbone"
+            )
+        return maps[-1].flatten(2).transpose(1, 2)
+
+    return positions
+
+
+@torch.no_grad()
+def shape_of_features(
+    forward: Callable[[Tensor], Tensor], in_chans: int, size: int, arch: str
+) -> tuple[int, ...]:
+    """The shape of the features of one image of size x size pixels, by trying it on a black one.
+
+    arch: for the message. Raises ValueError where such images are too small for the network.
+    """
+    try:
+        return tuple(forward(torch.zeros(1, in_chans, size, size)).shape[1:])
+    except RuntimeError as error:
+        if "too small" not in str(error) and "greater than" not in str(error):
+            raise
+        raise ValueError(f"--size {size} is too small for --arch {arch}") from None
