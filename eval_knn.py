@@ -81,13 +81,13 @@ def evaluate(name, split, args):
         {"features": name, "labels": "all", "k": k, "top1": top1, "top5": top5}
         for k, (top1, top5) in accuracies.items()
     ]
-    if args.labels_per_class:
+    for per_class in filter(None, args.labels_per_class):
         few = few_label_accuracy(
             train,
             train_labels,
             val,
             val_labels,
-            per_class=args.labels_per_class,
+            per_class=per_class,
             draws=args.draws,
             seed=args.seed,
             ks=args.nb_knn,
@@ -95,7 +95,7 @@ def evaluate(name, split, args):
             backend=args.knn_backend,
         )
         rows += [
-            {"features": name, "labels": args.labels_per_class, "k": k, "top1": mean, "std": std}
+            {"features": name, "labels": per_class, "k": k, "top1": mean, "std": std}
             for k, (mean, std) in few.items()
         ]
     return rows
@@ -116,7 +116,7 @@ def log_table(rows):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0."""
-    args, _ = eval_flags.parse_args(get_parser(), argv)
+    args, _ = eval_flags.parse_args(get_parser(), argv, "eval_knn")
     setup_logging(None, dist.read_environment().rank == 0)
     check_args(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -215,7 +215,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--nb_knn", type=positive(int), nargs="+", default=[10, 20, 100, 200],
         help="k, the neighbours that vote")
     add("--temperature", type=positive(float), default=0.07, help="tau of exp(cosine / tau)")
-    add("--labels_per_class", type=flags.at_least_zero(int), default=0,
+    add("--labels_per_class", type=flags.at_least_zero(int), nargs="+", default=[0],
         help="also evaluate with so many labelled training images of each class; 0: do not")
     add("--draws", type=positive(int), default=20, help="random choices of --labels_per_class")
     add("--feature", default="backbone", choices=["backbone", "embedding"],

@@ -401,7 +401,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--use_bn", type=flags.boolean, default=False, help="a batch norm before the classifier")
     add("--cache_features", action=argparse.BooleanOptionalAction, default=False,
         help="compute the features once, from centre crops: no augmentation (small sets: default)")
-    add("--no_flip", action="store_true", help="no horizontal flip (default: probability 0.5)")
+    image_flags.add_flip_args(add)
     add("--num_labels", type=positive(int), default=None,
         help="the largest number of classes to accept; they are counted in the data")
     add("--split", default="train", choices=TESTED_ON,

@@ -292,7 +292,7 @@ def log_plan(args, dataset, tested, total, state):
 # ============ arguments ============
 def parse_args(argv):
     """The arguments; what is not on the command line is of the run that is evaluated, or the protocol."""
-    args, _ = eval_flags.parse_args(get_parser(), argv)
+    args, _ = eval_flags.parse_args(get_parser(), argv, "eval_voc07")
     if "data_path" not in args.given:
         args.data_path = ""  # a run's is that of its training
     is_plain = args.arch in ("alexnet", "vgg16")

@@ -327,9 +327,9 @@ def open_split(args):
 # ============ arguments ============
 def parse_args(argv):
     """The arguments; without --dump_path files go to features/ in the run's folder, or below runs/."""
-    args, run_args = eval_flags.parse_args(get_parser(), argv)
-    if "dump_path" not in args.given:
-        args.dump_path = str(Path(args.dump_path if run_args else "runs") / "features")
+    args, _ = eval_flags.parse_args(get_parser(), argv, "extract")
+    if "dump_path" not in args.given and eval_flags.is_run(args.pretrained):
+        args.dump_path = str(Path(args.dump_path) / "features")
     return args
 
 

@@ -55,13 +55,26 @@ from src.run.stop import StopSignal, leave
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/flags.py; VISSL's jitter.
+# Changed defaults of the method on small data, beside those of src/run/presets.py; VISSL's jitter.
 JITTER = {"color_jitter": [0.4, 0.4, 0.4, 0.2], "jitter_prob": 1.0}
 SMALL = {**convnet_flags.SMALL, **JITTER, "batch_size": 128}
 CIFAR = {"nmb_cluster": 100, "dump_path": "runs/clusterfit_cifar"}
 DIGITS = {"nmb_cluster": 60, "dump_path": "runs/clusterfit_digits"}
+
+
+def photos(situation):
+    """Defaults for photographs, beside those of src/run/presets.py."""
+    return {
+        **convnet_flags.PHOTOS,
+        **JITTER,
+        "nmb_cluster": situation.clusters(),
+        "decay_epochs": convnet_flags.steps_of(situation.epochs()),
+    }
+
+
 PRESETS = {
     "imagenet": {},
+    "photos": photos,
     "cifar": {**SMALL, **CIFAR},
     "tiny": {**SMALL, **DIGITS, "color_jitter": [0.4, 0.4, 0.0, 0.0], "jitter_prob": 0.8},
 }
@@ -138,12 +151,13 @@ def train_one_epoch(run, loader, labels, epoch, start):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Cluster and train; returns 0 when all is done, 128 + the signal when a signal stopped it."""
-    args = flags.parse_args(get_parser(), PRESETS, argv)
-    image_flags.fill_in_crops(args)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
+    args, dataset = image_flags.parse_args(
+        get_parser(), PRESETS, argv, method="clusterfit", world_size=launch.world_size
+    )
+    image_flags.fill_in_crops(args)
     flags.check_runtime(args, launch.world_size)
-    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     folder = Path(args.clusters or Path(args.dump_path) / "clusters")

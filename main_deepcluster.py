@@ -59,12 +59,26 @@ from src.run.run import Run, average_gradients, log_plan, place_network, share_b
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/flags.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {**convnet_flags.SMALL, "checkpoint_iters": 0, "wd": 5e-4, "dim_pca": 32}
 CIFAR = {"arch": "resnet18", "nmb_cluster": 100, "dump_path": "runs/deepcluster_cifar"}
 DIGITS = {"arch": "resnet10", "nmb_cluster": 60, "dump_path": "runs/deepcluster_digits"}
+
+
+def photos(situation):
+    """Defaults for photographs, beside those of src/run/presets.py."""
+    return {
+        **convnet_flags.PHOTOS,
+        "checkpoint_iters": 0,
+        "wd": 5e-4,
+        "dim_pca": 64,
+        "nmb_cluster": situation.clusters(),
+    }
+
+
 PRESETS = {
     "imagenet": {},
+    "photos": photos,
     "cifar": {**SMALL, **CIFAR},
     "tiny": {**SMALL, **DIGITS, "epochs": 6, "reassign": 10.0, "knn_freq": 2},  # of 100 iterations
 }
@@ -215,12 +229,13 @@ def draw_epoch(run, labels, *, epoch, seed):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = flags.parse_args(get_parser(), PRESETS, argv)
-    image_flags.fill_in_crops(args)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
+    args, dataset = image_flags.parse_args(
+        get_parser(), PRESETS, argv, method="deepcluster", world_size=launch.world_size
+    )
+    image_flags.fill_in_crops(args)
     flags.check_runtime(args, launch.world_size)
-    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     check_args(args, global_batch, len(dataset))

@@ -67,12 +67,29 @@ from src.run.run import Run, average_gradients, log_plan, place_network, share_b
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/flags.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {**convnet_flags.SMALL, "lr": 0.05, "wd": 5e-4, "super_classes": 8, "dim_pca": 32}
 CIFAR = {"arch": "resnet18", "k": 100, "dump_path": "runs/deepercluster_cifar"}
 DIGITS = {"arch": "resnet10", "k": 60, "dump_path": "runs/deepercluster_digits"}
+
+
+def photos(situation):
+    """Defaults for photographs, beside those of src/run/presets.py."""
+    return {
+        **convnet_flags.PHOTOS,
+        "lr": 0.05,
+        "wd": 5e-4,
+        "super_classes": 8,
+        "dim_pca": 64,
+        "k": situation.clusters(),
+        "checkpoint_freq": 25,
+        "reassignment": max(1, situation.epochs() // 5),
+    }
+
+
 PRESETS = {
     "imagenet": {},
+    "photos": photos,
     "cifar": {**SMALL, **CIFAR, "checkpoint_freq": 25},
     "tiny": {**SMALL, **DIGITS, "checkpoint_freq": 25, "reassignment": 10},  # of 10 iterations
 }
@@ -305,12 +322,13 @@ def draw_epoch(run, places, labels, *, epoch, seed):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = flags.parse_args(get_parser(), PRESETS, argv)
-    image_flags.fill_in_crops(args)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
+    args, dataset = image_flags.parse_args(
+        get_parser(), PRESETS, argv, method="deepercluster", world_size=launch.world_size
+    )
+    image_flags.fill_in_crops(args)
     flags.check_runtime(args, launch.world_size)
-    dataset = image_flags.open_images(args)
     num_images = min(len(dataset), args.size_dataset)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, num_images)

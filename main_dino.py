@@ -51,14 +51,38 @@ from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/flags.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {
     "patch_size": 4, "out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128, "use_bn_in_head": True,
     "optimizer": "adamw", "weight_decay_end": 0.04, "warmup_epochs": 4, "momentum_teacher": 0.99,
     "drop_path_rate": 0.0, "local_crops_number": 2, "width": 1.0,
 }  # fmt: skip
+
+
+def photos(situation):
+    """Defaults for photographs, beside those of src/run/presets.py."""
+    return {
+        "arch": "vit_small" if situation.on_gpu else "vit_tiny",
+        "patch_size": 16 if situation.on_gpu else 8,
+        "out_dim": max(256, situation.clusters()),
+        "hidden_dim": 512,
+        "bottleneck_dim": 128,
+        "use_bn_in_head": True,
+        "optimizer": "adamw",
+        "lr": 0.001,
+        "weight_decay_end": 0.04,
+        "warmup_epochs": max(1, situation.epochs() // 10),
+        "momentum_teacher": 0.99,
+        "drop_path_rate": 0.0,
+        "global_crops_size": situation.crop_sides()[0],
+        "local_crops_size": situation.crop_sides()[1],
+        "local_crops_number": 4,
+    }
+
+
 PRESETS = {
     "imagenet": {},
+    "photos": photos,
     "cifar": {
         **SMALL, "arch": "vit_tiny", "lr": 0.002, "global_crops_size": 32, "local_crops_size": 16,
         "global_crops_scale": [0.3, 1.0], "local_crops_scale": [0.1, 0.4], "dump_path": "runs/dino_cifar",
@@ -275,11 +299,12 @@ def diagnose(history: list[dict], num_outputs: int) -> health.Trouble | None:
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = flags.parse_args(get_parser(), PRESETS, argv)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
+    args, dataset = image_flags.parse_args(
+        get_parser(), PRESETS, argv, method="dino", world_size=launch.world_size
+    )
     flags.check_runtime(args, launch.world_size)
-    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)
     flags.check_batch(args, global_batch, len(dataset))
@@ -308,10 +333,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # ============ data ============
     crops = MultiCropDataset(
-        dataset,
-        **resolutions(args),
-        seed=args.seed,
-        interpolation=args.interpolation,
+        dataset, **resolutions(args), seed=args.seed, interpolation=args.interpolation
     )
     sampler = EpochSampler(
         len(dataset),

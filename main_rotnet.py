@@ -47,12 +47,25 @@ from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/flags.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {**convnet_flags.SMALL, "batch_size": 128, "lr": 0.1, "gamma": 0.2}
 CIFAR = {"decay_epochs": [30, 60, 80], "dump_path": "runs/rotnet_cifar"}
 DIGITS = {"decay_epochs": [], "epochs": 30, "knn_freq": 10, "dump_path": "runs/rotnet_digits"}
+
+
+def photos(situation):
+    """Defaults for photographs, beside those of src/run/presets.py."""
+    return {
+        **convnet_flags.PHOTOS,
+        "lr": 0.05,
+        "gamma": 0.1,
+        "decay_epochs": convnet_flags.steps_of(situation.epochs()),
+    }
+
+
 PRESETS = {
     "imagenet": {},
+    "photos": photos,
     "cifar": {**SMALL, **CIFAR},
     "tiny": {**SMALL, **DIGITS, "color_jitter": [0.4, 0.4, 0.0, 0.0], "jitter_prob": 0.8},
 }
@@ -119,12 +132,13 @@ def train_one_epoch(run, loader, epoch, start):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = flags.parse_args(get_parser(), PRESETS, argv)
-    image_flags.fill_in_crops(args)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
+    args, dataset = image_flags.parse_args(
+        get_parser(), PRESETS, argv, method="rotnet", world_size=launch.world_size
+    )
+    image_flags.fill_in_crops(args)
     flags.check_runtime(args, launch.world_size)
-    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     args.mean, args.std = args.mean or dataset.mean, args.std or usual_std(dataset.std)

@@ -48,10 +48,26 @@ from src.run.run import Run, average_gradients, log_plan, place_network
 
 logger = logging.getLogger(__name__)
 
-# Changed defaults of the method on small data, beside those of src/run/flags.py.
+# Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {"temperature": 0.2, "freeze_prototypes_niters": 100}
+
+
+def photos(situation):
+    """Defaults for photographs, beside those of src/run/presets.py; a queue where K is more than a batch."""
+    num_prototypes, batch = situation.clusters(), situation.global_batch()
+    return {
+        "temperature": 0.1,
+        "epsilon": 0.03,
+        "freeze_prototypes_niters": 50,
+        "nmb_prototypes": [num_prototypes],
+        "queue_length": -(-num_prototypes // batch) * batch if num_prototypes > batch else 0,
+        "epoch_queue_starts": 2,
+    }
+
+
 PRESETS = {
     "imagenet": {},
+    "photos": photos,
     "cifar": {**SMALL, "epsilon": 0.01, "nmb_prototypes": [100], "dump_path": "runs/swav_cifar"},
     "tiny": {**SMALL, "epsilon": 0.02, "nmb_prototypes": [60], "dump_path": "runs/swav_digits"},
 }
@@ -277,12 +293,13 @@ def prototypes_of(model):
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0 when all epochs are done, 128 + the signal when a signal stopped the run."""
-    args = flags.parse_args(get_parser(), PRESETS, argv)
-    image_flags.fill_in_crops(args)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
+    args, dataset = image_flags.parse_args(
+        get_parser(), PRESETS, argv, method="swav", world_size=launch.world_size
+    )
+    image_flags.fill_in_crops(args)
     flags.check_runtime(args, launch.world_size)
-    dataset = image_flags.open_images(args)
     global_batch = args.batch_size * launch.world_size
     flags.check_batch(args, global_batch, len(dataset))
     queue_length = check_args(args, global_batch)

@@ -70,6 +70,7 @@ from src.pictures.frames import in_batches, open_frames
 from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder, release_folders
 from src.run.log import duration, setup_logging
+from src.run.presets import preset_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def spread(total, number):
 # ============ crops ============
 def crops(args):
     """Draw the crops of a few images, those of epoch --epoch; the colours are drawn anew."""
-    args.preset = flags.preset_of(args.data_path) if args.preset == "auto" else args.preset
+    args.preset = preset_of(args.data_path) if args.preset == "auto" else args.preset
     image_flags.fill_in_crops(args)
     dataset = image_flags.open_images(args)
     options = image_flags.augment_options(args, dataset, sum(args.nmb_crops))

@@ -87,19 +87,19 @@ def test_the_bare_command_evaluates_an_untrained_network_on_digits_and_says_so(t
 
 
 def test_small_images_get_a_small_network_unless_one_is_named():
-    args, _ = eval_flags.parse_args(eval_knn.get_parser(), [])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser(), [], "knn")
     assert (args.arch, args.stem, args.size) == (
         "resnet10",
         "small",
         image_flags.CROPS["tiny"]["size"][0],
     )
     args, _ = eval_flags.parse_args(
-        eval_knn.get_parser(), ["--data_path", "cifar10", "--size", "40"]
+        eval_knn.get_parser(), ["--data_path", "cifar10", "--size", "40"], "knn"
     )
     assert (args.arch, args.stem, args.size) == ("resnet18", "small", 40)
-    args, _ = eval_flags.parse_args(eval_knn.get_parser(), ["--arch", "resnet34"])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser(), ["--arch", "resnet34"], "knn")
     assert (args.arch, args.stem, args.size) == ("resnet34", "imagenet", 224)
-    args, _ = eval_flags.parse_args(eval_knn.get_parser(), ["--data_path", "/imagenet"])
+    args, _ = eval_flags.parse_args(eval_knn.get_parser(), ["--data_path", "/imagenet"], "knn")
     assert (args.arch, args.stem, args.size) == ("resnet50", "imagenet", 224)
 
 
@@ -107,11 +107,11 @@ def test_small_images_get_a_small_network_unless_one_is_named():
 def test_a_run_needs_no_other_flag_than_where_it_is(tmp_path, which):
     make_run(tmp_path / "run")
     pretrained = ["--pretrained", str(tmp_path / "run" / which)]
-    args, run_args = eval_flags.parse_args(eval_knn.get_parser(), pretrained)
+    args, run_args = eval_flags.parse_args(eval_knn.get_parser(), pretrained, "knn")
     assert (args.arch, args.width, args.size, args.seed) == ("resnet18", 0.125, 8, 3)
     assert run_args["nmb_prototypes"] == [6] and args.nb_knn == [10, 20, 100, 200]
     args, _ = eval_flags.parse_args(
-        eval_knn.get_parser(), [*pretrained, "--size", "12", "--seed", "4"]
+        eval_knn.get_parser(), [*pretrained, "--size", "12", "--seed", "4"], "knn"
     )
     assert (args.size, args.seed) == (12, 4)  # the command line wins
     rows, settings = evaluate(tmp_path, *pretrained)
@@ -201,7 +201,7 @@ def test_torchvision_weights_fit_its_own_trunk_and_ours(tmp_path, images):
 
 
 def parse(*argv):
-    return eval_flags.parse_args(eval_knn.get_parser(), list(map(str, argv)))[0]
+    return eval_flags.parse_args(eval_knn.get_parser(), list(map(str, argv)), "knn")[0]
 
 
 def small_vit(seed):

@@ -102,7 +102,7 @@ def test_every_published_flag_is_taken_with_its_type_and_default(script):
         if name == "nmb_prototypes" and isinstance(published, int):
             default = default[0]  # one set or several
         if default is None and isinstance(published, list):  # crops: filled in from the preset
-            from src.run.flags import CROPS
+            from src.run.presets import CROPS
 
             default = CROPS["imagenet"][name.replace("_crops", "")][:1]
         assert default == published, name

@@ -19,10 +19,16 @@ TIMEOUT = 1800.0  # seconds that a batch may take, of --loader_timeout
 GRACE = 2.0  # seconds after it until torch, whose limit it is first, is interrupted
 
 
+def num_cores() -> int:
+    """Cores of the CPU that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Loader(DataLoader):
     """A DataLoader whose processes end when the main process does, and not before.
 
-    device_type: where batches go; they are pinned for a GPU. timeout: seconds that a batch may take,
+    num_workers: as many processes are started, but no more than there are cores. device_type: where
+    batches go; they are pinned for a GPU. timeout: seconds that a batch may take,
     0: any; in the main process itself nothing is timed. Other arguments as of DataLoader. Raises
     RunError where no process can be started.
     """
@@ -37,6 +43,7 @@ class Loader(DataLoader):
         collate: Callable = default_collate,
         **options,
     ):
+        num_workers = min(num_workers, num_cores())
         leaving = shared_bytes(1)
         atexit.register(leaving.fill_, 1)
         super().__init__(

@@ -17,7 +17,8 @@ from ..nets.pretrained import (
     settings_of_run,
 )
 from ..run import flags, image_flags
-from ..run.flags import CROPS, positive
+from ..run.flags import positive
+from ..run.presets import CROPS, default_folder, preset_of
 
 # Networks for small images that are not of a run.
 SMALL_NETWORKS = {
@@ -65,21 +66,23 @@ def add_image_args(parser: argparse.ArgumentParser) -> Callable:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: list[str] | None
+    parser: argparse.ArgumentParser, argv: list[str] | None, name: str
 ) -> tuple[argparse.Namespace, dict]:
     """The arguments, and those of the run that is evaluated ({} if it is of none).
 
+    name: of the evaluation; results go to the folder of the run, and without one to runs/<name>_<data>.
     `args.given` holds the names on the command line, `args.preset` the preset of the data. Raises
     ValueError and OSError for a run or weights that cannot be read.
     """
     explicit = explicit_flags(parser, argv)
     args = with_defaults(parser, explicit)
     run_args, said = network_defaults(args, explicit)
+    said["dump_path"] = default_folder(name, args.data_path)
     if is_run(args.pretrained):
         said["dump_path"] = str(run_folder(args.pretrained))  # results lie beside the run
     args = with_defaults(parser, explicit, said)
     args.given = sorted(explicit)
-    args.preset = flags.preset_of(args.data_path)
+    args.preset = preset_of(args.data_path)
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
     return args, run_args
@@ -97,7 +100,7 @@ def network_defaults(args: argparse.Namespace, explicit: dict) -> tuple[dict, di
         return describe(args.pretrained, explicit.get("arch"), args.checkpoint_key)
     if "arch" in explicit:
         return {}, {}
-    preset = flags.preset_of(args.data_path)
+    preset = preset_of(args.data_path)
     return {}, {"size": CROPS[preset]["size"][0], **SMALL_NETWORKS.get(preset, {})}
 
 

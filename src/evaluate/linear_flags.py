@@ -53,7 +53,7 @@ def parse_args(
 
     Of what is not on the command line, the preset of small images decides before the protocol.
     """
-    args, run_args = eval_flags.parse_args(parser, argv)
+    args, run_args = eval_flags.parse_args(parser, argv, "eval_linear")
     if args.conv and args.sobel is None and args.arch in ("alexnet", "vgg16"):
         args.sobel = False  # torchvision's networks of these names have no batch norm
     if args.protocol == "auto":

@@ -5,7 +5,6 @@ the order of the dataset whatever the number of processes.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -63,10 +62,6 @@ class _CentreCrops(Dataset):
         return centre_crop(self.dataset.load(int(self.indices[position])), *self.geometry)
 
 
-def _num_cpus():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @torch.no_grad()  # not inference_mode: what is returned may be trained on
 def extract_features(
     forward: Callable[[Tensor], Tensor],
@@ -105,7 +100,7 @@ def extract_features(
     loader = Loader(
         _CentreCrops(dataset, indices, size, resize, interpolation),
         batch_size=batch_size,
-        num_workers=min(num_workers, _num_cpus(), -(-len(indices) // batch_size)),
+        num_workers=min(num_workers, -(-len(indices) // batch_size)),
         device_type=device.type,
         timeout=loader_timeout,
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 from ..evaluate import flags as eval_flags
 from ..nets.pretrained import describe, is_dino, read_run_args, run_folder
 from ..run import flags, image_flags
-from ..run.flags import SHARED, at_least_zero, positive, probability
+from ..run.flags import at_least_zero, positive, probability
+from ..run.presets import SHARED, preset_of
 from .responses import Layer
 
 # Untrained networks for small images, which are enlarged for them.
@@ -119,7 +120,7 @@ def attention_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     if args.pretrained:
         _, said = describe(args.pretrained, explicit.get("arch"), args.checkpoint_key)
     elif not args.image_path and not explicit.keys() & {"arch", "patch_size"}:
-        said = {**NETWORKS.get(flags.preset_of(args.data_path), {})}
+        said = {**NETWORKS.get(preset_of(args.data_path), {})}
     if said.get("img_size"):  # of the crops that the network was trained on
         patch_size = said.get("patch_size", args.patch_size)
         side = 480 * said["img_size"] // TRAINED_SIZE // patch_size * patch_size
@@ -135,7 +136,7 @@ def crops_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     """The crops and the photometry, from the run or the preset."""
     run_args = read_run_args(args.pretrained)
     if not run_args:
-        return SHARED[flags.preset_of(args.data_path) if args.preset == "auto" else args.preset]
+        return SHARED[preset_of(args.data_path) if args.preset == "auto" else args.preset]
     said = {**run_args, "dump_path": str(run_folder(args.pretrained))}
     if is_dino(run_args):
         scales = (run_args["global_crops_scale"], run_args["local_crops_scale"])

@@ -11,6 +11,13 @@ NO_COLOURS = {"color_jitter": [0.0], "jitter_prob": 0.0, "grayscale": 0.0, "blur
 ONE_CROP = {"nmb_crops": [1], "min_scale_crops": [0.08], "max_scale_crops": [1.0], **NO_COLOURS}
 # For small images: the sizes and scales of src/run/flags.py.
 SMALL = {"nmb_crops": [1], "min_scale_crops": None, "max_scale_crops": None, **NO_COLOURS}
+# For photographs: one crop of the size that other methods have.
+PHOTOS = {**SMALL, "min_scale_crops": [0.2]}
+
+
+def steps_of(epochs: int) -> list[int]:
+    """--decay_epochs of a run of so many: after six and eight tenths of it."""
+    return sorted({max(1, round(0.6 * epochs)), max(1, round(0.8 * epochs))})
 
 
 def add_convnet_args(

@@ -1,18 +1,29 @@
 """Command line shared by all scripts: types, presets, parser, flags of the run time, errors."""
 
 import argparse
+import difflib
 import importlib.util
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from .. import dist
-from ..data.datasets import NAMES
 from ..data.loading import TIMEOUT as LOADER_TIMEOUT
 from ..errors import RunError, explain, printable
 from . import signals
+from .presets import (
+    PRESET_OF,
+    Situation,
+    default_folder,
+    defaults_of,
+    preset_for,
+    preset_of,
+    stored_choice,
+    typical,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,66 +94,6 @@ def probability(text: str) -> float:
     return value
 
 
-# ============ presets ============
-# Defaults that a data set asks for, the same for all methods; a flag on the command line wins.
-#
-# imagenet is what the parsers say themselves, the published values. The others were found by trials
-# on two CPU cores (digits) and are what the README and RESULTS.md run.
-PRESET_OF = {**dict.fromkeys(NAMES, "cifar"), "digits": "tiny"}
-
-# Side in pixels and share of the image's area of the crops, for one or two resolutions.
-# imagenet: SwAV, arXiv:2006.09882, appendix A.2. Images of cifar are 32 px, those of digits 8 px.
-CROPS = {
-    "imagenet": {"size": [224, 96], "min_scale": [0.14, 0.05], "max_scale": [1.0, 0.14]},
-    "cifar": {"size": [32, 16], "min_scale": [0.3, 0.1], "max_scale": [1.0, 0.4]},
-    "tiny": {"size": [16, 8], "min_scale": [0.4, 0.2], "max_scale": [1.0, 0.5]},
-}
-
-SMALL = {
-    "nmb_crops": [2, 2],
-    "stem": "small",
-    "feat_dim": 64,
-    "blur": [0.0],
-    "optimizer": "sgd",
-    "base_lr": 0.5,
-    "final_lr": 0.0005,
-    "wd": 5e-4,
-    "warmup_epochs": 0,
-    "batch_size": 128,
-    "log_freq": 20,
-}
-SHARED = {
-    "imagenet": {},
-    "cifar": {
-        **SMALL,
-        "arch": "resnet18",
-        "hidden_mlp": 512,
-        "base_lr": 0.2,
-        "final_lr": 0.0002,
-        "epochs": 100,
-        "knn_freq": 10,
-        "workers": 2,
-    },
-    "tiny": {
-        **SMALL,
-        "arch": "resnet10",
-        "width": 0.25,
-        "hidden_mlp": 128,
-        "no_flip": True,  # a mirrored digit is another sign
-        "color_jitter": [0.4, 0.4, 0.0, 0.0],
-        "grayscale": 0.0,
-        "epochs": 60,
-        "knn_freq": 20,
-        "workers": 0,
-    },
-}
-
-
-def preset_of(data_path: str) -> str:
-    """The preset that --preset auto means: imagenet for all but the small named sets."""
-    return PRESET_OF.get(data_path, "imagenet")
-
-
 # ============ parser ============
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose --help shows defaults and whose errors are one sentence, status 2."""
@@ -156,7 +107,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Leave with status 2 and one sentence."""
+        """Leave with status 2 and one sentence, which names the flags that are like a mistyped one."""
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown:
+            words = [word.split("=")[0] for word in unknown[1].split() if word.startswith("--")]
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = [difflib.get_close_matches(word, known, n=1, cutoff=0.7) for word in words]
+            meant = ", ".join(name for names in near for name in names)
+            message += f": did you mean {meant}?" if meant else ""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -236,28 +194,61 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, presets: dict[str, dict], argv: list[str] | None
+    parser: argparse.ArgumentParser,
+    presets: dict[str, dict | Callable],
+    argv: list[str] | None,
+    method: str = "run",
+    look: Callable[[argparse.Namespace], Situation] | None = None,
 ) -> argparse.Namespace:
     """Parse `argv`; the defaults are those of the preset, a flag on the command line wins.
 
     parser: with --data_path and --preset; its own defaults are the preset imagenet. presets: changed
-    defaults of the method, by preset; those that methods share are in src.run.flags. A default warm-up
-    that is longer than --epochs becomes half of them, and check_batch says so.
+    defaults of the method, by preset (src.run.presets.defaults_of). method: for the name of the default
+    folder. look: opens the images, as these arguments say, and tells the situation; without it --preset
+    auto goes by names alone. A default warm-up that is longer than --epochs becomes half of them, and
+    check_batch says so.
     """
-    first_pass, _ = parser.parse_known_args(argv)
-    preset = preset_of(first_pass.data_path) if first_pass.preset == "auto" else first_pass.preset
-    defaults = {name: SHARED[preset][name] for name in SHARED[preset] if name in first_pass}
-    parser.set_defaults(**{**defaults, **presets[preset]})
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    words_without_help = [word for word in words if word not in ("-h", "--help")]
+    asked_for_help = len(words_without_help) < len(words)
+    if asked_for_help:
+        first, look = parser.parse_known_args(words_without_help)[0], None
+    else:
+        first = parser.parse_args(words)
+    if look is not None or asked_for_help:
+        parser.set_defaults(dump_path=default_folder(method, first.data_path))
+        first.dump_path = parser.parse_known_args(words_without_help)[0].dump_path
+    stored_preset, chosen = stored_choice(first.dump_path)
+    preset, situation = first.preset, None
+    if preset == "auto":
+        preset = preset_of(first.data_path)
+        if look is not None and first.data_path not in PRESET_OF:
+            situation = look(first)
+            preset = stored_preset if stored_preset in presets else preset_for(situation)
+    if preset == "photos" and situation is None:
+        situation = typical(first.device) if look is None else look(first)
+    defaults = defaults_of(preset, presets, situation, flags=set(vars(first)))
+    if preset == "photos":
+        chosen = chosen if stored_preset == preset else defaults
+        defaults = {**defaults, **chosen}
+    sides = defaults.pop("crop_sides", None)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(words)
+    args.notes = []
     if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         parser.set_defaults(warmup_epochs=args.epochs // 2)
-        args, usual_epochs = parser.parse_args(argv), args.warmup_epochs
+        args, usual_epochs = parser.parse_args(words), args.warmup_epochs
+        args.notes = []
         if args.warmup_epochs != usual_epochs:  # else it was asked for: check_batch refuses it
-            args.note = (
+            args.notes.append(
                 f"the usual {usual_epochs} epochs of warm-up are {args.warmup_epochs} in a run of "
                 f"--epochs {args.epochs}; --warmup_epochs says otherwise"
             )
     args.preset = preset
+    if situation is not None:
+        args.chosen_for = str(situation)
+    if preset == "photos":
+        args.chosen, args.crop_sides = chosen, sides
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
     return args
@@ -279,7 +270,7 @@ def check_runtime(args: argparse.Namespace, world_size: int) -> None:
 def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) -> None:
     """ValueError for more images in a batch than there are, or a warm-up longer than the run.
 
-    Logs what parse_args has changed, which is before there is a log, and takes its note out of args.
+    Logs what parse_args has changed, which is before there is a log, and takes its notes out of args.
     """
     if global_batch > num_images:
         raise ValueError(
@@ -290,8 +281,8 @@ def check_batch(args: argparse.Namespace, global_batch: int, num_images: int) ->
         raise ValueError(
             f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: use a smaller one"
         )
-    if "note" in args:
-        logger.info("note: %s", vars(args).pop("note"))
+    for note in vars(args).pop("notes", []):
+        logger.info(f"note: {note}")
 
 
 def run(main: Callable[[], int | None]) -> None:

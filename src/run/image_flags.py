@@ -4,7 +4,30 @@ import argparse
 from collections.abc import Callable
 
 from ..data.datasets import MAX_BROKEN, STORAGE_TIMEOUT, ImageDataset, open_dataset
-from .flags import CROPS, at_least_zero, positive, probability
+from . import flags
+from .flags import at_least_zero, positive, probability
+from .presets import CROPS, look
+
+
+def parse_args(
+    parser: argparse.ArgumentParser,
+    presets: dict[str, dict | Callable],
+    argv: list[str] | None,
+    method: str,
+    world_size: int,
+) -> tuple[argparse.Namespace, ImageDataset]:
+    """The arguments of a script that trains, and its images, which --preset auto looks at.
+
+    See src.run.flags.parse_args for the first four. Raises as src.data.datasets.open_dataset.
+    """
+    opened = []
+
+    def look_at_images(args):
+        opened.append(open_images(args))
+        return look(opened[0], args.device, world_size)
+
+    args = flags.parse_args(parser, presets, argv, method=method, look=look_at_images)
+    return args, opened[0] if opened else open_images(args)
 
 
 def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> Callable:
@@ -16,8 +39,9 @@ def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> 
     add_list_args(add)
     add_reading_args(add)
     add("--preset", default="auto", choices=["auto", *presets],
-        help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like, else "
-        "imagenet, the published values, which are those that this page shows")  # fmt: skip
+        help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like and for images "
+        "of their size, imagenet, the published values, from 300,000 images on, else photos, which are "
+        "made for the number of images; --preset X --help shows those of X")  # fmt: skip
     return add
 
 
@@ -69,10 +93,13 @@ def add_crop_args(add: Callable) -> None:
 def fill_in_crops(args: argparse.Namespace) -> None:
     """Crop sizes and scales that were not given are those of the preset; all lists equally long."""
     num_resolutions, wrong = len(args.nmb_crops), []
+    of_preset = dict(CROPS[args.preset])
+    if getattr(args, "crop_sides", None):
+        of_preset["size"] = args.crop_sides
     for key in ("size", "min_scale", "max_scale"):
         name = f"{key}_crops"
         if getattr(args, name) is None:
-            setattr(args, name, CROPS[args.preset][key][:num_resolutions])
+            setattr(args, name, of_preset[key][:num_resolutions])
         if len(getattr(args, name)) != num_resolutions:
             wrong.append(f"--{name} has {len(getattr(args, name))} values")
     if wrong:
@@ -107,7 +134,7 @@ def add_augment_args(parser: argparse.ArgumentParser) -> None:
     add("--in_chans", type=positive(int), default=3, help="channels of the images")
     add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
     add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
-    add("--no_flip", action="store_true", help="no horizontal flip (default: probability 0.5)")
+    add_flip_args(add)
     add("--color_jitter", type=at_least_zero(float), nargs="+", default=[0.8, 0.8, 0.8, 0.2],
         help="strength for brightness, contrast, saturation, hue; 0: none")  # fmt: skip
     add("--jitter_prob", type=probability, default=0.8, help="probability of the colour jitter")
@@ -120,6 +147,14 @@ def add_augment_args(parser: argparse.ArgumentParser) -> None:
         help="probability of solarisation, likewise")  # fmt: skip
     add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"],
         help="of the resize of a crop")  # fmt: skip
+
+
+def add_flip_args(add: Callable) -> None:
+    """--no_flip, and --flip against a preset that switches it off."""
+    add("--no_flip", "--no-flip", type=flags.boolean, nargs="?", const=True, default=False,
+        help="no horizontal flip (default: probability 0.5)")  # fmt: skip
+    add("--flip", dest="no_flip", action="store_false", default=argparse.SUPPRESS,
+        help="flip, also where the preset does not")  # fmt: skip
 
 
 def crop_options(args: argparse.Namespace) -> dict:

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
 NUM_PICTURED = 8  # images on the sheet of crops
 HISTORY = 10  # log lines that a diagnosis sees
+PACE_AFTER = 10  # iterations of a process, of which the first is slow
+LONG_SECONDS = 1800.0  # a run that takes longer is told what shortens it
 DRAWING_SHARE = 20  # drawing the curves takes at most one part in so many of the time
 
 
@@ -116,6 +118,7 @@ class Run:
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
         self.validation = None  # the val split, opened at the first k-NN
         self.pictured = False
+        self.seen, self.first_done_at = 0, 0.0  # iterations of this process
         self.drawn_at, self.drawing_seconds = time.monotonic(), 1.0  # of the curves
 
     # ============ what the loop calls, in this order ============
@@ -137,6 +140,10 @@ class Run:
         """
         self.epoch, self.stopwatch = epoch, Stopwatch()
         self.network.train()
+        if self.seen == 0:
+            logger.info(
+                f"started; the first iteration loads and computes {self.global_batch} images"
+            )
         for it, (batch, indices) in enumerate(self.stopwatch.watch(loader), start):
             self.done, self.indices, self.skips = it + 1, indices, False
             self.steps.begin(changed)
@@ -147,6 +154,7 @@ class Run:
             if picture_crops:
                 self.picture_crops(crops)
             yield self.iteration, crops, indices
+            self.announce_pace()
 
     @property
     def iteration(self) -> int:
@@ -157,6 +165,28 @@ class Run:
     def num_iterations(self) -> int:
         """Iterations of the whole run."""
         return self.iters_per_epoch * self.arguments["epochs"]
+
+    def announce_pace(self) -> None:
+        """After the first iterations of this process say how long the run will take."""
+        self.seen += 1
+        if self.seen not in (1, PACE_AFTER):
+            return
+        dist.synchronize(self.process.device)
+        now = time.monotonic()
+        if self.seen == 1:
+            self.first_done_at = now
+            logger.info("the first iteration is done")
+            return
+        seconds = (now - self.first_done_at) / (PACE_AFTER - 1)
+        to_go = seconds * (self.num_iterations - self.iteration - 1)
+        advice = ""
+        if to_go > LONG_SECONDS:
+            advice = (
+                "; less --epochs, --nmb_crops, --size_crops, or a smaller --arch make that shorter"
+            )
+        logger.info(
+            f"pace        {self.global_batch / seconds:.3g} images/s, {duration(to_go)} to go{advice}"
+        )
 
     def autocast(self) -> AbstractContextManager:
         """Context in which the network computes in --precision."""
@@ -391,6 +421,7 @@ class Run:
             **health,
         }
         self.log.write(self.iteration, line)
+        to_go = duration(rates["eta_seconds"]) if self.seen else "?"  # the first one is slow
         troubles = f"{line['broken_images']:,} broken images | " if line["broken_images"] else ""
         if self.steps.skipped:
             troubles += f"{self.steps.skipped} steps skipped | "
@@ -398,7 +429,7 @@ class Run:
             f"epoch {self.epoch + 1}/{self.arguments['epochs']} it {self.iteration + 1} "
             f"loss {line['loss']:.4f} lr {line['lr']:.4g} grad {line['gradient_norm']:.3g} | "
             f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
-            f"eta {duration(rates['eta_seconds'])} mem {line['peak_memory_mb']:.0f} MB | {troubles}{text}"
+            f"eta {to_go} mem {line['peak_memory_mb']:.0f} MB | {troubles}{text}"
         )
         return line
 
@@ -543,7 +574,8 @@ def log_plan(run: Run, crops: MultiCropDataset, peak_lr: float) -> None:
         )
         if number
     ]
-    logger.info(f"preset      {args['preset']}")
+    chosen_for = f", made for {args['chosen_for']}" if args.get("chosen_for") else ""
+    logger.info(f"preset      {args['preset']}{chosen_for}")
     left_out = f" (left out: {dataset.left_out})" if dataset.left_out else ""
     logger.info(f"data        {dataset.name}: {len(dataset):,} images{left_out}")
     logger.info(f"crops       {' + '.join(resolutions)}")

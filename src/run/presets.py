@@ -1,0 +1,200 @@
+"""Presets: the defaults that a kind of data asks for, and how --preset auto chooses one.
+
+imagenet is what the parsers say themselves, the published values. The others were found by trials on
+two CPU cores; photos is made for the number of images and the machine. What methods share is here; each
+script adds its own. A flag on the command line wins over all.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import dist
+from ..data.datasets import NAMES, ImageDataset
+from ..data.loading import num_cores
+
+PRESET_OF = {**dict.fromkeys(NAMES, "cifar"), "digits": "tiny"}
+MANY_IMAGES = 300_000  # from here on the published values are tried and fit
+SMALL_SIDE = 40  # pixels; images up to it are like CIFAR's
+SAMPLE = 32  # images whose sizes are looked at
+TYPICAL_IMAGES = 10_000  # what --preset photos --help is for
+
+# Side in pixels and share of the image's area of the crops, for one or two resolutions.
+# imagenet: SwAV, arXiv:2006.09882, appendix A.2. Images of cifar are 32 px, those of digits 8 px.
+CROPS = {
+    "imagenet": {"size": [224, 96], "min_scale": [0.14, 0.05], "max_scale": [1.0, 0.14]},
+    "photos": {"size": [128, 64], "min_scale": [0.2, 0.05], "max_scale": [1.0, 0.2]},
+    "cifar": {"size": [32, 16], "min_scale": [0.3, 0.1], "max_scale": [1.0, 0.4]},
+    "tiny": {"size": [16, 8], "min_scale": [0.4, 0.2], "max_scale": [1.0, 0.5]},
+}
+SIDES_ON_CPU = [64, 32]  # pixels, of photos; no flag, but what --size_crops is then by default
+
+SMALL = {
+    "nmb_crops": [2, 2],
+    "stem": "small",
+    "feat_dim": 64,
+    "blur": [0.0],
+    "optimizer": "sgd",
+    "base_lr": 0.5,
+    "final_lr": 0.0005,
+    "wd": 5e-4,
+    "warmup_epochs": 0,
+    "batch_size": 128,
+    "log_freq": 20,
+}
+SHARED = {
+    "imagenet": {},
+    "cifar": {
+        **SMALL,
+        "arch": "resnet18",
+        "hidden_mlp": 512,
+        "base_lr": 0.2,
+        "final_lr": 0.0002,
+        "epochs": 100,
+        "knn_freq": 10,
+        "workers": 2,
+    },
+    "tiny": {
+        **SMALL,
+        "arch": "resnet10",
+        "width": 0.25,
+        "hidden_mlp": 128,
+        "no_flip": True,  # a mirrored digit is another sign
+        "color_jitter": [0.4, 0.4, 0.0, 0.0],
+        "grayscale": 0.0,
+        "epochs": 60,
+        "knn_freq": 20,
+        "workers": 0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a preset is made for: the images, and the machine of this process."""
+
+    num_images: int
+    side: int  # median of the shorter sides of a sample, in pixels
+    on_gpu: bool
+    cores: int  # of the CPU, that this process may use
+    world_size: int = 1
+
+    def __str__(self):
+        device = "on a GPU" if self.on_gpu else "on a CPU"
+        return (
+            f"{self.num_images:,} images of about {self.side} px, {device}, {self.cores} cores, "
+            f"{self.world_size} processes"
+        )
+
+    def clusters(self, most: int = 3000) -> int:
+        """A tenth of the images, between 10 and `most`: prototypes or clusters of a small set."""
+        return max(10, min(most, self.num_images // 10))
+
+    def global_batch(self) -> int:
+        """Images of a batch over all processes: an eighth of them, at most 64 on a CPU and 256 on a GPU."""
+        most = 256 if self.on_gpu else 64
+        per_process = min(most, max(8, self.num_images // 8)) // self.world_size
+        return max(1, per_process) * self.world_size
+
+    def crop_sides(self) -> list[int]:
+        """Sides of the global and the local crops of photographs, in pixels."""
+        return CROPS["photos"]["size"] if self.on_gpu else SIDES_ON_CPU
+
+    def epochs(self) -> int:
+        """As many as show 6,000 images on a CPU, minutes of two cores, or 3 million on a GPU; 5 to 400."""
+        shown = 3_000_000 if self.on_gpu else 6_000
+        return max(5, min(400, round(shown / self.num_images)))
+
+
+def look(dataset: ImageDataset, device: str, world_size: int) -> Situation:
+    """The situation of a run. device: of --device. Raises as ImageDataset.load."""
+    indices = (
+        torch.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).long().unique().tolist()
+    )
+    sides = sorted(min(dataset.load(index).shape[1:]) for index in indices)
+    return Situation(
+        num_images=len(dataset),
+        side=sides[len(sides) // 2],
+        on_gpu=dist.resolve_device(device).type != "cpu",
+        cores=num_cores(),
+        world_size=world_size,
+    )
+
+
+def typical(device: str) -> Situation:
+    """A situation for --help, which opens no images."""
+    on_gpu = dist.resolve_device(device).type != "cpu"
+    return Situation(TYPICAL_IMAGES, side=256, on_gpu=on_gpu, cores=num_cores())
+
+
+def preset_of(data_path: str) -> str:
+    """The preset of a named set; imagenet for other data, of which no more is known."""
+    return PRESET_OF.get(data_path, "imagenet")
+
+
+def preset_for(situation: Situation) -> str:
+    """The preset of data without a name: by the number and the size of the images."""
+    if situation.num_images >= MANY_IMAGES:
+        return "imagenet"
+    return "cifar" if situation.side <= SMALL_SIDE else "photos"
+
+
+def defaults_of(
+    preset: str, presets: dict[str, dict | Callable], situation: Situation | None, flags: set[str]
+) -> dict:
+    """The defaults of a preset by flag, for a script that has these flags.
+
+    presets: what the method adds, by preset: a dict, or a function of the situation. situation: photos
+    needs it.
+    """
+    shared = photos(situation) if preset == "photos" else SHARED[preset]
+    added = presets[preset]
+    if callable(added):
+        added = added(situation)
+    kept = {name: value for name, value in shared.items() if name in flags or name == "crop_sides"}
+    return {**kept, **added}
+
+
+def stored_choice(folder: str) -> tuple[str | None, dict]:
+    """(preset of the run that a folder holds, the defaults that were made for it); (None, {}) without one.
+
+    A run goes on with what was chosen when it began, also where images have come since.
+    """
+    try:
+        args = json.loads((Path(folder) / "args.json").read_text())
+        return args.get("preset"), args.get("chosen") or {}
+    except (OSError, ValueError, AttributeError):
+        return None, {}
+
+
+def default_folder(method: str, data_path: str) -> str:
+    """The folder of a run without --dump_path: runs/<method>_<data>."""
+    path = Path(data_path).expanduser()
+    name = path.name or path.resolve().name  # of "."
+    name = re.sub(r"\W+", "_", name.split(".")[0] or name).strip("_")
+    return f"runs/{method}_{name or 'images'}"
+
+
+def photos(situation: Situation) -> dict:
+    """Defaults for some hundreds to some hundred thousand photographs: all that is not the method's."""
+    batch = situation.global_batch()
+    return {
+        "arch": "resnet50" if situation.on_gpu else "resnet18",
+        "nmb_crops": [2, 4],
+        "crop_sides": situation.crop_sides(),
+        "hidden_mlp": 2048 if situation.on_gpu else 512,
+        "optimizer": "sgd",
+        "base_lr": 0.2 * batch / 128,
+        "final_lr": 0.0002 * batch / 128,
+        "wd": 5e-4 if not situation.on_gpu else 1e-4,
+        "warmup_epochs": 0,
+        "batch_size": batch // situation.world_size,
+        "epochs": situation.epochs(),
+        "workers": min(10, situation.cores) if situation.on_gpu else max(1, situation.cores // 2),
+        "knn_freq": max(1, situation.epochs() // 5),
+        "log_freq": 10 if not situation.on_gpu else 50,
+    }

@@ -1,0 +1,190 @@
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_dino
+import main_swav
+from src.data.loading import Loader, num_cores
+from src.run import image_flags, presets
+from src.run.presets import Situation, default_folder, preset_for
+from tests.data.test_datasets import write_image
+
+METHODS = sorted(path.stem for path in Path(presets.__file__).parents[2].glob("main_*.py"))
+SIX_HUNDRED = Situation(600, side=400, on_gpu=False, cores=2)
+
+
+def parsed(method, *argv, script=main_swav):
+    return image_flags.parse_args(
+        script.get_parser(), script.PRESETS, list(map(str, argv)), method=method, world_size=1
+    )
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty photographs without labels."""
+    for number in range(40):
+        write_image(tmp_path / "photos" / f"{number}.png", 6 * number, size=(70, 60))
+    return tmp_path / "photos"
+
+
+# ============ what is chosen ============
+@pytest.mark.parametrize(
+    "num_images, side, preset",
+    [
+        (600, 400, "photos"),
+        (299_999, 400, "photos"),
+        (300_000, 400, "imagenet"),
+        (1_281_167, 400, "imagenet"),
+        (50_000, 32, "cifar"),
+    ],
+)
+def test_the_number_and_the_size_of_the_images_choose_the_preset(num_images, side, preset):
+    assert preset_for(Situation(num_images, side, on_gpu=False, cores=2)) == preset
+
+
+@pytest.mark.parametrize("num_images, clusters", [(40, 10), (600, 60), (50_000, 3000)])
+def test_there_is_a_cluster_for_ten_images_up_to_3000(num_images, clusters):
+    assert Situation(num_images, side=400, on_gpu=True, cores=8).clusters() == clusters
+
+
+@pytest.mark.parametrize(
+    "on_gpu, arch, sides", [(False, "resnet18", [64, 32]), (True, "resnet50", [128, 64])]
+)
+def test_photographs_get_a_network_and_crops_for_the_device(on_gpu, arch, sides):
+    situation = Situation(5000, side=400, on_gpu=on_gpu, cores=4)
+    values = presets.photos(situation)
+    assert (values["arch"], values["crop_sides"]) == (arch, sides)
+    assert values["workers"] <= 4
+    assert values["batch_size"] == (256 if on_gpu else 64)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_processes_share_the_batch_of_one(world_size):
+    situation = Situation(5000, side=400, on_gpu=True, cores=4, world_size=world_size)
+    assert presets.photos(situation)["batch_size"] * world_size == 256
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_preset_for_photographs(name):
+    script = importlib.import_module(name)
+    parser = script.get_parser()
+    flags = {action.dest for action in parser._actions}
+    for situation in (SIX_HUNDRED, Situation(50_000, side=400, on_gpu=True, cores=16)):
+        values = presets.defaults_of("photos", script.PRESETS, situation, flags)
+        assert set(values) - {"crop_sides"} <= flags
+        for key in ("nmb_cluster", "k"):
+            assert values.get(key, situation.clusters()) == situation.clusters()
+
+
+# ============ how it is chosen ============
+def test_a_folder_of_photographs_gets_values_made_for_it(tmp_path, photos):
+    args, dataset = parsed("swav", "--data_path", photos)
+    assert args.preset == "photos" and len(dataset) == 40
+    assert args.nmb_prototypes == [10] and args.arch in ("resnet18", "resnet50")
+    assert args.dump_path == "runs/swav_photos"
+    assert "40 images of about 60 px" in args.chosen_for
+
+
+def test_a_flag_wins_over_what_was_chosen(photos):
+    args, _ = parsed("swav", "--data_path", photos, "--nmb_prototypes", 7, "--dump_path", ".")
+    assert args.nmb_prototypes == [7] and args.dump_path == "."
+
+
+def test_small_images_get_the_preset_of_small_images(tmp_path):
+    for number in range(20):
+        write_image(tmp_path / "small" / f"{number}.png", number, size=(32, 32))
+    args, _ = parsed("dino", "--data_path", tmp_path / "small", script=main_dino)
+    assert args.preset == "cifar" and args.global_crops_size == 32
+
+
+def test_a_run_goes_on_with_what_was_chosen_for_it_when_images_have_come(tmp_path, photos):
+    argv = ("--data_path", photos, "--dump_path", tmp_path / "run")
+    before, _ = parsed("swav", *argv)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps(vars(before)))
+    for number in range(200):
+        write_image(photos / f"new{number}.png", 1, size=(70, 60))
+    after, dataset = parsed("swav", *argv)
+    assert len(dataset) == 240
+    assert after.nmb_prototypes == before.nmb_prototypes and after.epochs == before.epochs
+    other, _ = parsed("swav", "--data_path", photos, "--dump_path", tmp_path / "other")
+    assert other.nmb_prototypes == [24]
+
+
+def test_a_run_of_published_values_on_few_images_goes_on_with_them(tmp_path, photos):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"preset": "imagenet"}))
+    args, _ = parsed("swav", "--data_path", photos, "--dump_path", tmp_path / "run")
+    assert args.preset == "imagenet" and args.nmb_prototypes == [3000]
+
+
+@pytest.mark.parametrize(
+    "argv, shown",
+    [
+        ([], "default: 100)"),
+        (["--preset", "tiny"], "passes over the data (default: 60)"),
+        (["--data_path", "digits"], "passes over the data (default: 60)"),
+        (
+            ["--preset", "photos"],
+            "K; several values: several sets of prototypes, their losses averaged (default: [1000])",
+        ),
+    ],
+)
+def test_help_shows_the_defaults_of_the_preset(capsys, argv, shown):
+    data = [] if "--data_path" in argv else ["--data_path", "nowhere"]
+    with pytest.raises(SystemExit):
+        parsed("swav", *argv, *data, "--help")
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
+# ============ folders, workers ============
+@pytest.mark.parametrize(
+    "data_path, folder",
+    [
+        ("/data/my images/", "runs/swav_my_images"),
+        ("lists/photos.2024.csv", "runs/swav_photos"),
+        ("cifar10", "runs/swav_cifar10"),
+        ("shards/train-{000..009}.tar", "runs/swav_train_000"),
+        ("/", "runs/swav_images"),
+    ],
+)
+def test_a_run_has_a_folder_named_after_method_and_data(data_path, folder):
+    assert default_folder("swav", data_path) == folder
+
+
+def test_the_folder_of_images_here_is_named(tmp_path, monkeypatch):
+    (tmp_path / "holiday").mkdir()
+    monkeypatch.chdir(tmp_path / "holiday")
+    assert default_folder("dino", ".") == "runs/dino_holiday"
+
+
+def test_no_more_loader_processes_are_started_than_there_are_cores():
+    loader = Loader(torch.arange(8), num_workers=1000, device_type="cpu", batch_size=2)
+    assert loader.num_workers == num_cores()
+
+
+# ============ the command line ============
+def test_a_mistyped_flag_is_told_what_was_meant(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed("swav", "--epoch", 3, "--bath_size=4")
+    assert ended.value.code == 2
+    assert "did you mean --epochs, --batch_size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, no_flip",
+    [
+        ([], True),
+        (["--flip"], False),
+        (["--no_flip"], True),
+        (["--no-flip"], True),
+        (["--no_flip", "false"], False),
+    ],
+)
+def test_a_preset_without_flips_can_be_undone(argv, no_flip):
+    args = argparse.Namespace(**vars(parsed("swav", *argv)[0]))
+    assert args.preset == "tiny" and args.no_flip is no_flip
