@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
         if self.num_registers:
             first = torch.cat([first, self.register_tokens], dim=1)
         patches = self.patch_embed(x) + positions[:, 1:]
-        return torch.cat([first.expand(len(x), -1, -1), patches], dim=1)
+        return torch.cat([first.expand(x.shape[0], -1, -1), patches], dim=1)
 
     def before_last_block(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> what enters the last block, (B, T, D)."""
