@@ -267,8 +267,8 @@ def check_args(args) -> None:
         packages = PACKAGES.get(kind, [])
         if any(importlib.util.find_spec(package) is None for package in packages):
             raise ValueError(
-                f"--format {kind} needs the packages {' and '.join(packages)}: pip install "
-                f"{' '.join(packages)}"
+                f"--format {kind} needs the {'package' if len(packages) == 1 else 'packages'} "
+                f"{' and '.join(packages)}: pip install {' '.join(packages)}"
             )
     eval_flags.check_images(args)
 

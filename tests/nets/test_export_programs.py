@@ -1,4 +1,4 @@
-"""src.nets.export_programs: programs give the features of the network, at sizes that they were not traced at."""
+"""src.nets.export_programs: programs give the features of the network, at other sizes than the traced."""
 
 import io
 
