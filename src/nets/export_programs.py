@@ -105,7 +105,8 @@ def check(
 def to_onnx(program: ExportedProgram, any_size: bool) -> bytes:
     """A traced trunk as an ONNX file, from `images` to `features`.
 
-    any_size: as trace says. Raises ValueError where it needs packages or is too large for one file.
+    any_size: as trace says. Raises ValueError where it is too large for one file, and RunError where
+    torch.onnx lacks a part of it.
     """
     num_bytes = sum(x.numel() * x.element_size() for x in program.state_dict.values())
     if num_bytes >= LARGEST_ONNX:
@@ -113,18 +114,24 @@ def to_onnx(program: ExportedProgram, any_size: bool) -> bytes:
             f"--format onnx: {num_bytes / 2**30:.1f} GB of weights exceed the 2 GB of one ONNX file: use "
             "--format torch_export"
         )
-    for library in ("onnxscript", "onnx_ir"):  # which speak of every node that they simplify
+    for library in ("onnxscript", "onnx_ir", "torch.onnx"):  # which speak of every node
         logging.getLogger(library).setLevel(logging.ERROR)
     names = {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}
-    written = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes={"images": names},
-        external_data=False,
-        verbose=False,
-    )
+    try:
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes={"images": names},
+            external_data=False,
+            verbose=False,
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"torch.onnx cannot write this network ({cause(error)}): use --format torch_export, or a "
+            "newer torch"
+        ) from error
     return written.model_proto.SerializeToString()
 
 
@@ -161,7 +168,9 @@ def _position_table(self, height, width):
 
     def matrix(size, new_size):
         identity = torch.arange(new_size)[:, None] == torch.arange(size)
-        return torch.where(is_own, identity.to(table.dtype), bicubic_matrix(size, new_size, table))
+        step = size / (torch.scalar_tensor(new_size, dtype=torch.float64) + 0.1)
+        interpolation = bicubic_matrix(size, new_size, table, step.to(table.dtype))
+        return torch.where(is_own, identity.to(table.dtype), interpolation)
 
     patches = table[0, 1:].unflatten(0, self.grid)
     patches = matrix(self.grid[1], columns) @ patches
