@@ -36,7 +36,7 @@ import torch
 
 from src.data import small_sets
 from src.data.datasets import IMAGENET, ImageDataset
-from src.errors import CheckpointError, cause, writing
+from src.errors import CheckpointError, RunError, cause, writing
 from src.evaluate import flags as eval_flags
 from src.nets import export_names, export_programs
 from src.nets.pretrained import run_folder
@@ -119,10 +119,24 @@ def file_of_program(kind, network, traced):
     if run is None:
         logger.warning("onnx: not checked: pip install onnxruntime")
         return contents, {**said, "difference": None}
-    difference = export_programs.check(run, network.model, network.in_chans, sizes)
+    try:
+        difference = export_programs.check(run, network.model, network.in_chans, sizes)
+    except RunError as error:
+        if not any_size:
+            raise
+        logger.info(f"{kind}: not for images of any size: {error}")
+        traced = trace(network, try_any_size=False)
+        return file_of_program(kind, network, traced)
     checked = " and ".join(f"{height} x {width}" for height, width in sizes)
     logger.info(f"{kind}: checked at 1 and 3 images of {checked} px, differs by {difference:.1e}")
     return contents, {**said, "difference": difference}
+
+
+def trace(network, try_any_size=True):
+    """(program of the trunk, whether it takes images of any size)."""
+    return export_programs.trace(
+        network.model, network.in_chans, network.image_size, try_any_size=try_any_size
+    )
 
 
 # ============ files ============
@@ -186,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     hold_folder(folder, "export")
     traced = None
     if set(PROGRAMS) & set(args.format):
-        traced = export_programs.trace(network.model, network.in_chans, network.image_size)
+        traced = trace(network)
     common = {
         "pretrained": args.pretrained,
         "arch": network.arch,

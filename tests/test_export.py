@@ -153,6 +153,24 @@ def test_a_network_of_one_size_says_so(tmp_path, capsys):
     assert records(tmp_path)["vit.pt2"]["images"] == ["batch", 3, 224, 224]
 
 
+@pytest.mark.slow
+def test_an_onnx_file_that_is_wrong_at_other_sizes_is_written_for_one(tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    # torch 2.14 writes the pooling to 6 x 6 cells of AlexNet for one size only, without a word.
+    network = lively(build_backbone("alexnet", sobel=True, width=0.0625))
+    torch.save(network.state_dict(), tmp_path / "alexnet.pth")
+    argv = f"--pretrained {tmp_path / 'alexnet.pth'} --size 96 --format onnx"
+    assert export.main(f"{argv} --output {tmp_path / 'alexnet.onnx'}".split()) == 0
+    screen = capsys.readouterr().out
+    said = records(tmp_path)["alexnet.onnx"]
+    assert said["difference"] <= 1e-5
+    if said["images"][2] == 96:
+        assert "onnx: not for images of any size: the exported network and the one here" in screen
+        assert "onnx: takes any number of images of 96 px only" in screen
+
+
 # ============ where files lie ============
 def test_a_file_is_exported_to_the_folder_export_here_or_to_output(tmp_path, network, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -36,13 +36,15 @@ class Trunk(nn.Module):
         return self.network.forward_backbone(images)
 
 
-def trace(model: nn.Module, in_chans: int, image_size: int) -> tuple[ExportedProgram, bool]:
+def trace(
+    model: nn.Module, in_chans: int, image_size: int, *, try_any_size: bool = True
+) -> tuple[ExportedProgram, bool]:
     """(program of a trunk, whether it takes images of any size), on the CPU in float32.
 
     model: with forward_backbone, in evaluation mode, on the CPU in float32; it stays as it is. The
     program takes any number of images; of image_size x image_size only, where the network is made for
-    one size or cannot be traced for others. Raises RunError where it cannot be traced at all, and what
-    the network raises for images of that size.
+    one size, cannot be traced for others, or is not to be tried for them. Raises RunError where it
+    cannot be traced at all, and what the network raises for images of that size.
     """
     with torch.no_grad():
         model.forward_backbone(torch.zeros(1, in_chans, image_size, image_size))
@@ -52,12 +54,13 @@ def trace(model: nn.Module, in_chans: int, image_size: int) -> tuple[ExportedPro
     trunk = Trunk(traced).eval()
     side = max(image_size, SMALLEST_TRACED)
     any_batch, any_size = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    try:
-        program = _export(trunk, torch.zeros(2, in_chans, side, side), any_size)
-        check(program.module(), model, in_chans, two_sizes(image_size))
-        return program, True
-    except Exception as error:  # torch.export has no error of its own for what it cannot trace
-        logger.debug(f"not for all sizes: {cause(error)}")
+    if try_any_size:
+        try:
+            program = _export(trunk, torch.zeros(2, in_chans, side, side), any_size)
+            check(program.module(), model, in_chans, two_sizes(image_size))
+            return program, True
+        except Exception as error:  # torch.export has no error of its own for what it cannot trace
+            logger.debug(f"not for all sizes: {cause(error)}")
     try:
         images = torch.zeros(2, in_chans, image_size, image_size)
         return _export(trunk, images, any_batch), False
@@ -96,7 +99,7 @@ def check(
                 if not difference <= TOLERANCE:  # NaN, too
                     raise RunError(
                         f"the exported network and the one here differ by {difference:.1e} for {batch} "
-                        f"images of {height} x {width} px: nothing is written"
+                        f"images of {height} x {width} px"
                     )
                 largest = max(largest, difference.item())
     return largest
