@@ -238,7 +238,7 @@ def unread_flags():
     read_by = {name: names_read(tree) for name, tree in TREES.items()}
     found = {}
     for script in SCRIPTS:
-        if not re.match("main_|eval_|visualize", script):
+        if not re.match("main_|eval_|visualize|export", script):
             continue
         needed = [MODULES[module] for module in closure(script, ROOT, lambda module: True)]
         read = set().union(*(read_by[name] for name in [f"{script}.py", *needed]))
@@ -332,7 +332,7 @@ def test_what_the_source_text_says_is_loaded_is_what_is_loaded():
 
 
 def test_help_loads_nothing_that_only_a_run_needs():
-    scripts = [name for name in SCRIPTS if re.match("main_|eval_|visualize", name)]
+    scripts = [name for name in SCRIPTS if re.match("main_|eval_|visualize|export", name)]
     code = """
 import importlib, sys
 for script in sys.argv[1:]:

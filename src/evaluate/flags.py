@@ -139,7 +139,7 @@ def open_network(args: argparse.Namespace, feature: str = "backbone") -> Pretrai
         image_size=getattr(args, "size", None),
         mean=args.mean,
         std=args.std,
-        seed=args.seed,
+        seed=getattr(args, "seed", None),
         **{name: getattr(args, name) for name in NETWORK_FLAGS if name != "arch" and name in args},
     )
 

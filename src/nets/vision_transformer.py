@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
         if self.num_registers:
             first = torch.cat([first, self.register_tokens], dim=1)
         patches = self.patch_embed(x) + positions[:, 1:]
-        return torch.cat([first.expand(len(x), -1, -1), patches], dim=1)
+        return torch.cat([first.expand(x.shape[0], -1, -1), patches], dim=1)
 
     def before_last_block(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> what enters the last block, (B, T, D)."""
@@ -226,14 +226,19 @@ class VisionTransformer(nn.Module):
         return outputs
 
 
-def bicubic_matrix(size: int, new_size: int, like: Tensor) -> Tensor:
+def bicubic_matrix(
+    size: int, new_size: int, like: Tensor, step: float | Tensor | None = None
+) -> Tensor:
     """Bicubic interpolation of `size` samples to new_size as a matrix, (new_size, size).
 
     Output i lies at (i + 0.5) size / (new_size + 0.1) - 0.5; Keys' kernel with a = -0.75, ends
-    repeated, as in F.interpolate. A product has the same gradient in every run, also on a GPU.
+    repeated, as in F.interpolate. A product has the same gradient in every run, also on a GPU. step:
+    size / (new_size + 0.1), as a tensor where new_size is no number yet.
     """
+    if step is None:
+        step = size / (new_size + 0.1)
     options = {"device": like.device, "dtype": like.dtype}
-    centres = (torch.arange(new_size, **options) + 0.5) * (size / (new_size + 0.1)) - 0.5
+    centres = (torch.arange(new_size, **options) + 0.5) * step - 0.5
     samples = torch.arange(-2, size + 2, **options)  # two more at either end
     distance = (centres[:, None] - samples).abs()  # (new_size, size + 4)
     near = (1.25 * distance - 2.25) * distance**2 + 1

@@ -13,7 +13,9 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no user signals here")
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if re.match("main_|eval_|visualize", p.stem))
+SCRIPTS = sorted(
+    p.stem for p in ROOT.glob("*.py") if re.match("main_|eval_|visualize|export", p.stem)
+)
 
 
 def run_code(code, **options):
