@@ -58,7 +58,7 @@ BUDGETS = {
     "main_simclr": (25, 5550),
     "main_selav2": (30, 6450),
     "main_deepclusterv2": (31, 6650),
-    "main_rotnet": (31, 6250),
+    "main_rotnet": (31, 6270),
     "main_dino": (30, 6250),
     "main_deepcluster": (38, 7550),
     "main_deepercluster": (41, 8350),

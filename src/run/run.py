@@ -45,7 +45,7 @@ from .stop import StopSignal, finish, leave
 logger = logging.getLogger(__name__)
 
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
-NUM_PICTURED = 8  # images on the sheet of crops
+NUM_PICTURED = 4  # images on the sheet of crops
 HISTORY = 10  # log lines that a diagnosis sees
 DRAWING_SHARE = 20  # drawing the curves takes at most one part in so many of the time
 
@@ -464,14 +464,17 @@ class Run:
         if self.process.rank != 0 or path.exists():
             return
         try:
-            from ..pictures import curves
+            from ..pictures.crops import draw_batch
+            from ..pictures.sheets import to_uint8
         except ImportError:
             logger.info("no picture of the crops: src/pictures is not there")
             return
         mean, std = self.augment.mean, self.augment.std
-        pictures = [curves.to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops]
+        pictures = [to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops]
+        indices = self.indices[:NUM_PICTURED].tolist()
+        title = f"First crops of {self.method} on {self.dataset.name}, epoch {self.epoch + 1}"
         try:
-            curves.crop_sheet(pictures, path)
+            draw_batch(self.dataset, indices, pictures, path, title)
         except OSError as error:
             logger.warning(f"no picture of the crops: {error}")
 
