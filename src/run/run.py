@@ -18,6 +18,7 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
 import argparse
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -560,6 +561,8 @@ def log_plan(run: Run, crops: MultiCropDataset, peak_lr: float) -> None:
         f"{args['lr_scaling']}), {args.get('warmup_epochs', 0)} epochs of warm-up"
     )
     logger.info(f"network     {args['arch']}, {run.precision} on {process.device}")
+    if run.log.events is not None:
+        logger.info(f"watch       tensorboard --logdir {shlex.quote(str(run.folder))}")
     if args.get("optimizer") == "larc" and run.global_batch <= 1024 and peak_lr > 2:
         logger.info(
             f"note: the learning rate {peak_lr:.3g} is for 4096 images; --lr_scaling linear fits it to "

@@ -16,7 +16,15 @@ from PIL import Image
 
 from src.errors import CheckpointError
 from src.pictures import curves
-from src.run.log import RunLog, Stopwatch, describe_run, duration, read_log, setup_logging
+from src.run.log import (
+    RunLog,
+    Stopwatch,
+    describe_run,
+    divide,
+    duration,
+    read_log,
+    setup_logging,
+)
 from tests.runs import images
 
 
@@ -206,3 +214,32 @@ def test_a_full_disk_leaves_the_arguments_that_were_there(tmp_path):
     with pytest.raises(CheckpointError, match="args.json cannot be written .No space left"):
         describe_run({"seed": 2}, tmp_path)
     assert json.loads((tmp_path / "args.json").read_text()) == {"seed": 1}
+
+
+# ============ the screen ============
+def test_a_line_is_divided_between_its_parts_and_no_part_is_lost():
+    line = "epoch 1/2 it 9 loss 1.0 | 900 img/s | codes H 1.17 of 4.09, 55 of 60 in use, rank 49"
+    assert divide(line) == [line]
+    assert divide(line, 50) == [
+        "epoch 1/2 it 9 loss 1.0 | 900 img/s",
+        "  codes H 1.17 of 4.09, 55 of 60 in use, rank 49",
+    ]
+    assert divide(line, 42)[1:] == ["  codes H 1.17 of 4.09, 55 of 60 in use,", "  rank 49"]
+    plan = "codes       K = 60 prototypes; ln(K) = 4.094 is the loss of constant codes"
+    assert divide(plan, 60) == [
+        "codes       K = 60 prototypes;",
+        "            ln(K) = 4.094 is the loss of constant codes",
+    ]
+    path = f"written to /{'x' * 120}/a.png and no more"
+    assert divide(path) == ["written to", f"  /{'x' * 120}/a.png", "  and no more"]
+
+
+def test_the_screen_has_lines_of_100_columns_and_train_log_whole_ones(
+    tmp_path, capsys, root_handlers
+):
+    setup_logging(tmp_path, True)
+    logging.getLogger("src.run").info("a word, " * 40)
+    logging.getLogger("src.run").warning("WARNING: " + "a sentence " * 20)
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said[:-1])) <= 100 < len(said[-1]) and len(said) == 5
+    assert len((tmp_path / "train.log").read_text().splitlines()) == 2
