@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         dump_features(args.dump_features, "val", val_features, val_labels, settings)
     add_rows(settings["feature"] if settings["pretrained"] else UNTRAINED, split)
     if args.neighbour_sheet:
-        draw_neighbours(split, train, val, Path(args.dump_path) / "plots" / "neighbours.png")
+        draw_neighbours(split, train, val, args.dump_path, f"{args.feature} of {network.origin}")
 
     # ============ baselines ============
     if args.untrained and args.pretrained:

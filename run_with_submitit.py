@@ -3,19 +3,26 @@
   python run_with_submitit.py main_swav.py --nodes 8 --ngpus 8 --partition learnfair \\
       --data_path /data/imagenet/train --dump_path runs/swav --nmb_crops 2 6
 
-The first word is the script (main_swav.py if it is left out). Flags that are not below are the
-script's; they are checked by its own parser before anything is submitted. A job that is preempted
+The first word is the script; if it is left out, main_dino.py for the --arch of a transformer, else
+main_swav.py. Flags that are not below are the script's; its own parser, --arch and the paths of data
+are checked before anything is submitted. A job that is preempted
 or reaches its time limit is requeued and goes on from its checkpoint. Logs are in
 <dump_path>/submitit/<job>.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from src import dist
+from src.data.datasets import NAMES
+from src.nets.backbones import build_backbone, is_transformer
 from src.run import flags
 
 ROOT = Path(__file__).resolve().parent
@@ -58,10 +65,11 @@ def load_script(path):
 
 # ============ before submission ============
 def take_script(words: list[str]) -> tuple[Path, list[str]]:
-    """The script and its flags, from what the launcher's parser left over."""
-    name, flags = "main_swav.py", words
+    """The script and its flags, from what the launcher's parser left over; says which if none is named."""
     if words and not words[0].startswith("-"):
         name, flags = words[0], words[1:]
+    else:
+        name, flags = choose_script(words), words
     for path in (Path(name), ROOT / name):
         if path.suffix == ".py" and path.is_file():
             return path.resolve(), flags
@@ -71,11 +79,50 @@ def take_script(words: list[str]) -> tuple[Path, list[str]]:
     )
 
 
+def choose_script(words: list[str]) -> str:
+    """The script that flags without a script are for, as in DINO's published commands; says which."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--arch", "-a", default="")
+    arch = parser.parse_known_args(words)[0].arch
+    if is_transformer(arch):
+        name, reason = "main_dino.py", f"which trains --arch {arch}"
+    else:
+        name, reason = "main_swav.py", "the usual one"
+    print(f"script:  {name}, {reason}; give another one as the first word")
+    return name
+
+
 def check_flags(script: Path, flags: list[str]):
     """The parsed flags; leaves with status 2 and a sentence if the script's parser refuses them."""
     parser = load_script(script).get_parser()
     parser.error = lambda message: parser.exit(2, f"error: {script.name}: {message}\n")
     return parser.parse_args(flags)
+
+
+def check_arch(script: Path, args: argparse.Namespace) -> None:
+    """Raise ValueError on an --arch that is not known, or that a script does not train."""
+    arch = getattr(args, "arch", None)
+    if not arch or getattr(args, "pretrained", ""):  # whose file says what is right
+        return
+    if is_transformer(arch) and "patch_size" not in args:
+        raise ValueError(
+            f"--arch {arch} is a vision transformer, which {script.name} does not train: use "
+            "main_dino.py as the first word, or another --arch"
+        )
+    with torch.device("meta"):  # without its memory
+        build_backbone(arch)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Raise FileNotFoundError on a path of data that is not there."""
+    for name in ("data_path", "train_path", "val_path"):
+        path = getattr(args, name, None)
+        if not path or path in NAMES or ".tar" in path:  # shards may be named by a pattern
+            continue
+        if not os.path.exists(os.path.expanduser(path)):
+            raise FileNotFoundError(
+                f"--{name} {path} does not exist: give a path that is there on this machine and on all nodes"
+            )
 
 
 def choose_cluster(cluster: str | None) -> str:
@@ -148,25 +195,32 @@ def local_executor(folder, args, name):
     return executor, f"{tasks} processes and {gpus} GPUs on this machine"
 
 
-def debug_executor(folder, args, name):
-    """submitit's executor in this very process, with a debugger where it fails."""
-    import submitit
+EXECUTORS = {"slurm": slurm_executor, "local": local_executor}
 
+
+def run_here(job: ScriptJob, args: argparse.Namespace) -> int:
+    """Run the script in this very process; what it raises and returns is the launcher's."""
     if (args.nodes or 1) * (args.tasks or args.ngpus or 1) > 1:
         raise ValueError("--cluster debug is one process: use --nodes 1 --ngpus 1")
-    return submitit.AutoExecutor(folder, cluster="debug"), "this process"
-
-
-EXECUTORS = {"slurm": slurm_executor, "local": local_executor, "debug": debug_executor}
+    print("cluster: debug, this process", flush=True)
+    return job()
 
 
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
-    """Submit, and say where to look; wait for a local job. Returns the status, 1 if it failed."""
+    """Submit, and say where to look; wait for a local job. Returns the status, 1 if it failed.
+
+    With --cluster debug the status is the script's.
+    """
     args, words = get_parser().parse_known_args(argv)
     script, flags = take_script(words)
     script_args = check_flags(script, flags)
+    check_arch(script, script_args)
+    check_data(script_args)
     cluster = choose_cluster(args.cluster)
+    job = ScriptJob(script, flags)
+    if cluster == "debug":
+        return run_here(job, args)
     try:
         from submitit.core.utils import FailedJobError
     except ImportError as error:
@@ -174,27 +228,27 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.shared_dir or getattr(script_args, "dump_path", None) or ".") / "submitit"
     executor, size = EXECUTORS[cluster](folder.resolve() / "%j", args, script.stem)
     try:
-        job = executor.submit(ScriptJob(script, flags))
+        job = executor.submit(job)
     except FailedJobError as error:
         raise ValueError("sbatch refused the job, with the words above") from error
     print(f"cluster: {cluster}, {size}")
     print(f"job:     {job.job_id}")
     print(f"logs:    {job.paths.folder}")
     print(f"follow:  tail -F {job.paths.stdout}", flush=True)
-    return 0 if cluster == "slurm" else wait_for(job, cluster)
+    return 0 if cluster == "slurm" else wait_for(job, folder)
 
 
-def wait_for(job, cluster):
+def wait_for(job, folder):
     """Wait for a local job, and show the end of its log if it failed."""
-    if cluster == "debug":
-        job.results()
-        return 0
     try:
         job.wait()
         failures = [sub.exception() for sub in (job.task(i) for i in range(job.num_tasks))]
     except KeyboardInterrupt:
         job.cancel()
         raise
+    finally:  # submitit makes it when a local job starts, and puts nothing into it
+        with contextlib.suppress(OSError):
+            (folder / "%j").rmdir()
     for rank, failure in enumerate(failures):
         if failure is not None:
             log = job.task(rank).paths.stdout
@@ -211,7 +265,7 @@ def get_parser() -> flags.Parser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # None is no default to show
     add = parser.add_argument
     number, seconds = flags.positive(int), flags.at_least_zero(int)
-    add("--cluster", choices=sorted(EXECUTORS), default=None,
+    add("--cluster", choices=["debug", *sorted(EXECUTORS)], default=None,
         help="default: slurm where there is sbatch, else local; debug: in this process")  # fmt: skip
     add("--nodes", type=number, default=None, help="default: 2 under Slurm, else 1")
     add("--ngpus", type=seconds, default=None,

@@ -53,20 +53,21 @@ from src.evaluate import flags as eval_flags
 from src.nets.backbones import is_vit
 from src.pictures import activations as activation_pictures
 from src.pictures import attention as attention_maps
-from src.pictures import cluster_tables, curves, responses
+from src.pictures import cluster_tables, responses
+from src.pictures import clusters as cluster_pictures
 from src.pictures import filters as filter_pictures
 from src.pictures import flags as picture_flags
 from src.pictures.clusters import (
     add_cluster_args,
     check_folders,
     choose_clusters,
-    draw_sheet,
     draw_sizes,
     image_names,
     write_folders,
 )
 from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
+from src.pictures.sheets import to_uint8
 from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder, release_folders
 from src.run.log import duration, setup_logging
@@ -75,6 +76,7 @@ from src.run.presets import preset_of
 logger = logging.getLogger(__name__)
 
 ON_SHEET = 12  # images on the sheet of all images
+ATTENTION = "Attention of the class token in the last block"
 LOG_SECONDS = 5.0
 CLUSTER_SETTINGS = ("pretrained", "data_path", "split", "head", "num_clusters", "feature", "seed")
 
@@ -89,8 +91,9 @@ def attention(args):
             "vit_small or vit_base"
         )
     device = dist.resolve_device(args.device)
-    frames, count, normalisation = open_images(args)
-    model = eval_flags.open_network(args).model.to(device)
+    frames, count, normalisation, file_names = open_images(args)
+    network = eval_flags.open_network(args)
+    model, source = network.model.to(device), network.origin
     if not args.pretrained:
         logger.warning(
             "WARNING: no --pretrained: the network is UNTRAINED, its maps show nothing learned"
@@ -118,9 +121,17 @@ def attention(args):
             raise ValueError(f"--pretrained {args.pretrained} makes attention that is not finite")
         for name, image, heads in zip(names, images, maps, strict=True):
             pictures = attention_maps.draw_attention(image, heads, args.threshold)
-            write_pictures(pictures, folder / name if several else folder, args.threshold)
+            sheet = attention_maps.image_sheet(
+                pictures,
+                heads,
+                args.threshold,
+                f"{ATTENTION}: {file_names.get(name, name)}",
+                source,
+            )
+            write_pictures(pictures, sheet, folder / name if several else folder)
             if len(rows) < ON_SHEET:
-                rows.append(attention_maps.summary_row(name, pictures))
+                summary = attention_maps.summary_pictures(pictures)
+                rows.append((file_names.get(name, name), summary))
             if several and args.image_path:
                 shown = [x for key, x in pictures.items() if key in ("img", "overlay-mean")]
                 animation.add(shown + [x for key, x in pictures.items() if "masks" in key])
@@ -132,7 +143,7 @@ def attention(args):
             logger.info(f"image {done} of {count or '?'}, {rate:.2g} images/s, ETA {left}")
 
     if several:
-        attention_maps.make_sheet(rows).save(folder / "sheet.png")
+        attention_maps.summary_sheet(rows, ATTENTION, source).save(folder / "sheet.png")
     if animation.frames:
         animation.save(folder / "attention.gif", args.fps)
     if animation.left_out:
@@ -141,7 +152,11 @@ def attention(args):
 
 
 def open_images(args):
-    """(frames, their number or None, (mean, std)) of --image_path, or of --data_path."""
+    """(frames, their number or None, (mean, std), file names) of --image_path, or of --data_path.
+
+    file names: of --data_path, by the name of the frame.
+    """
+    file_names = {}
     if args.image_path:
         frames, count = open_frames(args.image_path, args.in_chans)
         mean, std = IMAGENET[0], usual_std(IMAGENET[1])
@@ -154,18 +169,19 @@ def open_images(args):
     else:
         dataset = image_flags.open_images(args)
         indices = spread(len(dataset), args.num_images or 4)
-        frames = ((f"image_{index:06}", dataset.load(index)) for index in indices)
+        names = {index: f"image_{index:06}" for index in indices}
+        frames = ((names[index], dataset.load(index)) for index in indices)
+        file_names = {names[i]: Path(dataset.file_name(i)).name for i in indices}
         count, mean, std = len(indices), dataset.mean, usual_std(dataset.std)
-    return frames, count, (args.mean or mean, args.std or std)
+    return frames, count, (args.mean or mean, args.std or std), file_names
 
 
-def write_pictures(pictures, folder, threshold):
+def write_pictures(pictures, sheet, folder):
     """One PNG for each picture, and all of them on sheet.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         Image.fromarray(picture).save(folder / f"{name}.png")
-    rows = attention_maps.sheet_rows(pictures, threshold)
-    attention_maps.make_sheet(rows).save(folder / "sheet.png")
+    sheet.save(folder / "sheet.png")
 
 
 def spread(total, number):
@@ -195,9 +211,10 @@ def crops(args):
     batch, _ = collate_crops([multicrop[args.epoch, index] for index in indices])
     views = Augment(**options)(batch, generator(args.seed, args.epoch, 0, 0))  # (B, C, S, S) each
 
-    views = [curves.to_uint8(view, options["mean"], options["std"]) for view in views]
+    views = [to_uint8(view, options["mean"], options["std"]) for view in views]
     path = Path(args.dump_path) / "plots" / "multicrop.png"
-    draw_crops(multicrop, args.epoch, indices, views, path)
+    source = f"as in {args.pretrained}" if args.pretrained else ""
+    draw_crops(multicrop, args.epoch, indices, views, path, source)
     for number, size, scale in zip(args.nmb_crops, args.size_crops, multicrop.scales, strict=True):
         smallest, largest = scale
         logger.info(f"{number} x {size} px, {smallest:g} to {largest:g} of the image's area")
@@ -247,7 +264,7 @@ def clusters(args):
         heads=[by_one_head for by_one_head, _, _ in by_head],
         settings={**{name: getattr(args, name) for name in CLUSTER_SETTINGS}, "feature": feature},
     )
-    draw_clusters(args, found, dataset, names, folder)
+    draw_clusters(args, found, dataset, names, folder, network.origin)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, clusters mean little")
     numbers = found.summary()
@@ -286,10 +303,19 @@ def check_request(args, sizes, num_images):
         raise ValueError(f"--show {wanted} is not there: clusters are numbered 0 to {number - 1}")
 
 
-def draw_clusters(args, found, dataset, names, folder):
+def draw_clusters(args, found, dataset, names, folder, source):
     """clusters.png, sizes.png where matplotlib is installed, and with --folders folders."""
     shown = args.show or choose_clusters(found.sizes, args.num_shown)
-    draw_sheet(found, dataset, shown, args.num_images, args.seed, folder / "clusters.png")
+    kind = "k-means of the features" if args.num_clusters else "prototypes"
+    cluster_pictures.draw_clusters(
+        found,
+        dataset,
+        shown,
+        num_images=args.num_images,
+        seed=args.seed,
+        path=folder / "clusters.png",
+        source=f"{kind} of {source}",
+    )
     try:
         draw_sizes(found, folder / "sizes.png")
     except ImportError:
@@ -315,7 +341,8 @@ def filters(args):
         first, path = responses.convolutions(model, calls)[0].module, folder / "filters.png"
         checkpoint.check_writable(folder)
         hold_folder(folder, f"visualize_{args.picture}")
-        filter_pictures.draw_first_layer(first, getattr(model, "sobel", None), path)
+        sobel = getattr(model, "sobel", None)
+        filter_pictures.draw_first_layer(first, sobel, path, network.origin)
         logger.info(
             f"{first.out_channels} filters, drawn to {path}; --conv, --layer or --filters show what "
             "a layer looks for"
@@ -351,7 +378,9 @@ def filters(args):
         )
     synthetic = list(zip(images, responses_after.tolist(), strict=True))
     path = folder / f"{name}.png"
-    activation_pictures.draw_sheet(top, chosen, dataset, path, synthetic)
+    activation_pictures.draw_top_images(
+        top, chosen, dataset, path, layer.name, network.origin, synthetic
+    )
     logger.info(f"{len(chosen)} filters, drawn to {path}")
 
 
@@ -363,7 +392,9 @@ def activations(args):
     table = folder / "activations.csv"
     listed = chosen if args.filters else range(layer.num_filters)
     activation_pictures.write_table(top, listed, dataset, table)
-    activation_pictures.draw_sheet(top, chosen, dataset, folder / "activations.png")
+    activation_pictures.draw_top_images(
+        top, chosen, dataset, folder / "activations.png", layer.name, network.origin
+    )
     rows, columns = layer.cells
     logger.info(
         f"{layer.name} has {layer.num_filters} filters of {rows} x {columns} cells; written to "

@@ -23,7 +23,7 @@ from src.data.augment import Augment  # noqa: E402
 from src.data.datasets import open_dataset  # noqa: E402
 from src.data.multicrop import MultiCropDataset, collate_crops, generator  # noqa: E402
 from src.pictures.crops import crop_windows  # noqa: E402
-from src.pictures.curves import to_uint8  # noqa: E402
+from src.pictures.sheets import to_uint8  # noqa: E402
 
 NUM_GLOBAL, NUM_LOCAL, LOCAL_ROWS = 2, 6, 2
 

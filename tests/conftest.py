@@ -53,3 +53,18 @@ def golden():
 def _seeded():
     """What a test draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The sheets that a test draws, by the name of their file: where their images are."""
+    from src.pictures.sheets import Sheet
+
+    sheets, save = {}, Sheet.save
+
+    def keep(sheet, path):
+        sheets[Path(path).name] = sheet
+        return save(sheet, path)
+
+    monkeypatch.setattr(Sheet, "save", keep)
+    return sheets

@@ -20,6 +20,7 @@ from src.nets.convnets import build_convnet
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.resnet import build_model
 from src.nets.vision_transformer import ARCHITECTURES
+from src.pictures import neighbours
 from src.run import checkpoint, flags, image_flags
 
 ROOT = Path(__file__).parent.parent
@@ -475,8 +476,8 @@ def test_the_neighbour_sheet_shows_images_and_frames_them_by_label(tmp_path, ima
     sheet = np.asarray(Image.open(tmp_path / "out" / "plots" / "neighbours.png").convert("RGB"))
     assert sheet.shape[0] > 60 * (12 if split else 4)  # a row for each query: 12, or all held out
     # red and blue noise: the query's own colour fills the tiles of neighbours framed in green
-    green = (sheet == (40, 160, 60)).all(2).sum()
-    assert green > (sheet == (210, 40, 40)).all(2).sum()
+    green = (sheet == neighbours.RIGHT).all(2).sum()
+    assert green > (sheet == neighbours.WRONG).all(2).sum()
 
 
 def test_faiss_gives_the_same_table(tmp_path):

@@ -55,14 +55,14 @@ ORDER = [
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
     "main_swav": (27, 6000),
-    "main_simclr": (26, 5850),
-    "main_selav2": (31, 6750),
-    "main_deepclusterv2": (32, 6950),
-    "main_rotnet": (32, 6600),
-    "main_dino": (31, 6550),
-    "main_deepcluster": (39, 7850),
-    "main_deepercluster": (42, 8650),
-    "main_clusterfit": (37, 7550),
+    "main_simclr": (26, 5900),
+    "main_selav2": (31, 6800),
+    "main_deepclusterv2": (32, 7000),
+    "main_rotnet": (32, 6650),
+    "main_dino": (31, 6600),
+    "main_deepcluster": (39, 7900),
+    "main_deepercluster": (42, 8700),
+    "main_clusterfit": (37, 7600),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

@@ -217,6 +217,7 @@ def test_a_local_job_of_two_processes_really_runs(task, tmp_path):
     assert f"logs:    {folder}" in run.stdout
     assert f"tail -F {folder / f'{job}_0_log.out'}" in run.stdout
     assert (folder / f"{job}_0_log.out").is_file()
+    assert [path.name for path in folder.parent.iterdir()] == [job]  # and no %j
 
 
 @submitit
@@ -379,6 +380,13 @@ def test_a_preempted_slurm_job_saves_requeues_and_goes_on(task, tmp_path, slurm)
         (["--cluster", "local", "--nodes", "2"], "--cluster local is one node; use --nodes 1"),
         (["--cluster", "slurm"], "--cluster slurm needs sbatch and srun on PATH"),
         (["--cluster", "debug", "--nodes", "2"], "--cluster debug is one process"),
+        (
+            ["main_swav.py", "--arch", "vit_small"],
+            "--arch vit_small is a vision transformer, which",
+        ),
+        (["main_swav.py", "--arch", "resnet51"], "--arch resnet51 is not known"),
+        (["--arch", "vit_small", "--data_path", "/nowhere"], "--data_path /nowhere does not exist"),
+        (["eval_knn.py", "--val_path", "nowhere"], "--val_path nowhere does not exist"),
     ],
 )
 def test_bad_words_are_one_sentence_and_status_2(words, sentence, monkeypatch, capsys, tmp_path):
@@ -390,6 +398,47 @@ def test_bad_words_are_one_sentence_and_status_2(words, sentence, monkeypatch, c
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "reason"),
+    [
+        (["--arch", "vit_small", "--epochs", "3"], "main_dino.py", "trains --arch vit_small"),
+        (["--arch=xcit_small_12_p16"], "main_dino.py", "trains --arch xcit_small_12_p16"),
+        (["-a", "deit_small"], "main_dino.py", "trains --arch deit_small"),
+        (["--arch", "resnet50"], "main_swav.py", "the usual one"),
+        ([], "main_swav.py", "the usual one"),
+    ],
+)
+def test_without_a_script_the_arch_says_which_one_and_a_line_says_so(words, name, reason, capsys):
+    script, flags = run_with_submitit.take_script(words)
+    assert (script.name, flags) == (name, words)
+    said = capsys.readouterr().out
+    assert f"script:  {name}" in said and reason in said and said.count("\n") == 1
+    run_with_submitit.take_script(["main_simclr.py"])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_in_this_process_gives_the_status_and_the_error_of_its_script(tmp_path, capsys):
+    (tmp_path / "short.py").write_text(
+        "import argparse\n"
+        "def get_parser():\n"
+        "    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('--status', type=int)\n"
+        "    return parser\n"
+        "def main(argv=None):\n"
+        "    status = get_parser().parse_args(argv).status\n"
+        "    if status == 2:\n"
+        "        raise ValueError('--status 2 is wrong')\n"
+        "    return status\n"
+    )
+    words = [str(tmp_path / "short.py"), "--cluster", "debug", "--status"]
+    for status in (0, 2, 143):
+        with pytest.raises(SystemExit) as stop:
+            run_with_submitit.flags.run(lambda: run_with_submitit.main([*words, str(status)]))  # noqa: B023
+        assert stop.value.code == status
+        error = capsys.readouterr().err
+        assert error == ("error: --status 2 is wrong\n" if status == 2 else "")
 
 
 @submitit

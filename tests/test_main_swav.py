@@ -58,6 +58,22 @@ def whole(tmp_path_factory):
     return folder, values
 
 
+@pytest.mark.slow  # for TensorBoard
+def test_the_screen_is_100_columns_wide_and_shows_tensorboard_the_way(tmp_path, few, capsys):
+    pytest.importorskip("tensorboard")
+    folder = tmp_path / "run"
+    assert train(folder, *few, "--epochs", 1, "--tensorboard")[0] == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"watch       tensorboard --logdir {folder}" in said
+    told = [line for line in said if str(tmp_path.parent) not in line]
+    told = [line for line in told if not line.startswith(("WARNING", "command: "))]
+    assert len(told) >= 15 and max(map(len, told)) <= 100
+    assert any(line.startswith("epoch 1/1 it 3 loss ") for line in told)
+    assert any(line.startswith("  codes H ") for line in told)
+    kept = (folder / "train.log").read_text().splitlines()
+    assert any("it 3 loss" in line and "codes H" in line for line in kept)
+
+
 def test_a_run_leaves_what_the_readme_promises(whole):
     folder, values = whole
     assert sorted(values) == list(range(20))

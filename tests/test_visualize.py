@@ -21,7 +21,7 @@ from src.nets.backbones import build_backbone
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.pictures import attention as attention_maps
 from src.pictures import crops as crop_pictures
-from src.pictures import frames
+from src.pictures import frames, sheets
 from src.run import checkpoint
 from src.run import flags as cli
 
@@ -471,22 +471,37 @@ def test_the_windows_are_those_that_the_crops_are_cut_from(tmp_path):
             assert torch.equal(again, view)
 
 
-def test_the_bare_command_draws_the_crops_of_digits(tmp_path, capsys):
+def tiles_of(sheet, boxes):
+    """The pixels of each tile of a row, group by group."""
+    return [[sheet[top:bottom, left:right] for left, top, right, bottom in x] for x in boxes]
+
+
+def test_the_bare_command_draws_the_crops_of_digits(tmp_path, capsys, drawn):
     sheet = draw(tmp_path, "--num_images", "3")
-    # The image, two crops of 16 px and two of 8 px: 192 px and a gap a tile.
-    assert sheet.shape == (3 * 194, 5 * 194, 3)
-    colours = attention_maps.distinct_colours(4)
-    for i, colour in enumerate(colours, 1):
-        tile = sheet[:192, i * 194 : i * 194 + 192]
-        assert (tile[0, 0] == colour).all() and (tile[95, :96] == tile[96, 96]).all() == (i > 99)
-        window = (sheet[:192, :192] == colour).all(2)
-        assert window.any()  # drawn on the image in the same colour
-    assert (sheet[100, 3 * 194 + 100] == 215).all()  # small crops are drawn small
+    rows = drawn["multicrop.png"].boxes
+    assert len(rows) == 3
+    for boxes in rows:
+        tiles = tiles_of(sheet, boxes)
+        # The image, two crops of 16 px and two of 8 px: enlarged by one factor, none cut or covered.
+        assert [[tile.shape for tile in x] for x in tiles] == [
+            [(192, 192, 3)],
+            [(192, 192, 3)] * 2,
+            [(96, 96, 3)] * 2,
+        ]
+        crops = [*boxes[1], *boxes[2]]
+        for (left, top, right, bottom), colour in zip(
+            crops, sheets.distinct_colours(4), strict=True
+        ):
+            frame = sheet[top - 3 : bottom + 3, left - 3 : right + 3]
+            assert (frame[:3] == colour).all() and (frame[:, -3:] == colour).all()
+            window = (tiles[0][0] == colour).all(2)
+            assert window.any()  # drawn on the image in the same colour
+        assert boxes[2][0][0] == boxes[2][1][0] and boxes[2][0][3] < boxes[2][1][1]  # stacked
     said = capsys.readouterr().out
     assert "2 x 16 px, 0.4 to 1" in said and "2 x 8 px, 0.2 to 0.5" in said
 
 
-def test_the_crops_are_those_of_the_epoch_after_photometry(tmp_path):
+def test_the_crops_are_those_of_the_epoch_after_photometry(tmp_path, drawn):
     plain = ["--num_images", "1", "--no_flip", "--color_jitter", "0", "--nmb_crops", "1"]
     options = [*plain, "--size_crops", "48", "--min_scale_crops", "1", "--max_scale_crops", "1"]
     photo(tmp_path / "a.png", 48, 48)
@@ -494,18 +509,20 @@ def test_the_crops_are_those_of_the_epoch_after_photometry(tmp_path):
     sheet = draw(tmp_path / "a", *options, "--seed", "1")
     crops = MultiCropDataset(open_dataset(str(tmp_path)), [1], [48], [1.0], [1.0], seed=1)
     expected = crops[0, 0][0][0][0].permute(1, 2, 0).numpy()  # untouched by photometry
-    tile = sheet[:192, 194 : 194 + 192][2::4, 2::4].astype(int)
-    assert np.abs(tile - expected)[1:-1, 1:-1].max() <= 1
+    boxes = drawn["multicrop.png"].boxes[0]
+    tile = tiles_of(sheet, boxes)[1][0][2::4, 2::4].astype(int)
+    assert np.abs(tile - expected).max() <= 1
     again = draw(tmp_path / "b", *options, "--seed", "1", "--solarize", "1")
-    changed = again[:192, 194 : 194 + 192][2::4, 2::4]
+    changed = tiles_of(again, boxes)[1][0][2::4, 2::4]
     solarised = np.where(expected >= 128, 255 - expected, expected).astype(int)
-    assert np.abs(changed - solarised)[1:-1, 1:-1].max() <= 1
+    assert np.abs(changed - solarised).max() <= 1
     other = [*options[:-2], "--blur", "0", "--min_scale_crops", "0.3", "--max_scale_crops", "0.5"]
     first, later = (draw(tmp_path / "c", *other, "--epoch", epoch) for epoch in (0, 1))
-    assert (first[:, 194:] != later[:, 194:]).any()  # the crop, not only its window
+    crop, later_crop = (tiles_of(x, boxes)[1][0] for x in (first, later))
+    assert (crop != later_crop).any()  # the crop, not only its window
 
 
-def test_the_crops_of_a_run_of_dino_are_its_global_and_local_ones(tmp_path):
+def test_the_crops_of_a_run_of_dino_are_its_global_and_local_ones(tmp_path, drawn):
     make_run(tmp_path / "run")
     argv = ["crops", "--pretrained", str(tmp_path / "run")]
     args = visualize.parse_args(argv)
@@ -513,7 +530,8 @@ def test_the_crops_of_a_run_of_dino_are_its_global_and_local_ones(tmp_path):
     assert (args.min_scale_crops, args.max_scale_crops) == ([0.5, 0.2], [1.0, 0.4])
     assert (args.blur, args.interpolation, args.seed) == ([1.0, 0.1, 0.5], "bicubic", 5)
     assert visualize.main([*argv, "--num_images", "2"]) == 0
-    assert read(tmp_path / "run" / "plots" / "multicrop.png").shape == (2 * 194, 5 * 194, 3)
+    assert (tmp_path / "run" / "plots" / "multicrop.png").is_file()
+    assert [list(map(len, boxes)) for boxes in drawn["multicrop.png"].boxes] == [[1, 2, 2]] * 2
     make_run(tmp_path / "alone", local_crops_number=0, solarize=[0.0], blur=[0.5])
     args = visualize.parse_args(["crops", "--pretrained", str(tmp_path / "alone")])
     assert (args.nmb_crops, args.size_crops) == ([2], [16])

@@ -20,7 +20,7 @@ from src.data.datasets import open_dataset
 from src.nets.backbones import build_backbone
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.resnet import build_model
-from src.pictures import cluster_tables, clusters
+from src.pictures import cluster_tables, clusters, sheets
 from src.pictures.cluster_tables import Clusters
 from src.run import checkpoint
 from src.run import flags as cli
@@ -366,22 +366,25 @@ def test_images_of_tar_shards_are_written_out(tmp_path, monkeypatch):
 
 
 # ============ pictures ============
-def test_the_sheet_has_a_row_for_each_cluster_and_its_images(run, tmp_path):
+def test_the_sheet_has_a_row_for_each_cluster_and_its_images(run, tmp_path, drawn):
     folder, _ = run
     out = folder / "plots" / "clusters"
     cluster("--pretrained", folder, "--num_shown", "4", "--num_images", "3")
-    assert Image.open(out / "clusters.png").size == clusters.sheet_size(4, 3)
+    rows = drawn["clusters.png"].boxes
+    assert len(rows) == 4 and all(len(nearest) <= 3 >= len(others) for nearest, others in rows)
     assert Image.open(out / "sizes.png").size[0] > 400
     rows, arrays, _ = load(out)
     number = int(np.bincount(arrays["assignments"]).argmax())
     cluster("--pretrained", folder, "--show", number, "--num_images", "2")
     sheet = np.asarray(Image.open(out / "clusters.png"))
-    assert sheet.shape[:2][::-1] == clusters.sheet_size(1, 2)
+    ((boxes, _),) = drawn["clusters.png"].boxes
+    assert len(boxes) == 2
     members = np.flatnonzero(arrays["assignments"] == number)
     nearest = members[arrays["similarities"][members].argmax()]
     picture = open_dataset(str(tmp_path / "images")).load(int(nearest)).permute(1, 2, 0).numpy()
-    left, top = clusters.MARGIN + clusters.TEXT, clusters.HEADER
-    tile = sheet[top : top + 72, left : left + 72][4::9, 4::9]
+    left, top, right, bottom = boxes[0]
+    assert (right - left, bottom - top) == (72, 72)
+    tile = sheet[top:bottom, left:right][4::9, 4::9]
     assert np.array_equal(tile, picture)
 
 
@@ -405,25 +408,27 @@ def test_the_clusters_that_are_shown_are_of_all_sizes():
     assert clusters.choose_clusters(sizes, 1) == [2]
 
 
-def test_an_image_of_another_class_has_a_red_frame(run, tmp_path):
+def test_an_image_of_another_class_has_a_red_frame(run, tmp_path, drawn):
     dataset = open_dataset(str(make_images(tmp_path / "more", count=4, classes=2)))
     dataset.labels = torch.tensor([0, 0, 0, 1])
     found = Clusters(
         torch.zeros(4).long(), torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.eye(1), dataset.labels
     )
-    clusters.draw_sheet(found, dataset, [0], 4, 0, tmp_path / "sheet.png")
+    clusters.draw_clusters(found, dataset, [0], 4, 0, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    left, top = clusters.MARGIN + clusters.TEXT, clusters.HEADER
-    corners = [sheet[top, left + 74 * i] for i in range(4)]
+    ((boxes, _),) = drawn["sheet.png"].boxes
+    corners = [sheet[top - 1, left - 1] for left, top, _, _ in boxes]
     assert [(corner == clusters.OTHER).all() for corner in corners] == [False] * 3 + [True]
 
 
-def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(run, tmp_path, monkeypatch):
+def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(
+    run, tmp_path, monkeypatch, drawn
+):
     folder, _ = run
     cluster("--pretrained", folder)
     empty = sorted(set(range(12)) - set(load(folder / "plots/clusters")[1]["assignments"]))[0]
     names = [f"a very long name that has no end é \udcff {i}" for i in range(5)]
-    old = clusters.ImageFont.load_default()
+    old = sheets.ImageFont.load_default()
 
     def load_default():  # before Pillow 10.1 it took no size
         return old
@@ -431,11 +436,14 @@ def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(run, tmp_path,
     dataset = open_dataset(str(tmp_path / "images"))
     assignments = torch.from_numpy(np.load(folder / "plots/clusters/assignments.npy"))
     found = Clusters(assignments, torch.rand(60), torch.eye(12), dataset.labels, names)
-    clusters.draw_sheet(found, dataset, [empty, 0], 2, 0, tmp_path / "a.png")
-    monkeypatch.setattr(clusters.ImageFont, "load_default", load_default)
-    clusters.draw_sheet(found, dataset, [empty, 0], 2, 0, tmp_path / "b.png")
+    clusters.draw_clusters(found, dataset, [empty, 0], 2, 0, tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # whose font is taken else
+    monkeypatch.setattr(sheets.ImageFont, "load_default", load_default)
+    sheets.font_of.cache_clear()
+    clusters.draw_clusters(found, dataset, [empty, 0], 2, 0, tmp_path / "b.png")
+    sheets.font_of.cache_clear()
     for name in ("a.png", "b.png"):
-        assert Image.open(tmp_path / name).size == clusters.sheet_size(2, 2)
+        assert [list(map(len, row)) for row in drawn[name].boxes][0] == [0, 0]
 
 
 def test_without_matplotlib_all_else_is_written(run, monkeypatch, capsys):

@@ -22,7 +22,6 @@ from src.nets.resnet import build_model
 from src.nets.sobel import sobel_to_rgb
 from src.pictures import activations, responses
 from src.pictures import filters as filter_pictures
-from src.pictures.attention import CAPTION, GAP
 from src.run import checkpoint
 from src.run import flags as cli
 
@@ -198,7 +197,7 @@ def make_run(folder, **changes):
     return model
 
 
-def test_the_table_of_a_run_has_the_best_images_of_every_filter(tmp_path, digits):
+def test_the_table_of_a_run_has_the_best_images_of_every_filter(tmp_path, digits, drawn):
     model = make_run(tmp_path)
     command = ["activations", *QUICK, "--pretrained", str(tmp_path), "--batch_size", "100"]
     assert visualize.main([*command, "--layer", "layer3.0.conv1", "--top", "5"]) == 0
@@ -221,21 +220,21 @@ def test_the_table_of_a_run_has_the_best_images_of_every_filter(tmp_path, digits
         shown = [float(row["activation"]) for row in mine]
         np.testing.assert_allclose(shown, best.values[:5], rtol=1e-3, atol=1e-5)
     # A row for each of the 8 most active, with 5 pictures each.
-    assert read(folder / "activations.png").shape == (
-        *(GAP + 8 * (112 + CAPTION + GAP), GAP + 5 * (112 + GAP), 3),
-    )
+    rows = drawn["activations.png"].boxes
+    assert [list(map(len, row)) for row in rows] == [[5]] * 8
+    assert {(right - left, bottom - top) for left, top, right, bottom in rows[0][0]} == {(96, 96)}
 
 
-def test_only_the_filters_that_were_asked_for_are_listed_in_their_order(tmp_path, capsys):
+def test_only_the_filters_that_were_asked_for_are_listed_in_their_order(tmp_path, capsys, drawn):
     folder = draw("activations", tmp_path, *SMALL, "--filters", "7", "2", "7", "--top", "3")
     assert [int(row["filter"]) for row in table(folder)] == [7, 7, 7, 2, 2, 2]
-    assert read(folder / "activations.png").shape[0] == GAP + 2 * (112 + CAPTION + GAP)
+    assert [list(map(len, row)) for row in drawn["activations.png"].boxes] == [[3]] * 2
     said = capsys.readouterr().out
     assert "UNTRAINED" in said and re.search(r"1297 of 1297 images, \d+ images/s.*ETA", said)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_cannot_be_read_is_in_no_row(tmp_path, workers):
+def test_an_image_that_cannot_be_read_is_in_no_row(tmp_path, workers, drawn):
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(7):
@@ -248,7 +247,7 @@ def test_an_image_that_cannot_be_read_is_in_no_row(tmp_path, workers):
     assert len(rows) == 64 * 6
     files = {row["file"] for row in rows[:6]}
     assert files == {str(tmp_path / "images" / f"{i}.png") for i in (0, 1, 3, 4, 5, 6)}
-    assert read(folder / "activations.png").shape[1] == GAP + 6 * (112 + GAP)
+    assert [list(map(len, row)) for row in drawn["activations.png"].boxes] == [[6]] * 2
 
 
 # ============ gradient ascent ============
@@ -343,36 +342,41 @@ def test_grey_data_has_grey_images_and_progress_is_told(tmp_path, monkeypatch, c
 
 
 # ============ pictures ============
-def test_the_sheet_has_each_filter_and_its_images_to_the_right(tmp_path):
+def test_the_sheet_has_each_filter_and_its_images_to_the_right(tmp_path, drawn):
     options = [*SMALL, "--conv", "5", "--steps", "3", "--num_filters", "3"]
     folder = draw("filters", tmp_path / "a", *options)
     sheet = read(folder / "filters_conv5.png")
-    assert sheet.shape == (GAP + 3 * (112 + CAPTION + GAP), GAP + 10 * (112 + GAP), 3)
+    rows = drawn["filters_conv5.png"].boxes
+    assert [list(map(len, row)) for row in rows] == [[1, 9]] * 3
     table_of = draw("activations", tmp_path / "b", *options[:-4], "--num_filters", "3")
     right = read(table_of / "activations.png")
-    for row in range(3):  # the pictures below their captions
-        top = GAP + row * (112 + CAPTION + GAP) + CAPTION
-        beside = sheet[top : top + 112, GAP + 112 + GAP :]
-        assert np.array_equal(beside, right[top : top + 112, GAP:])
+    for row, other in zip(rows, drawn["activations.png"].boxes, strict=True):
+        for box, same in zip(row[1], other[0], strict=True):
+            assert np.array_equal(pixels(sheet, box), pixels(right, same))
     again = draw("filters", tmp_path / "c", *options)
     assert (again / "filters_conv5.png").read_bytes() == (folder / "filters_conv5.png").read_bytes()
 
 
-def test_the_first_layer_is_drawn_in_colour(tmp_path):
+def pixels(sheet, box):
+    left, top, right, bottom = box
+    return sheet[top:bottom, left:right]
+
+
+def test_the_first_layer_is_drawn_in_colour(tmp_path, drawn):
     conv = nn.Conv2d(3, 12, 5)
     conv.weight.data[7] = 0
     conv.weight.data[7, 0, 2, 3], conv.weight.data[7, 2, 2, 3] = 0.5, -0.25
     conv.weight.data[8] = 0
     filter_pictures.draw_first_layer(conv, None, tmp_path / "a.png")
-    picture = read(tmp_path / "a.png")
-    cell = 5 * (44 // 5) + 2  # 12 filters are 3 rows of 4
-    assert picture.shape == (2 * GAP + CAPTION + 3 * cell - 2, 2 * GAP + 4 * cell - 2, 3)
-    seven = picture[GAP + CAPTION + cell :, GAP + 3 * cell :][: cell - 2, : cell - 2]
-    weights = seven[4::8, 4::8].astype(int)  # (5, 5, 3)
+    grid = pixels(read(tmp_path / "a.png"), drawn["a.png"].boxes[0][0][0])
+    cell = 5 * (96 // 5) + 2  # 12 filters are 3 rows of 4
+    assert grid.shape == (3 * cell - 2, 4 * cell - 2, 3)
+    seven = grid[cell:, 3 * cell :][: cell - 2, : cell - 2]
+    weights = seven[9::19, 9::19].astype(int)  # (5, 5, 3)
     assert weights[2, 3].tolist() == [255, 128, 64] or weights[2, 3].tolist() == [255, 128, 65]
     weights[2, 3] = 128
     assert (weights == 128).all()
-    eight = picture[GAP + CAPTION + 2 * cell :, GAP:][: cell - 2, : cell - 2]
+    eight = grid[2 * cell :][: cell - 2, : cell - 2]
     assert (eight == 128).all()  # of zeros
 
 
@@ -380,42 +384,43 @@ def test_the_first_layer_is_drawn_in_colour(tmp_path):
 def test_a_grid_has_whole_rows_where_it_can(count, columns):
     images = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 11, 11).to(torch.uint8)
     grid = filter_pictures.to_grid(images)
-    assert grid.shape == (-(-count // columns) * 46 - 2, columns * 46 - 2, 3)
+    side = min(96, 560 // columns) // 11 * 11  # by a whole factor
+    cell = side + 2
+    assert grid.shape == (-(-count // columns) * cell - 2, columns * cell - 2, 3)
     for i in range(count):
-        assert (grid[i // columns * 46 :, i % columns * 46 :][:44, :44] == i).all()
+        assert (grid[i // columns * cell :, i % columns * cell :][:side, :side] == i).all()
 
 
-def test_sobel_networks_show_both_channels_and_the_filters_of_rgb_images(tmp_path):
+def test_sobel_networks_show_both_channels_and_the_filters_of_rgb_images(tmp_path, drawn):
     torch.manual_seed(0)
     model = AlexNet(sobel=True, width=0.125)  # 12 filters: 3 rows of 4
     conv = model.features[0]
     filter_pictures.draw_first_layer(conv, model.sobel, tmp_path / "a.png")
     picture = read(tmp_path / "a.png")
-    width, rgb_width = 4 * 46 - 2, 4 * (13 * 3 + 2) - 2
-    wide = 2 * GAP + 2 * (width + filter_pictures.PANEL_GAP) + rgb_width
-    assert picture.shape == (2 * GAP + CAPTION + 3 * 46 - 2, wide, 3)
+    first, second, last = (pixels(picture, boxes[0]) for boxes in drawn["a.png"].boxes[0])
+    assert first.shape == second.shape == (3 * (11 * 6 + 2) - 2, 4 * (11 * 6 + 2) - 2, 3)
+    assert last.shape == (3 * (13 * 5 + 2) - 2, 4 * (13 * 5 + 2) - 2, 3)
     scale = conv.weight.abs().amax((1, 2, 3))
-    for channel in (0, 1):
-        left = GAP + channel * (width + filter_pictures.PANEL_GAP)
-        panel = picture[GAP + CAPTION :, left : left + width]
-        first = panel[:44, 46:90][2::4, 2::4].astype(int)  # filter 1
+    for channel, panel in enumerate((first, second)):
+        filter_1 = panel[:66, 68:134][3::6, 3::6].astype(int)
         expected = 128 + 127 * conv.weight[1, channel] / scale[1]
-        assert np.abs(first - expected.detach().numpy()[:, :, None]).max() <= 1
+        assert np.abs(filter_1 - expected.detach().numpy()[:, :, None]).max() <= 1
     rgb = sobel_to_rgb(conv, 1).weight[0]
-    first = picture[GAP + CAPTION :, wide - GAP - rgb_width :][:39, :39][1::3, 1::3].astype(int)
+    filter_0 = last[:65, :65][2::5, 2::5].astype(int)
     expected = 128 + 127 * rgb / rgb.abs().max()
-    assert np.abs(first - expected.detach().permute(1, 2, 0).numpy()).max() <= 1
+    assert np.abs(filter_0 - expected.detach().permute(1, 2, 0).numpy()).max() <= 1
 
 
-def test_other_numbers_of_channels_have_a_grid_each(tmp_path):
+def test_other_numbers_of_channels_have_a_grid_each(tmp_path, drawn):
     folder = draw("filters", tmp_path, "--arch", "resnet18", "--size", "32", "--in_chans", "4")
-    assert read(folder / "filters.png").shape[1] == 2 * GAP + 4 * (8 * 44 - 2) + 3 * 24
+    assert (folder / "filters.png").is_file()
+    assert [len(boxes) for boxes in drawn["filters.png"].boxes[0]] == [1] * 4
     # No pictures but that of the first layer, and no data, were asked for.
     assert [path.name for path in tmp_path.iterdir()] == ["filters.png"]
 
 
 # ============ the command line ============
-def test_a_released_file_of_deepcluster_says_what_it_is(tmp_path):
+def test_a_released_file_of_deepcluster_says_what_it_is(tmp_path, drawn):
     torch.manual_seed(0)
     model = AlexNet(10, sobel=True, width=0.05)
     weights = {
@@ -425,7 +430,10 @@ def test_a_released_file_of_deepcluster_says_what_it_is(tmp_path):
     options = ["--pretrained", tmp_path / "released.pth.tar", "--size", "64", "--top", "2"]
     folder = draw("filters", tmp_path / "out", *options)
     filter_pictures.draw_first_layer(model.features[0], model.sobel, tmp_path / "own.png")
-    assert np.array_equal(read(folder / "filters.png"), read(tmp_path / "own.png"))
+    own, same = (drawn[name].boxes[0] for name in ("own.png", "filters.png"))
+    for box, other in zip(own, same, strict=True):
+        there = pixels(read(folder / "filters.png"), other[0])
+        assert np.array_equal(pixels(read(tmp_path / "own.png"), box[0]), there)
     options += ["--conv", "2", "--filters", "3", "--steps", "2"]
     draw("filters", tmp_path / "out", *options)  # through Sobel, from an RGB image
     assert read(folder / "filters_conv2" / "filter_0003.png").shape == (64, 64, 3)

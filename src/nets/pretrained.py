@@ -52,6 +52,8 @@ class Pretrained:
     run_args        the arguments of its run, {} if it is of no run of this repository
     options         what it is built with, by flag, without arch
     seed            of its run, which makes it untrained
+    path            the file of its weights or the folder of its run, "" if it is untrained
+    epoch           how many epochs it was trained for, where its run's checkpoint says it
     """
 
     model: nn.Module
@@ -65,6 +67,16 @@ class Pretrained:
     feature: str = "backbone"
     seed: int = 0
     head: nn.ModuleDict | None = None
+    path: str = ""
+    epoch: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Whose weights these are, for people: 'resnet18 of runs/mine after 100 epochs'."""
+        if not self.path:
+            return f"an untrained {self.arch}"
+        after = f" after {self.epoch} epoch{'s' * (self.epoch != 1)}" if self.epoch else ""
+        return f"{self.arch} of {self.path}{after}"
 
     @property
     def in_chans(self) -> int:
@@ -86,7 +98,8 @@ class Pretrained:
     def untrained(self) -> "Pretrained":
         """The same network before its training, as the seed makes it."""
         model = _build(self.arch, self.options, self.run_args, self.seed)
-        return replace(self, model=model, head=_take_off(model, self.feature))
+        head = _take_off(model, self.feature)
+        return replace(self, model=model, head=head, path="", epoch=None)
 
 
 def open_pretrained(
@@ -161,6 +174,8 @@ def open_pretrained(
         feature=feature,
         seed=seed,
         head=_take_off(model, feature),
+        path=str(path),
+        epoch=contents.get("epoch") if "method" in contents else None,
     )
 
 

@@ -5,6 +5,7 @@ figure 4. The response of a filter is the mean of its map, see src/pictures/resp
 """
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,20 @@ from torch import Tensor, nn
 
 from ..data.datasets import ImageDataset
 from ..labels.features import centre_crop, extract_features
-from .attention import make_sheet, three_channels
 from .responses import Layer, filter_responses
+from .sheets import (
+    Group,
+    Header,
+    Row,
+    Tile,
+    draw_sheet,
+    enlarge,
+    factor_for,
+    three_channels,
+    to_picture,
+)
 
-SIDE = 112  # pixels of an image on a sheet
+LEAST, MOST = 96, 160  # pixels of the side of an image on a sheet
 
 
 class TopImages:
@@ -102,28 +113,49 @@ def write_table(top: TopImages, filters: Sequence[int], dataset: ImageDataset, p
                 writer.writerow([number, rank, index, dataset.file_name(index), f"{value:.6g}"])
 
 
-def draw_sheet(
+def draw_top_images(
     top: TopImages,
     filters: Sequence[int],
     dataset: ImageDataset,
     path: Path,
+    layer: str,
+    source: str,
     synthetic: Sequence[tuple[Tensor, float]] | None = None,
-) -> None:
-    """A row for each filter: the images it responds to most, with their responses above them.
+) -> Path:
+    """A row for each filter: the images it responds to most, with their responses below them.
 
-    synthetic: an image, uint8 (C, S, S), for each of `filters`, and its response, on the left.
+    layer and source: what the filters are of, for the header. synthetic: an image, uint8 (C, S, S), for
+    each of `filters`, and its response, on the left.
     """
     rows = []
-    for row, number in enumerate(filters):
-        pictures = [(value, _middle(dataset.load(index))) for index, value in top.of_filter(number)]
+    for i, number in enumerate(filters):
+        tiles = [
+            Tile(_middle(dataset.load(index)), _captions(value, dataset.file_name(index)))
+            for index, value in top.of_filter(number)
+        ]
+        groups = [tiles]
         if synthetic is not None:
-            image, value = synthetic[row]
-            pictures.insert(0, (value, image))
-        captions = [f"{value:.3g}" for value, _ in pictures]
-        captions[0] = f"filter {number}: {captions[0]}"
-        images = [as_picture(image) for _, image in pictures]
-        rows.append(list(zip(captions, images, strict=True)))
-    make_sheet(rows, SIDE).save(path)
+            image, value = synthetic[i]
+            groups = [[Tile(to_picture(image, (MOST, MOST)), [f"{value:.3g}"])], tiles]
+        rows.append(Row(groups, [f"filter {number}"]))
+    for g in range(len(rows[0].tiles)):
+        column = [tile for row in rows for tile in row.tiles[g]]
+        factor = factor_for([tile.picture for tile in column], LEAST)
+        for tile in column:
+            tile.picture = enlarge(tile.picture, factor)
+    names = [Group("images with the largest response, the largest first")]
+    if synthetic is not None:
+        names.insert(0, Group("by ascent"))
+    title = f"What {len(filters)} of {len(top.values)} filters of {layer} respond to most"
+    notes = [
+        f"{source}; {top.count:,} images of {dataset.name}",
+        "numbers: the response, the mean of the filter's map over the middle of the image",
+    ]
+    return draw_sheet(Header(title, notes), names, rows).save(path)
+
+
+def _captions(value, file_name):
+    return [f"{value:.3g}", os.path.basename(file_name)]
 
 
 def as_picture(image: Tensor) -> np.ndarray:
@@ -132,5 +164,6 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def _middle(image):
-    side = min(SIDE, *image.shape[1:])
-    return centre_crop(image, side, side)
+    """The middle of an image, which the network sees of it."""
+    side = min(MOST, *image.shape[1:])
+    return to_picture(centre_crop(image, side, side))

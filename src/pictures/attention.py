@@ -5,19 +5,32 @@ token in the last block, one map for each head; masks keep the patches with 60 %
 Pictures are uint8 arrays (H, W, 3).
 """
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
+
+from .sheets import (
+    Group,
+    Header,
+    Row,
+    Scale,
+    Sheet,
+    Tile,
+    distinct_colours,
+    draw_sheet,
+    enlarge,
+    factor_for,
+    three_channels,
+)
 
 ROUNDING = 1e-9  # of the mass: what is reached but for rounding is reached
 BATCH_BYTES, IMAGE_BYTES, MOST_IMAGES = 256 << 20, 8 << 30, 32  # see images_at_once
-GAP, CAPTION, PAPER = 4, 14, 215  # of a sheet: pixels between tiles, of a caption, grey behind
+LEAST, MOST = 192, 256  # pixels of the longer side of an image on a sheet
 GIF_FRAMES = 1000  # they are all in memory until the file is written
 
 
@@ -110,13 +123,6 @@ def draw_attention(
     return pictures
 
 
-def three_channels(images: Tensor) -> Tensor:
-    """(..., C, H, W) -> (..., 3, H, W): the first three channels, or the first one as grey."""
-    if images.shape[-3] >= 3:
-        return images[..., :3, :, :]
-    return images[..., :1, :, :].expand(*images.shape[:-3], 3, -1, -1)
-
-
 def heat_map(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """(rows, cols) float -> (H, W, 3), a square of one colour for each patch, darkest the minimum."""
     from matplotlib import colormaps  # here, since it takes a second to import
@@ -144,12 +150,6 @@ def paint_mask(picture: np.ndarray, mask: np.ndarray, colour: Sequence[int]) -> 
     return painted
 
 
-def distinct_colours(number: int) -> list[tuple[int, int, int]]:
-    """So many colours (red, green, blue), around the circle of hues."""
-    hues = (i / number for i in range(number))
-    return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.85, 1.0)) for hue in hues]
-
-
 def _enlarge(values, shape):
     """(rows, cols, ...) -> (H, W, ...), each value as a rectangle."""
     tall, wide = (n // cells for n, cells in zip(shape, values.shape[:2], strict=True))
@@ -157,43 +157,80 @@ def _enlarge(values, shape):
 
 
 # ============ sheets and animations ============
-def sheet_rows(pictures: dict[str, np.ndarray], threshold: float | None) -> list[list]:
-    """The pictures of one image as rows of a sheet, (caption, picture): heat, overlays, masks."""
+def image_sheet(
+    pictures: dict[str, np.ndarray],
+    attention: Tensor,
+    threshold: float | None,
+    title: str,
+    source: str,
+) -> Sheet:
+    """The pictures of one image: its heads side by side, as heat, over the image, and as masks.
+
+    attention: (heads, rows, cols), of which the smallest and the largest values are said.
+    """
     names = [name.removeprefix("attn-") for name in pictures if name.startswith("attn-")]
-    image = ("image", pictures["img"])
-    rows = [
-        [image, *((name.replace("head", "head "), pictures[f"attn-{name}"]) for name in names)],
-        [image, *(("", pictures[f"overlay-{name}"]) for name in names)],
-    ]
+    maps = [*attention.float(), attention.float().mean(0)]
+    ranges = [f"{float(x.min()):.2g} to {float(x.max()):.2g}" for x in maps]
+    heat = [Tile(_small(pictures[f"attn-{x}"]), [y]) for x, y in zip(names, ranges, strict=True)]
+    over = [Tile(_small(pictures[f"overlay-{x}"])) for x in names]
+    rows = [[Tile(_small(pictures["img"])), *heat]]
+    rows.append([Tile(_small(pictures["img"])), *over])
     if threshold is not None:
-        first = (f"{threshold:g} of the mass", pictures[f"masks_th{threshold}"])
-        rows.append([first, *(("", pictures[f"mask_th{threshold}_{name}"]) for name in names)])
-    return rows
+        first = Tile(
+            _small(pictures[f"masks_th{threshold}"]), [f"{threshold:g} of each head's mass"]
+        )
+        masks = [Tile(_small(pictures[f"mask_th{threshold}_{x}"])) for x in names]
+        rows.append([first, *masks])
+    groups = ["image", *(name.replace("head", "head ") for name in names)]
+    equal = 1 / max(1, attention[0].numel())
+    note = (
+        "numbers: the smallest and the largest share of a patch; spread evenly, each of "
+        f"{attention[0].numel():,} patches would have {equal:.2g}"
+    )
+    return _attention_sheet(Header(title, [source, note], scale=heat_scale()), groups, rows)
 
 
-def summary_row(name: str, pictures: dict[str, np.ndarray], side: int = 240) -> list:
-    """One row of a sheet of several images: the image, its overlays, all masks on one picture."""
-    shown = {key: x for key, x in pictures.items() if key.startswith(("overlay", "masks"))}
-    row = [(name[-side // 8 :], pictures["img"])]
-    row += [(key.removeprefix("overlay-").replace("_", " "), x) for key, x in shown.items()]
-    return [(caption, np.asarray(shrink(picture, side))) for caption, picture in row]
+def summary_sheet(rows: Sequence[tuple[str, dict]], title: str, source: str) -> Sheet:
+    """(name, pictures) of several images: a row for each, its overlays, all masks on one picture."""
+    tiles, groups = [], []
+    for name, pictures in rows:
+        shown = [key for key in pictures if key.startswith(("overlay", "masks"))]
+        groups = [
+            "image",
+            *(key.removeprefix("overlay-").replace("head", "head ") for key in shown),
+        ]
+        small = [Tile(pictures["img"], [name]), *(Tile(pictures[key]) for key in shown)]
+        tiles.append(small)
+    groups = [f"{x[8:]} of the mass" if x.startswith("masks_th") else x for x in groups]
+    note = "each map from its own minimum to its own maximum, over the image"
+    return _attention_sheet(Header(title, [source, note], scale=heat_scale()), groups, tiles)
 
 
-def make_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]], side: int = 240) -> Image.Image:
-    """Pictures with captions above them in rows; the longer side of each is `side` pixels."""
-    tiles = [[(caption, shrink(picture, side)) for caption, picture in row] for row in rows]
-    width = max(tile.width for row in tiles for _, tile in row) + GAP
-    heights = [max(tile.height for _, tile in row) + CAPTION + GAP for row in tiles]
-    size = (GAP + width * max(map(len, tiles)), GAP + sum(heights))
-    sheet = Image.new("RGB", size, (PAPER,) * 3)
-    top = GAP
-    for row, height in zip(tiles, heights, strict=True):
-        for column, (caption, tile) in enumerate(row):
-            left = GAP + column * width
-            ImageDraw.Draw(sheet).text((left, top), caption, fill=(30, 30, 30))
-            sheet.paste(tile, (left, top + CAPTION))
-        top += height
-    return sheet
+def summary_pictures(pictures: dict[str, np.ndarray]) -> dict[str, Image.Image]:
+    """What summary_sheet needs of the pictures of an image, as small as it is drawn."""
+    return {
+        key: _small(picture)
+        for key, picture in pictures.items()
+        if key == "img" or key.startswith(("overlay", "masks"))
+    }
+
+
+def heat_scale() -> Scale:
+    """The colours of heat_map."""
+    values = np.linspace(0, 1, 64, dtype=np.float32)[None]
+    return Scale(heat_map(values, (1, 64))[0], "smallest of a map", "largest")
+
+
+def _attention_sheet(header, names, rows):
+    """A column for each of `names`; the images of all rows are enlarged by one factor."""
+    factor = factor_for([tile.picture for row in rows for tile in row], LEAST)
+    for tile in (tile for row in rows for tile in row):
+        tile.picture = enlarge(tile.picture, factor)
+    return draw_sheet(header, [Group(x) for x in names], [Row([[x] for x in row]) for row in rows])
+
+
+def _small(picture):
+    return shrink(picture, MOST) if max(picture.shape[:2]) > MOST else Image.fromarray(picture)
 
 
 def shrink(picture: np.ndarray, side: int) -> Image.Image:

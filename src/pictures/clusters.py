@@ -9,24 +9,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ..data.datasets import ImageDataset
 from ..evaluate import flags as eval_flags
-from ..labels.features import centre_crop
 from ..run import flags
 from ..run.flags import at_least_zero, positive
-from . import curves
-from .attention import three_channels
 from .cluster_tables import UNREADABLE, Clusters
+from .sheets import (
+    Group,
+    Header,
+    Row,
+    Tile,
+    draw_sheet,
+    enlarge,
+    factor_for,
+    three_channels,
+    to_picture,
+)
 
 logger = logging.getLogger(__name__)
 
-SIDE = 72  # pixels of an image
-MARGIN, HEADER, TEXT, BREAK = 10, 48, 128, 18  # of the sheet, in pixels; see sheet_size
-ROW = SIDE + 8
-INK, PALE, OTHER = (25, 25, 25), (95, 95, 95), (205, 45, 45)
+LEAST, MOST = 72, 128  # pixels of the longer side of an image
+OTHER = (205, 45, 45)  # the frame of an image of another class
 
 
 # fmt: off
@@ -80,50 +86,46 @@ def choose_images(clusters: Clusters, cluster: int, number: int, seed: int) -> t
 
 
 # ============ sheet ============
-def sheet_size(num_rows: int, num_images: int) -> tuple[int, int]:
-    """Width and height in pixels of a sheet with so many clusters and so many images of each kind."""
-    width = 2 * MARGIN + TEXT + 2 * num_images * (SIDE + curves.GAP) + BREAK
-    return width, HEADER + num_rows * ROW + MARGIN
-
-
-def draw_sheet(
+def draw_clusters(
     clusters: Clusters,
     dataset: ImageDataset,
     shown: Sequence[int],
     num_images: int,
     seed: int,
     path: str | Path,
-) -> None:
+    source: str = "",
+) -> Path:
     """A row for each of the clusters `shown`: what it is, its nearest images, others at random.
 
-    Where labels are known, images of another class than most of their cluster have a red frame.
+    Where labels are known, images of another class than most of their cluster have a red frame. source:
+    of which network the clusters are, for the header.
     """
-    sheet = Image.new("RGB", sheet_size(len(shown), num_images), (curves.PAPER,) * 3)
-    canvas, small, large = ImageDraw.Draw(sheet), _font(12), _font(15)
-    starts = [MARGIN + TEXT]
-    starts.append(starts[0] + num_images * (SIDE + curves.GAP) + BREAK)
-    room = num_images * (SIDE + curves.GAP)
-    for left, text in zip(starts, ("nearest to the centroid", "others at random"), strict=True):
-        canvas.text((left, 8), _cut(canvas, text, large, room), fill=INK, font=large)
-    if clusters.labels is not None:
-        hint = _cut(canvas, "red: another class than most of its cluster", small, room)
-        canvas.text((starts[0], 27), hint, fill=OTHER, font=small)
-    for row, cluster in enumerate(shown):
-        top = HEADER + row * ROW
-        for i, text in enumerate(_describe(clusters, cluster)):
-            font, place = (small, top + 5 + 16 * i) if i else (large, top)
-            text = _cut(canvas, text, font, TEXT - 8)
-            canvas.text((MARGIN, place), text, fill=PALE if i else INK, font=font)
+    rows = []
+    for cluster in shown:
         chosen = choose_images(clusters, cluster, num_images, seed)
-        for left, indices in zip(starts, chosen, strict=True):
-            for column, index in enumerate(indices):
-                tile = Image.fromarray(_picture(dataset, index))
-                if clusters.labels is not None:
-                    if clusters.labels[index] != clusters.majority[cluster]:
-                        corners = [0, 0, SIDE - 1, SIDE - 1]
-                        ImageDraw.Draw(tile).rectangle(corners, outline=OTHER, width=3)
-                sheet.paste(tile, (left + column * (SIDE + curves.GAP), top))
-    sheet.save(path)
+        tiles = [[_tile(clusters, dataset, cluster, i) for i in indices] for indices in chosen]
+        rows.append(Row(tiles, _describe(clusters, cluster)))
+    tiles = [tile for row in rows for group in row.tiles for tile in group]
+    factor = factor_for([tile.picture for tile in tiles], LEAST)
+    for tile in tiles:
+        tile.picture = enlarge(tile.picture, factor)
+    used = int((clusters.sizes > 0).sum())
+    title = f"{len(rows)} of {used:,} clusters of {int(clusters.sizes.sum()):,} images"
+    legend = []
+    if clusters.labels is not None:
+        legend.append(("red: of another class than most of its cluster", OTHER))
+    header = Header(title, [f"{dataset.name}; {source}" if source else dataset.name], legend)
+    groups = [Group("nearest to the centroid, and the cosine to it"), Group("others at random")]
+    return draw_sheet(header, groups, rows).save(path)
+
+
+def _tile(clusters, dataset, cluster, index):
+    """An image with its file's name and its cosine to the centroid."""
+    frame = None
+    if clusters.labels is not None and clusters.labels[index] != clusters.majority[cluster]:
+        frame = OTHER
+    captions = [os.path.basename(dataset.file_name(index)), f"{float(clusters.cosines[index]):.2f}"]
+    return Tile(to_picture(dataset.load(index), (MOST, MOST)), captions, frame)
 
 
 def _describe(clusters, cluster):
@@ -134,28 +136,6 @@ def _describe(clusters, cluster):
         lines.append(f"purity {100 * int(clusters.matching[cluster]) / size:.0f} %")
         lines.append(f"most: {clusters.class_name(int(clusters.majority[cluster]))}")
     return lines
-
-
-def _picture(dataset, index):
-    image = dataset.load(index)
-    side = min(SIDE, *image.shape[1:])
-    return curves._tile(centre_crop(image, side, side), SIDE, SIDE)[:SIDE, :SIDE]
-
-
-def _font(size):
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, ImportError):  # Pillow before 10.1, or without FreeType
-        return ImageFont.load_default()
-
-
-def _cut(canvas, text, font, width):
-    """The text, shortened to `width` pixels."""
-    letters = "utf-8" if isinstance(font, ImageFont.FreeTypeFont) else "ascii"
-    short = text.encode(letters, "replace").decode(letters)
-    while short and canvas.textlength(short, font) > width:
-        short = short[:-2] + "." if len(short) > 1 else ""
-    return short
 
 
 # ============ sizes ============

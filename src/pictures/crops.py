@@ -1,19 +1,29 @@
-"""Multi-crops beside the images that they were cut from, each in the colour of its window."""
+"""Crops that a network is trained on, beside the images that they were cut from."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..data.datasets import ImageDataset
 from ..data.multicrop import MultiCropDataset, crop_generator, draw_window
-from . import curves
-from .attention import distinct_colours, shrink, three_channels
+from .sheets import (
+    Group,
+    Header,
+    Row,
+    Tile,
+    distinct_colours,
+    draw_sheet,
+    enlarge,
+    factor_for,
+    to_picture,
+)
 
-SIDE = 192  # pixels of the largest crop, if it is not larger itself
-FRAME = 3  # pixels of the border of a crop
+SIDE = 192  # pixels that the largest crops have at least, enlarged by a whole factor if need be
+WIDEST = 2.5  # of an image: its width by the height of the largest crops, at most
+OUTLINE = 2  # pixels
 
 
 def draw_crops(
@@ -22,19 +32,79 @@ def draw_crops(
     indices: Sequence[int],
     views: Sequence[Tensor],
     path: str | Path,
+    source: str = "",
 ) -> Path:
     """A sheet as PNG with a row for each image: the image with its windows, then its crops.
 
-    views: uint8 (B, C, S, S) for each crop, of the samples `indices` in `epoch`. A small crop is
-    enlarged pixel by pixel, all by the same factor.
+    views: uint8 (B, C, S, S) for each crop, of the samples `indices` in `epoch`; each is framed in the
+    colour of its window. source: of which run, for the header.
     """
-    largest = max(view.shape[-1] for view in views)
-    factor = max(1, round(SIDE / largest))
     colours = distinct_colours(len(views))
-    first = [_with_windows(crops, epoch, i, factor * largest, colours) for i in indices]
-    columns = [torch.stack(first)]  # (B, 3, S, S)
-    columns += [_framed(view, factor, c) for view, c in zip(views, colours, strict=True)]
-    return curves.crop_sheet(columns, path, factor * largest)
+    originals = [crops.dataset.load(index) for index in indices]
+    pictures = _as_high_as_crops(originals, views)
+    for index, image, picture in zip(indices, originals, pictures, strict=True):
+        windows = crop_windows(crops, epoch, index, *image.shape[1:])
+        _outline(picture, windows, picture.width / image.shape[2], colours)
+    header = Header(
+        f"Crops of {len(indices)} images of {crops.dataset.name}",
+        [
+            f"{source + ', ' if source else ''}epoch {epoch + 1}, after the changes of colour; "
+            "a frame has the colour of its window",
+        ],
+    )
+    names = [os.path.basename(crops.dataset.file_name(index)) for index in indices]
+    return crop_sheet(header, "original with windows", pictures, names, views, path, colours)
+
+
+def draw_batch(
+    dataset: ImageDataset,
+    indices: Sequence[int],
+    views: Sequence[Tensor],
+    path: str | Path,
+    title: str,
+) -> Path:
+    """A sheet as PNG of the first crops of a run, uint8 (B, C, S, S) each, beside their images."""
+    pictures = _as_high_as_crops([dataset.load(index) for index in indices], views)
+    note = "as the network sees them: cut out, resized, and changed in colour"
+    names = [os.path.basename(dataset.file_name(index)) for index in indices]
+    return crop_sheet(Header(title, [note]), "original", pictures, names, views, path)
+
+
+def crop_sheet(
+    header: Header,
+    original: str,
+    pictures: Sequence[Image.Image],
+    names: Sequence[str],
+    views: Sequence[Tensor],
+    path: str | Path,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+) -> Path:
+    """A row for each of `pictures`, B images: the image, then its crops, the resolutions side by side.
+
+    original: the name of the first column. views: uint8 (B, C, S, S) for each crop, those of one
+    resolution next to each other. All are enlarged by the same whole factor where the largest has fewer
+    than SIDE pixels; small ones are stacked to the height of the largest.
+    """
+    largest, factor = _scale_of_crops(views)
+    groups, members = [Group(original)], []
+    for i, view in enumerate(views):
+        size = view.shape[-1]
+        if not members or views[members[-1][0]].shape[-1] != size:
+            members.append([])
+        members[-1].append(i)
+    for same_size in members:
+        size = views[same_size[0]].shape[-1]
+        lines = min(largest // size, len(same_size))
+        groups.append(Group(f"{len(same_size)} x {size} px", lines))
+    rows = []
+    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        tiles = [[Tile(picture, [name])]]
+        for same_size in members:
+            crops = [enlarge(to_picture(views[k][i]), factor) for k in same_size]
+            frames = [colours[k] if colours is not None else None for k in same_size]
+            tiles.append([Tile(x, frame=frame) for x, frame in zip(crops, frames, strict=True)])
+        rows.append(Row(tiles))
+    return draw_sheet(header, groups, rows).save(path)
 
 
 def crop_windows(crops: MultiCropDataset, epoch: int, index: int, height: int, width: int) -> list:
@@ -47,26 +117,25 @@ def crop_windows(crops: MultiCropDataset, epoch: int, index: int, height: int, w
     ]
 
 
-def _with_windows(crops, epoch, index, side, colours):
-    """uint8 (3, side, side): the image, its longer side as long, with the outlines of its windows."""
-    image = three_channels(crops.dataset.load(index))
-    picture = shrink(image.permute(1, 2, 0).numpy(), side)
-    canvas, scale = ImageDraw.Draw(picture), side / max(image.shape[1:])
-    windows = crop_windows(crops, epoch, index, *image.shape[1:])
+def _scale_of_crops(views):
+    """(pixels of the largest crops' side, the factor that crops are enlarged by)."""
+    largest = max(view.shape[-1] for view in views)
+    return largest, max(1, round(SIDE / largest))
+
+
+def _as_high_as_crops(images, views):
+    """Pictures of images (C, H, W) that are about as high as the largest crops are drawn."""
+    largest, factor = _scale_of_crops(views)
+    height = factor * largest
+    pictures = [to_picture(image, (round(WIDEST * height), height)) for image in images]
+    factor = factor_for(pictures, height)
+    return [enlarge(picture, factor) for picture in pictures]
+
+
+def _outline(picture, windows, scale, colours):
+    """Draw the windows (top, left, height, width), in pixels of the image, on its picture."""
+    canvas, width = ImageDraw.Draw(picture), OUTLINE + (picture.width > 300)
     for window, colour in zip(windows, colours, strict=True):
-        top, left, height, width = (round(scale * x) for x in window)
-        corners = [left, top, left + max(1, width) - 1, top + max(1, height) - 1]
-        canvas.rectangle(corners, outline=colour, width=2)
-    square = np.full((side, side, 3), curves.PAPER, np.uint8)
-    square[: picture.height, : picture.width] = np.asarray(picture)
-    return torch.from_numpy(square).permute(2, 0, 1)
-
-
-def _framed(view, factor, colour):
-    """uint8 (B, C, S, S) -> (B, 3, factor * S, factor * S) with a border."""
-    view = three_channels(view).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    colour = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
-    for edge in (slice(None, FRAME), slice(-FRAME, None)):
-        view[:, :, edge] = colour
-        view[:, :, :, edge] = colour
-    return view
+        top, left, tall, wide = (round(scale * x) for x in window)
+        corners = [left, top, left + max(1, wide) - 1, top + max(1, tall) - 1]
+        canvas.rectangle(corners, outline=colour, width=width)

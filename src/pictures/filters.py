@@ -12,20 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from ..data import photometry
 from ..nets.sobel import sobel_to_rgb
 from ..run.log import duration
-from . import curves
-from .attention import CAPTION, GAP, PAPER
 from .responses import Layer, filter_responses
+from .sheets import PAPER, Group, Header, Row, Scale, Tile, draw_sheet, to_uint8
 
 logger = logging.getLogger(__name__)
 
-CELL = 44  # pixels that a filter of the first layer is at most enlarged to, by a whole factor
-PANEL_GAP = 24  # pixels between the grids of a picture
+CELLS = (
+    44,
+    96,
+)  # pixels that a filter of the first layer is enlarged to, the fewer the filters the more
+GRIDS = 560  # pixels that the grids of the first layer shall fill
+CELL_GAP = 2  # pixels between filters
 NOISE = 20 / 255  # standard deviation of the pixels that ascent starts from
 LEAK = 0.01  # slope below zero of the last ReLU, in ascent only
 AT_ONCE = 1 << 21  # values that the images of one batch of ascent have at most
@@ -33,39 +36,45 @@ LOG_SECONDS = 5.0
 
 
 # ============ first layer ============
-def draw_first_layer(conv: nn.Conv2d, sobel: nn.Module | None, path: Path) -> None:
+def draw_first_layer(
+    conv: nn.Conv2d, sobel: nn.Module | None, path: Path, source: str = ""
+) -> Path:
     """The filters of the first convolution, zero as middle grey, each by its own largest weight.
 
     RGB in colour, other numbers of channels a grid each. sobel: the filters before the convolution
     (src.nets.sobel.Sobel); then both of its channels, and beside them the filters of RGB images that
-    Sobel and the convolution together are.
+    Sobel and the convolution together are. source: of which network, for the header.
     """
     weight = conv.weight.detach().float().cpu()  # (F, C, k, k)
-    count = f"{len(weight)} filters of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
+    count = f"{len(weight)} filters of {conv.kernel_size[0]} x {conv.kernel_size[1]} pixels"
     if sobel is not None:
         rgb = sobel_to_rgb(conv, sobel.padding).weight.detach().float().cpu()
         size = f"{rgb.shape[2]} x {rgb.shape[3]}"
         panels = _channels(weight, ["Sobel along rows", "Sobel along columns"])
-        panels.append((f"of RGB images, {size}", to_grid(_grey_zero(rgb))))
+        panels.append((f"of RGB images, {size}", to_grid(_grey_zero(rgb), num_grids=2)))
     elif weight.shape[1] == 3:
-        panels = [(count, to_grid(_grey_zero(weight)))]
+        panels = [("red, green and blue", to_grid(_grey_zero(weight)))]
     else:
         panels = _channels(weight, [f"channel {i}" for i in range(weight.shape[1])])
-    widths = [grid.shape[1] + PANEL_GAP for _, grid in panels]
-    height = max(grid.shape[0] for _, grid in panels)
-    size = (2 * GAP + sum(widths) - PANEL_GAP, 2 * GAP + CAPTION + height)
-    sheet, left = Image.new("RGB", size, (PAPER,) * 3), GAP
-    for (caption, grid), width in zip(panels, widths, strict=True):
-        ImageDraw.Draw(sheet).text((left, GAP), caption, fill=(30, 30, 30))
-        sheet.paste(Image.fromarray(grid), (left, GAP + CAPTION))
-        left += width
-    sheet.save(path)
+    largest = weight.abs().amax((1, 2, 3))
+    notes = [
+        source,
+        "grey is zero; each filter is drawn by its own largest weight, which goes from "
+        f"{largest.min():.2g} to {largest.max():.2g}, median {largest.median():.2g}",
+    ]
+    shades = np.linspace(1, 255, 64).round().astype(np.uint8)
+    scale = Scale(np.repeat(shades[:, None], 3, 1), "-largest", "+largest, of each filter")
+    header = Header(f"The first layer: {count}", [x for x in notes if x], scale=scale)
+    groups = [Group(caption) for caption, _ in panels]
+    tiles = [[Tile(Image.fromarray(grid))] for _, grid in panels]
+    return draw_sheet(header, groups, [Row(tiles)]).save(path)
 
 
 def _channels(weight, captions):
     """(caption, grid) of each channel of (F, C, k, k); all channels of a filter have one scale."""
     shades = _grey_zero(weight)  # (F, C, k, k)
-    grids = [to_grid(shades[:, i : i + 1].expand(-1, 3, -1, -1)) for i in range(shades.shape[1])]
+    channels = [shades[:, i : i + 1].expand(-1, 3, -1, -1) for i in range(shades.shape[1])]
+    grids = [to_grid(channel, num_grids=len(channels)) for channel in channels]
     return list(zip(captions, grids, strict=True))
 
 
@@ -75,8 +84,10 @@ def _grey_zero(weight):
     return (128 + 127 * weight / largest).round().to(torch.uint8)
 
 
-def to_grid(images: Tensor) -> np.ndarray:
+def to_grid(images: Tensor, num_grids: int = 1) -> np.ndarray:
     """uint8 (F, 3, k, k) -> one picture, row by row, without a gap at its borders.
+
+    A filter is enlarged by a whole factor. num_grids: how many such pictures stand side by side.
 
     As many columns as the smallest divisor of F from its square root on, where that is at most
     twice the root, so that 96 are 8 rows of 12.
@@ -84,14 +95,16 @@ def to_grid(images: Tensor) -> np.ndarray:
     count, _, rows, cols = images.shape
     root = math.ceil(math.sqrt(count))
     columns = next((c for c in range(root, 2 * root + 1) if count % c == 0), root)
-    scale = max(1, CELL // max(rows, cols))
+    least, most = CELLS
+    cell = min(most, max(least, GRIDS // (columns * num_grids)))
+    scale = max(1, cell // max(rows, cols))
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    tall, wide = rows * scale + curves.GAP, cols * scale + curves.GAP
-    shape = (math.ceil(count / columns) * tall - curves.GAP, columns * wide - curves.GAP, 3)
+    tall, wide = rows * scale + CELL_GAP, cols * scale + CELL_GAP
+    shape = (math.ceil(count / columns) * tall - CELL_GAP, columns * wide - CELL_GAP, 3)
     grid = np.full(shape, PAPER, np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         top, left = i // columns * tall, i % columns * wide
-        grid[top : top + tall - curves.GAP, left : left + wide - curves.GAP] = image
+        grid[top : top + tall - CELL_GAP, left : left + wide - CELL_GAP] = image
     return grid
 
 
@@ -160,7 +173,7 @@ def ascend(
                 logger.info(
                     "step %d of %d of filters %s, ETA %s", step, steps, chosen.tolist(), left
                 )
-        images = curves.to_uint8(x, mean, std)
+        images = to_uint8(x, mean, std)
         after = _measure(model, layer, column, (images.float() / 255 - mean) / std)
         results.append((images.cpu(), before, after))
         done += len(chosen)

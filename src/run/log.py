@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import torch
 from ..errors import cause, printable, writing
 
 logger = logging.getLogger(__name__)
+
+COLUMNS = 100  # of the screen, that a line takes at most
+SEPARATORS = (" | ", "; ", ", ", " ")  # where a line is divided, the first one that fits
 
 
 def setup_logging(folder: str | Path | None, is_main: bool) -> None:
@@ -31,7 +35,7 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
     console.setLevel(logging.INFO if is_main else logging.WARNING)
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
-    console.setFormatter(PlainFormatter("%(message)s"))
+    console.setFormatter(ScreenFormatter("%(message)s"))
     root.addHandler(console)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -64,6 +68,37 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+class ScreenFormatter(PlainFormatter):
+    """The same, in lines of at most COLUMNS; warnings, and commands to be copied, stay whole."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno > logging.INFO or text.startswith(("command: ", "watch  ")):
+            return text
+        return "\n".join(line for part in text.split("\n") for line in divide(part))
+
+
+def divide(text: str, columns: int = COLUMNS) -> list[str]:
+    """A line as lines of at most so many columns, divided between its parts, the later ones indented.
+
+    A word that is longer, such as a path, is not divided.
+    """
+    heading = re.match(r"\w+ {2,}", text)  # of a line of the plan
+    indent, lines = " " * (len(heading[0]) if heading else 2), []
+    while len(text) > columns:
+        for separator in SEPARATORS:
+            end = text.rfind(separator, len(indent) + 1, columns)
+            if end > 0:
+                break
+        else:
+            end = text.find(" ", columns)
+        if end < 0:
+            break
+        lines.append(text[:end] + separator.strip(" |"))
+        text = indent + text[end + len(separator) :]
+    return [*lines, text]
 
 
 def describe_run(arguments: dict, folder: str | Path) -> None:

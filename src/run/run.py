@@ -18,6 +18,7 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
 import argparse
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -45,7 +46,7 @@ from .stop import StopSignal, finish, leave
 logger = logging.getLogger(__name__)
 
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
-NUM_PICTURED = 8  # images on the sheet of crops
+NUM_PICTURED = 4  # images on the sheet of crops
 HISTORY = 10  # log lines that a diagnosis sees
 PACE_AFTER = 10  # iterations of a process, of which the first is slow
 LONG_SECONDS = 1800.0  # a run that takes longer is told what shortens it
@@ -495,14 +496,17 @@ class Run:
         if self.process.rank != 0 or path.exists():
             return
         try:
-            from ..pictures import curves
+            from ..pictures.crops import draw_batch
+            from ..pictures.sheets import to_uint8
         except ImportError:
             logger.info("no picture of the crops: src/pictures is not there")
             return
         mean, std = self.augment.mean, self.augment.std
-        pictures = [curves.to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops]
+        pictures = [to_uint8(crop[:NUM_PICTURED], mean, std) for crop in crops]
+        indices = self.indices[:NUM_PICTURED].tolist()
+        title = f"First crops of {self.method} on {self.dataset.name}, epoch {self.epoch + 1}"
         try:
-            curves.crop_sheet(pictures, path)
+            draw_batch(self.dataset, indices, pictures, path, title)
         except OSError as error:
             logger.warning(f"no picture of the crops: {error}")
 
@@ -589,6 +593,8 @@ def log_plan(run: Run, crops: MultiCropDataset, peak_lr: float) -> None:
         f"{args['lr_scaling']}), {args.get('warmup_epochs', 0)} epochs of warm-up"
     )
     logger.info(f"network     {args['arch']}, {run.precision} on {process.device}")
+    if run.log.events is not None:
+        logger.info(f"watch       tensorboard --logdir {shlex.quote(str(run.folder))}")
     if args.get("optimizer") == "larc" and run.global_batch <= 1024 and peak_lr > 2:
         logger.info(
             f"note: the learning rate {peak_lr:.3g} is for 4096 images; --lr_scaling linear fits it to "

@@ -84,6 +84,16 @@ def test_a_run_of_swav_is_all_that_is_needed_wherever_its_checkpoint_lies(tmp_pa
     torch.testing.assert_close(embedded.head.prototypes(embedded.model(IMAGES)), scores)
 
 
+def test_whose_weights_they_are_is_said_for_people(tmp_path):
+    make_run(tmp_path, SWAV, {"model": swav_network()})
+    found = open_pretrained(tmp_path)
+    assert found.origin == f"resnet10 of {tmp_path} after 1 epoch"
+    assert found.untrained().origin == "an untrained resnet10"
+    torch.save(swav_network().state_dict(), tmp_path / "elsewhere" / "w.pth")
+    other = open_pretrained(tmp_path / "elsewhere" / "w.pth", "resnet10", width=0.125, stem="small")
+    assert other.origin == f"resnet10 of {tmp_path}/elsewhere/w.pth"
+
+
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
 def test_a_run_of_dino_gives_its_teacher_unless_the_student_is_asked_for(tmp_path, place):

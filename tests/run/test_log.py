@@ -1,4 +1,4 @@
-"""src.run.log and src.pictures.curves: lines, rates, and pictures that are really drawn."""
+"""src.run.log and src.pictures.curves: lines, rates, and curves that are really drawn."""
 
 import io
 import json
@@ -12,12 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from src.errors import CheckpointError
 from src.pictures import curves
-from src.run.log import RunLog, Stopwatch, describe_run, duration, read_log, setup_logging
+from src.run.log import (
+    RunLog,
+    Stopwatch,
+    describe_run,
+    divide,
+    duration,
+    read_log,
+    setup_logging,
+)
 from tests.runs import images
 
 
@@ -148,38 +155,30 @@ def test_curves_are_drawn(tmp_path):
         log.write(i, {"iteration": i, "epoch_float": i / 2, "loss": 5.0 - i, "lr": 0.1})
     log.write(4, {"iteration": 4, "epoch_float": 2.5, "knn": 90.0})
     log.close()
+    (tmp_path / "args.json").write_text('{"arch": "resnet18", "data_path": "a$b", "epochs": 9}')
     with Image.open(curves.plot_curves(tmp_path, 60)) as picture:
         assert picture.width > 300 and len(np.unique(np.asarray(picture))) > 10
+        header = np.asarray(picture.convert("L"))[: round(curves.HEADER * curves.DPI)]
+    assert (header < 128).any()
+    said = curves.describe_run(tmp_path, read_log(tmp_path))
+    assert said == f"{tmp_path.name}: resnet18 on a$b, epoch 2.5 of 9"
 
 
-def test_a_crop_sheet_has_a_row_for_each_image_and_keeps_relative_sizes(tmp_path):
-    crops = [
-        torch.zeros(3, 3, 24, 24, dtype=torch.uint8),
-        torch.zeros(3, 1, 12, 12, dtype=torch.uint8),
-    ]
-    with Image.open(curves.crop_sheet(crops, tmp_path / "a" / "crops.png", side=24)) as picture:
-        pixels = np.asarray(picture)
-    assert pixels.shape == (3 * 26, 2 * 26, 3)
-    assert (pixels[:24, :24] == 0).all() and (pixels[:12, 26:38] == 0).all()
-    assert (pixels[12:26, 26:] == curves.PAPER).all()
+def test_the_line_of_knowing_nothing_is_named_in_the_legend(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
 
+    log = RunLog(tmp_path, tensorboard=False)
+    log.write(0, {"iteration": 0, "epoch_float": 1.0, "loss": 5.0})
+    log.close()
+    labels, draw_legend = [], Axes.legend
 
-def test_normalisation_is_undone_for_pictures():
-    image = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
-    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-    m, s = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-    assert torch.equal(curves.to_uint8((image / 255 - m) / s, mean, std), image)
+    def legend(axis, **options):
+        labels.extend(axis.get_legend_handles_labels()[1])
+        return draw_legend(axis, **options)
 
-
-def test_neighbours_are_framed_by_whether_they_are_right(tmp_path):
-    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    path = curves.neighbour_sheet(
-        [image], [[image, image]], [[True, False]], tmp_path / "nn.png", 16
-    )
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture).astype(int)
-    left, right = pixels[0, 16 + 2 + 6 + 1], pixels[0, 16 + 2 + 6 + 18 + 1]
-    assert left[1] > left[0] and right[0] > right[1]
+    monkeypatch.setattr(Axes, "legend", legend)
+    curves.plot_curves(tmp_path, 3000)
+    assert labels == ["ln K = 8.01, knowing nothing"]
 
 
 # ============ a full disk ============
@@ -217,16 +216,30 @@ def test_a_full_disk_leaves_the_arguments_that_were_there(tmp_path):
     assert json.loads((tmp_path / "args.json").read_text()) == {"seed": 1}
 
 
-@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
-def test_a_picture_that_is_cut_short_leaves_the_one_that_was_there(tmp_path, monkeypatch, error):
-    def cut_short(image, path, **options):
-        Path(path).write_bytes(b"half")
-        raise error
+# ============ the screen ============
+def test_a_line_is_divided_between_its_parts_and_no_part_is_lost():
+    line = "epoch 1/2 it 9 loss 1.0 | 900 img/s | codes H 1.17 of 4.09, 55 of 60 in use, rank 49"
+    assert divide(line) == [line]
+    assert divide(line, 50) == [
+        "epoch 1/2 it 9 loss 1.0 | 900 img/s",
+        "  codes H 1.17 of 4.09, 55 of 60 in use, rank 49",
+    ]
+    assert divide(line, 42)[1:] == ["  codes H 1.17 of 4.09, 55 of 60 in use,", "  rank 49"]
+    plan = "codes       K = 60 prototypes; ln(K) = 4.094 is the loss of constant codes"
+    assert divide(plan, 60) == [
+        "codes       K = 60 prototypes;",
+        "            ln(K) = 4.094 is the loss of constant codes",
+    ]
+    path = f"written to /{'x' * 120}/a.png and no more"
+    assert divide(path) == ["written to", f"  /{'x' * 120}/a.png", "  and no more"]
 
-    crops = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]
-    path = curves.crop_sheet(crops, tmp_path / "plots" / "crops.png")
-    before = path.read_bytes()
-    monkeypatch.setattr(Image.Image, "save", cut_short)
-    with pytest.raises(type(error)):
-        curves.crop_sheet(crops, path)
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+def test_the_screen_has_lines_of_100_columns_and_train_log_whole_ones(
+    tmp_path, capsys, root_handlers
+):
+    setup_logging(tmp_path, True)
+    logging.getLogger("src.run").info("a word, " * 40)
+    logging.getLogger("src.run").warning("WARNING: " + "a sentence " * 20)
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said[:-1])) <= 100 < len(said[-1]) and len(said) == 5
+    assert len((tmp_path / "train.log").read_text().splitlines()) == 2
