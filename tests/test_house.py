@@ -54,15 +54,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (26, 5650),
-    "main_simclr": (25, 5550),
-    "main_selav2": (30, 6450),
-    "main_deepclusterv2": (31, 6650),
-    "main_rotnet": (31, 6250),
-    "main_dino": (30, 6250),
-    "main_deepcluster": (38, 7550),
-    "main_deepercluster": (41, 8350),
-    "main_clusterfit": (36, 7250),
+    "main_swav": (26, 5800),
+    "main_simclr": (25, 5675),
+    "main_selav2": (30, 6550),
+    "main_deepclusterv2": (31, 6750),
+    "main_rotnet": (31, 6400),
+    "main_dino": (30, 6425),
+    "main_deepcluster": (38, 7650),
+    "main_deepercluster": (41, 8475),
+    "main_clusterfit": (36, 7350),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.
