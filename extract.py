@@ -166,7 +166,7 @@ def cluster(rows, folder, process, stop, *, num_clusters, iterations, seed):
 def write_clusters(folder, clustered, dataset, args):
     """centroids.npy, clusters.json and the sheet clusters.png; returns what to say of them."""
     from src.pictures import cluster_tables
-    from src.pictures.clusters import choose_clusters, draw_sheet
+    from src.pictures.clusters import choose_clusters, draw_clusters
 
     assignments, cosines, centroids = clustered
     clusters = cluster_tables.Clusters(
@@ -178,7 +178,15 @@ def write_clusters(folder, clustered, dataset, args):
     with writing(path), whole(path) as spare:
         spare.write_text(json.dumps(summary, indent=1) + "\n")
     shown = choose_clusters(clusters.sizes, args.num_shown)
-    draw_sheet(clusters, dataset, shown, args.num_images, args.seed, folder / "clusters.png")
+    draw_clusters(
+        clusters,
+        dataset,
+        shown,
+        args.num_images,
+        args.seed,
+        folder / "clusters.png",
+        source=f"k-means of the features of {args.pretrained or 'an untrained network'}",
+    )
     agreement = ""
     if dataset.labels is not None:
         agreement = f"; purity {summary['purity']:.1%}, NMI {summary['nmi']:.3f} with the labels"

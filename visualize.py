@@ -457,7 +457,7 @@ def parse_args(argv):
     parser = get_parser()
     picture = parser.parse_args(argv).picture
     command = next(x for x in parser._actions if x.dest == "picture").choices[picture]
-    explicit = eval_flags.explicit_flags(command, argv[1:]) | {"picture": picture}
+    explicit = flags.explicit_flags(command, argv[1:]) | {"picture": picture}
     _, _, defaults_of = COMMANDS[picture]
     said = defaults_of(eval_flags.with_defaults(command, explicit), explicit)
     return eval_flags.with_defaults(command, explicit, said)

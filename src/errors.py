@@ -58,6 +58,24 @@ MEANINGS = {
 }
 
 
+# What networks of torch, torchvision and timm say of images that they do not take.
+WRONG_SIZE = re.compile(
+    r"Kernel size can't be greater than actual input size|[Oo]utput size is too small"
+    r"|Input (height|width) \(\d+\) (should be divisible|doesn't match)"
+)
+
+
+def explain_size(error: BaseException) -> str | None:
+    """What people need to know where a network does not take images of their size; None otherwise."""
+    if not isinstance(error, RuntimeError | AssertionError) or not WRONG_SIZE.search(str(error)):
+        return None
+    return (
+        "the network of --arch does not take images of this size: give another one (--size_crops, with "
+        "main_dino.py --global_crops_size and --local_crops_size, in the evaluations --size) or another "
+        f"--arch ({_gist(error)})"
+    )
+
+
 def explain(error: BaseException) -> str | None:
     """What people need to know of an error from outside the program, in a sentence; None for others.
 

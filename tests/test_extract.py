@@ -92,6 +92,17 @@ def test_pooled_features_are_those_of_all_positions(tmp_path, photos, arch):
         np.testing.assert_array_equal(cls, found["backbone"])
 
 
+@pytest.mark.slow  # loads timm
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_networks_of_timm_have_positions(tmp_path, photos, name):
+    pytest.importorskip("timm")
+    argv = ["--arch", f"timm:{name}", "--data_path", photos, "--size", "64"]
+    patches, _, _ = call(tmp_path / "patches", *argv, "--feature", "patches")
+    mean, _, _ = call(tmp_path / "mean", *argv, "--feature", "mean")
+    assert patches.shape[:2] == (6, 4 if name == "resnet10t" else 16)
+    np.testing.assert_allclose(mean, patches.mean(1), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [

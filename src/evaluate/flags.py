@@ -40,8 +40,8 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
         help="zeros around the image there: 1 DeepCluster's, 2 DeeperCluster's")
     add = parser.add_argument_group("weights").add_argument
     add("--pretrained", "--pretrained_weights", default="",
-        help="a run's folder, a checkpoint, a released file, torchvision weights, or torchvision:resnet50 "
-        "to download them; a run says all flags of its network; a file those that its tensors tell, such "
+        help="a run's folder, a checkpoint, a file of weights, or torchvision:resnet50 or timm:resnet50 "
+        "to download theirs; a run says all flags of its network; a file those that its tensors tell, such "
         "as --arch, --width, --patch_size, --sobel")
     add("--checkpoint_key", default=None,
         help="section of the file: student, teacher, ... (default: teacher, if there is one)")
@@ -74,7 +74,7 @@ def parse_args(
     `args.given` holds the names on the command line, `args.preset` the preset of the data. Raises
     ValueError and OSError for a run or weights that cannot be read.
     """
-    explicit = explicit_flags(parser, argv)
+    explicit = flags.explicit_flags(parser, argv)
     args = with_defaults(parser, explicit)
     run_args, said = network_defaults(args, explicit)
     said["dump_path"] = default_folder(name, args.data_path)
@@ -102,14 +102,6 @@ def network_defaults(args: argparse.Namespace, explicit: dict) -> tuple[dict, di
         return {}, {}
     preset = preset_of(args.data_path)
     return {}, {"size": CROPS[preset]["size"][0], **SMALL_NETWORKS.get(preset, {})}
-
-
-def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
-    """What the command line says, by flag, without any default."""
-    unsaid = object()  # argparse puts defaults only where there is nothing yet
-    blank = argparse.Namespace(**{action.dest: unsaid for action in parser._actions})
-    parsed = vars(parser.parse_args(argv, blank))
-    return {name: value for name, value in parsed.items() if value is not unsaid}
 
 
 def with_defaults(

@@ -1,4 +1,4 @@
-"""Networks without a head, by the name of --arch: ViT, XCiT of timm, ResNet, VGG, torchvision."""
+"""Networks without a head, by the name of --arch: ViT, XCiT, ResNet, VGG, torchvision's, timm's."""
 
 import re
 
@@ -25,7 +25,10 @@ def build_backbone(
     drop_path_rate: float = 0.0,
     num_registers: int = 0,
     depth: int | None = None,
+    num_heads: int | None = None,
+    layer_scale: float | None = None,
     stem: str = "imagenet",
+    stem_padding: int = 1,
     width: float = 1.0,
     zero_init_residual: bool = False,
     sobel: bool | None = None,
@@ -35,13 +38,14 @@ def build_backbone(
     """An untrained network of (B, in_chans, S, S) -> (B, num_features), which is its attribute.
 
     It has forward_backbone, the same as calling it. arch: one of vision_transformer.ARCHITECTURES,
-    xcit_* (El-Nouby et al. 2021, arXiv:2106.09681; timm's network), one of resnet.ARCHITECTURES, or
-    a torchvision classification network. depth: number of blocks of a vision transformer, None: its
-    usual one; width: factor on the channels or dimensions of all layers. sobel: true or false for a
-    network of src.nets.convnets without its top layer, whose alexnet and vgg16 are not torchvision's.
+    xcit_* (El-Nouby et al. 2021, arXiv:2106.09681; timm's network), one of resnet.ARCHITECTURES, a
+    torchvision classification network, or timm:NAME. depth, num_heads: blocks and heads of a vision
+    transformer, None: its usual ones; layer_scale: see VisionTransformer; width: factor on the channels or
+    dimensions of all layers; stem_padding: see ResNet. sobel: true or false for a network of
+    src.nets.convnets without its top layer, whose alexnet and vgg16 are not torchvision's.
 
     What published commands and presets give whatever the arch is not used where it has no meaning:
-    patch_size, img_size and drop_path_rate by convolutional networks, stem by transformers,
+    patch_size and img_size by all but ViTs, drop_path_rate by convolutional networks, stem by transformers,
     image_padding by all but the vgg16 of src.nets.convnets. Raises
     ValueError on any other option that arch has no use for, and on an unknown name.
     """
@@ -55,9 +59,18 @@ def build_backbone(
             in_chans=in_chans,
             num_registers=num_registers,
             width=width,
+            layer_scale=layer_scale,
             **({} if depth is None else {"depth": depth}),
+            **({} if num_heads is None else {"num_heads": num_heads}),
         )
-    refuse_unusual(arch, "a ViT, such as vit_small", num_registers=num_registers, depth=depth)
+    refuse_unusual(
+        arch,
+        "a ViT, such as vit_small",
+        num_registers=num_registers,
+        depth=depth,
+        num_heads=num_heads,
+        layer_scale=layer_scale,
+    )
     if arch.startswith("xcit"):
         refuse_unusual(arch, "a ResNet of ours", **of_resnets)
         refuse_unusual(arch, "a ViT or a ResNet of ours", width=width)
@@ -68,25 +81,29 @@ def build_backbone(
 
         options |= {"sobel": sobel, "sobel_padding": sobel_padding, "image_padding": image_padding}
         return build_convnet(arch, in_chans=in_chans, **options)
-    if arch not in resnet.ARCHITECTURES:
+    if arch.startswith(resnet.TIMM):
+        options["drop_path_rate"] = drop_path_rate
+    elif arch in resnet.ARCHITECTURES:
+        options["stem_padding"] = stem_padding
+    else:
         from torchvision import models
 
         if arch not in models.list_models(module=models):
             names = [*vision_transformer.ARCHITECTURES, "xcit_*", *resnet.ARCHITECTURES]
             raise ValueError(
-                f"--arch {arch} is not known: use one of {', '.join(names)}, "
-                "or any torchvision classification model, such as vgg16 or convnext_tiny"
+                f"--arch {arch} is not known: use one of {', '.join(names)}, any torchvision "
+                "classification model, such as vgg16 or convnext_tiny, or timm:NAME for one of timm"
             )
     return resnet.build_model(arch, in_chans=in_chans, **options)
 
 
 def refuse_unusual(arch: str, kind: str, **options) -> None:
     """Raise ValueError naming the first option that was changed, of those that `kind` alone has."""
-    defaults = {"num_registers": 0, "depth": None, "width": 1.0}
+    defaults = {"num_registers": 0, "width": 1.0}
     defaults |= {"zero_init_residual": False, "sobel": False}
     for name, value in options.items():
-        if value != defaults[name]:
-            hint = f"use --{name} {defaults[name]}" if defaults[name] else "leave it out"
+        if value != defaults.get(name):
+            hint = f"use --{name} {defaults[name]}" if defaults.get(name) else "leave it out"
             raise ValueError(f"--{name} needs {kind}: for --arch {arch} {hint}")
 
 

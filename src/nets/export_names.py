@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .backbones import is_vit
 from .pretrained import Pretrained
-from .resnet import TorchvisionTrunk
+from .resnet import TIMM, LibraryTrunk
 from .vision_transformer import VisionTransformer
 from .weights import COUNTER
 
@@ -86,7 +86,9 @@ def to_torchvision(network: Pretrained, zero_classifier: bool = False) -> Rename
 
 def _torchvision_tensors(network, library):
     """Tensors of a trunk that torchvision has, by its names; ValueError for another one."""
-    if isinstance(network.model, TorchvisionTrunk):
+    if network.arch.startswith(TIMM):
+        raise ValueError(f"--format {library}: --arch {network.arch} is of timm: use --format timm")
+    if isinstance(network.model, LibraryTrunk):
         return own_tensors(network.model.trunk)
     return own_tensors(_resnet(network, library))
 
@@ -128,11 +130,13 @@ def to_timm(network: Pretrained) -> Renamed:
     """
     if is_vit(network.arch):
         return _timm_vit(network.model)
+    in_chans = {"in_chans": network.in_chans} if network.in_chans != 3 else {}
+    if network.arch.startswith(TIMM):
+        return Renamed(own_tensors(network.model.trunk), network.arch.removeprefix(TIMM), in_chans)
     if network.arch.startswith("xcit"):  # which is timm's
         return Renamed(own_tensors(network.model), network.model.pretrained_cfg["architecture"])
     resnet = _resnet(network, "timm", any_channels=True)
-    options = {"in_chans": network.in_chans} if network.in_chans != 3 else {}
-    return Renamed(own_tensors(resnet), network.arch, options)
+    return Renamed(own_tensors(resnet), network.arch, in_chans)
 
 
 def _timm_vit(model: VisionTransformer):
@@ -153,6 +157,8 @@ def _timm_vit(model: VisionTransformer):
         usual["patch_size"] = patch_size
     options = {key: value for key, value in said.items() if usual.get(key) != value}
     weights = own_tensors(model)
+    if "blocks.0.ls1.gamma" in weights:  # LayerScale, whose first value the weights replace
+        options["init_values"] = 1.0
     if model.num_registers:
         # timm gives registers positions, too, unless only patches have one: then that of the class
         # token is part of the token.

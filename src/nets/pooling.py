@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .backbones import is_vit
 from .pretrained import Pretrained
+from .resnet import TIMM
 
 FEATURES = ("backbone", "cls", "mean", "gem", "patches", "embedding")
 SMALLEST = 1e-6  # what generalised means are of, at least
@@ -35,8 +36,12 @@ def forward_of_feature(
         return network.model.forward_backbone
     if feature == "embedding":
         return network.model
-    positions = _positions_of_vit if is_vit(network.arch) else _positions_before_pooling
-    tokens = positions(network)
+    if is_vit(network.arch):
+        tokens = _positions_of_vit(network)
+    elif network.arch.startswith(TIMM):
+        tokens = _positions_of_timm(network)
+    else:
+        tokens = _positions_before_pooling(network)
     if feature == "patches":
         return tokens
     if feature == "mean":
@@ -58,6 +63,19 @@ def _positions_of_vit(network):
     """Images -> the patches after the last block and LayerNorm, (B, N, D)."""
     model = network.model
     return lambda images: model.get_intermediate_layers(images)[0][:, 1 + model.num_registers :]
+
+
+def _positions_of_timm(network):
+    """Images -> the last map or the patches of a network of timm, without class token and registers."""
+    trunk = network.model.trunk
+
+    def positions(images):
+        x = trunk.forward_features(images)
+        if x.ndim == 4 and getattr(trunk, "output_fmt", "NCHW") != "NHWC":
+            x = x.movedim(1, 3)  # (B, H, W, D)
+        return x.flatten(1, 2) if x.ndim == 4 else x[:, getattr(trunk, "num_prefix_tokens", 0) :]
+
+    return positions
 
 
 def _positions_before_pooling(network):

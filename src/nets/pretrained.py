@@ -1,4 +1,4 @@
-"""One way to a trained network: from a run, a checkpoint, a released file, or torchvision's weights.
+"""One way to a trained network: from a run, a checkpoint, a file, or weights of torchvision or timm.
 
     network = open_pretrained("runs/mine")
     features = network.model(images)  # normalised (B, C, S, S) -> (B, D)
@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 
 from .backbones import build_backbone, is_transformer
 from .recognise import recognise
-from .resnet import build_model
+from .resnet import TIMM, build_model
 from .weights import fit_weights, read_file, tensors_of
 
 # Flags of the scripts that make a network, and those that say what its images are like.
-VIT_FLAGS = ("patch_size", "img_size", "num_registers", "depth")
+VIT_FLAGS = ("patch_size", "img_size", "num_registers", "depth", "num_heads", "layer_scale")
 HEAD_FLAGS = ("hidden_mlp", "feat_dim", "head_dims", "head_bn")
 SOBEL_FLAGS = ("sobel", "sobel_padding")
 MODEL_FLAGS = ("arch", "stem", "width", *HEAD_FLAGS, *VIT_FLAGS, *SOBEL_FLAGS)
@@ -116,25 +116,29 @@ def open_pretrained(
 ) -> Pretrained:
     """The network of a run's folder, a checkpoint, a released file, or torchvision's weights.
 
-    path: also an http(s) address; "torchvision:resnet50" for the weights that torchvision has of a
-    network; "" for an untrained network. arch: where neither the run nor the file says it, resnet50
-    unless given. checkpoint_key: section of the file, such as "student"; the teacher unless given.
-    feature: "backbone", or "embedding", the output of SwAV's projection head. image_size in pixels,
-    mean, std, seed: instead of those of the run. options: flags of the network by name (NETWORK_FLAGS,
-    None for what is not said), and other arguments of src.nets.backbones.build_backbone.
+    path: also an http(s) address; "torchvision:resnet50" or "timm:resnet50" for the weights that these
+    packages have of a network; "" for an untrained network. arch: where neither the run nor the file says
+    it, resnet50 unless given. checkpoint_key: section of the file, such as "student"; the teacher unless
+    given. feature: "backbone", or "embedding", the output of SwAV's projection head. image_size in pixels,
+    mean, std, seed: instead of those of the run. options: flags of the network by name (NETWORK_FLAGS, None
+    for what is not said), and other arguments of src.nets.backbones.build_backbone.
 
     Raises FileNotFoundError, ValueError and CheckpointError (an OSError), with a sentence that names
     the flag of the evaluations, --pretrained for path, that is to be changed.
     """
     if feature not in ("backbone", "embedding"):
         raise ValueError(f"--feature {feature} must be backbone or embedding")
-    source = path
+    source, contents, weights, run_args, said = path, {}, {}, {}, {}
     if str(path).startswith(TORCHVISION):
         source, arch = _torchvision_weights(str(path).removeprefix(TORCHVISION), arch)
-    contents = read_file(source) if source else {}
-    weights = tensors_of(contents, source, checkpoint_key) if source else {}
-    run_args = read_run_args(source) or _args_of(contents)
-    said = {**recognise(weights, arch), **settings_of_run(run_args)}
+    if str(path).startswith(TIMM):
+        arch = arch or str(path)
+        weights, said = _weights_of_timm(str(path).removeprefix(TIMM), arch)
+    elif source:
+        contents = read_file(source)
+        weights = tensors_of(contents, source, checkpoint_key)
+        run_args = read_run_args(source) or _args_of(contents)
+        said = {**recognise(weights, arch), **settings_of_run(run_args)}
     said |= {name: value for name, value in options.items() if value is not None}
     arch = arch or said.get("arch") or "resnet50"
     if image_size is None:
@@ -161,7 +165,8 @@ def open_pretrained(
         of_swav = _has_swav_head(arch, built_with, run_args)
         _fill(model, weights, arch, source, of_swav=of_swav, feature=feature)
     as_dino = is_transformer(arch) or is_dino(run_args) or checkpoint_key in ("teacher", "student")
-    usual_red = as_dino or "sobel" in built_with or source != path
+    of_library = source != path or (arch.startswith(TIMM) and not run_args)
+    usual_red = as_dino or "sobel" in built_with or of_library
     return Pretrained(
         model=model,
         arch=arch,
@@ -207,6 +212,13 @@ def describe(
     """
     if str(path).startswith(TORCHVISION):
         return {}, {"arch": str(path).removeprefix(TORCHVISION)}
+    if str(path).startswith(TIMM):
+        from .timm_trunks import described_by_timm
+
+        name = str(path).removeprefix(TIMM)
+        if arch in (None, str(path)):
+            return {}, {"arch": str(path), **described_by_timm(name)}
+        return {}, _weights_of_timm(name, arch)[1]
     run_args = read_run_args(path)
     if run_args:
         return run_args, settings_of_run(run_args)
@@ -251,6 +263,15 @@ def _torchvision_weights(name, arch):
     return models.get_model_weights(name).DEFAULT.url, name
 
 
+def _weights_of_timm(name, arch):
+    """(tensors that timm has of a network, what they and timm say of the network `arch` and its images)."""
+    from .timm_trunks import described_by_timm, timm_weights  # here, as timm is optional
+
+    said = described_by_timm(name)
+    weights = timm_weights(name)
+    return weights, {**recognise(weights, arch), **said}
+
+
 # ============ building and filling ============
 def _has_swav_head(arch, options, run_args):
     return not (is_transformer(arch) or is_dino(run_args) or "sobel" in options)
@@ -269,7 +290,7 @@ def _build(arch, options, run_args, seed):
 
 
 def _build_with_head(arch, options, run_args):
-    for name in ("num_registers", "depth"):
+    for name in ("num_registers", "depth", "num_heads", "layer_scale"):
         if options.get(name):
             raise ValueError(f"--{name} is for vision transformers: leave it out for --arch {arch}")
     options = {

@@ -4,12 +4,15 @@ import math
 
 from torch import Tensor
 
+from . import foreign_names
 from .backbones import is_vit
 from .resnet import ARCHITECTURES, Bottleneck
 from .weights import SOBEL
 
 VIT_OF_DIMENSION = {96: "vit_micro", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+VIT_OF_DIMENSION[1024] = "vit_large"
 QKV = "blocks.0.attn.qkv.weight"  # of the first block of a vision transformer
+LAYER_SCALE = 1e-5  # where DINOv2's starts; the file says where it ended
 FIRST_BLOCK = "layer1.0.conv1.weight"  # of a ResNet
 # The last linear layer of networks of src.nets.convnets, and the side of their first filters.
 PLAIN = {"alexnet": ("classifier.4.weight", 11), "vgg16": ("classifier.3.weight", 3)}
@@ -21,12 +24,16 @@ def recognise(weights: dict[str, Tensor], arch: str | None = None) -> dict:
     weights: of src.nets.weights.read_weights. arch: the network that was asked for; what the file
     says of another one is left out. {} where it says nothing.
     """
+    is_of_solo_learn = foreign_names.is_of_solo_learn(weights)
+    weights = foreign_names.with_our_names(weights)
     if arch is None or is_vit(arch):
         said = _recognise_vit(weights)
         if said or arch is not None:
             return said
     sobel, plain = _recognise_sobel(weights), _recognise_plain(weights)
     said = {**sobel, **(plain or _recognise_resnet(weights))}
+    if is_of_solo_learn and said.get("stem") == "small":
+        said["stem_padding"] = 2
     if sobel:
         said.pop("in_chans", None)  # those of the Sobel filters, not those of the images
     if arch in (None, said.get("arch", arch)):
@@ -55,6 +62,10 @@ def _recognise_vit(weights):
         said["arch"] = VIT_OF_DIMENSION[table.shape[2]]
     if f"{start}register_tokens" in weights:
         said["num_registers"] = weights[f"{start}register_tokens"].shape[1]
+    if f"{start}blocks.0.ls1.gamma" in weights:
+        said["layer_scale"] = LAYER_SCALE
+    if (heads := foreign_names.heads_of(weights)) is not None:
+        said["num_heads"] = heads
     return said
 
 

@@ -1,4 +1,4 @@
-"""ResNet trunks with the head and prototypes of SwAV; any torchvision trunk with the same head.
+"""ResNet trunks with the head and prototypes of SwAV; any trunk of torchvision or timm with the same head.
 
 ResNet (He et al. 2016, arXiv:1512.03385) with the stride in the 3x3 convolution, ResNeXt (Xie et
 al. 2017, arXiv:1611.05431), and SwAV's wide ResNet-50 (arXiv:2006.09882, B.2), all of whose layers
@@ -9,6 +9,7 @@ are wider, not the 3x3 alone. The names of parameters are those of the released 
 """
 
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -93,6 +94,7 @@ class ResNet(nn.Module):
     in_chans            channels of the images
     stem                "imagenet": 7x7 stride 2 and max-pooling; "small" (32 px): 3x3 stride 1 and
                         no pooling, so that only conv1.weight differs in shape
+    stem_padding        zeros around the image at the 3x3 convolution of the small stem, 2 in solo-learn
     zero_init_residual  every residual branch starts at 0 (weight of its last BatchNorm)
     width, widen        multiply the width of every layer; widen belongs to the architecture
     groups, width_per_group    of the 3x3 convolutions (ResNeXt)
@@ -111,6 +113,7 @@ class ResNet(nn.Module):
         eval_mode: bool = False,
         in_chans: int = 3,
         stem: str = "imagenet",
+        stem_padding: int = 1,
         zero_init_residual: bool = False,
         head_dims: Sequence[int] | None = None,
         head_bn: bool = True,
@@ -132,7 +135,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_chans, planes, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(in_chans, planes, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_chans, planes, 3, padding=stem_padding, bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
@@ -187,21 +190,37 @@ resnet50w5 = partial(resnet50, widen=5)
 resnext50_32x4d = partial(resnet50, groups=32, width_per_group=4)
 resnext101_32x8d = partial(resnet101, groups=32, width_per_group=8)
 
-# What --arch takes: every name above, and the torchvision networks of build_model.
+# What --arch takes: every name above, and the networks of torchvision and timm of build_model.
 ARCHITECTURES = {name: network for name, network in globals().items() if type(network) is partial}
+# Vision transformers, which main_dino.py trains; see src.nets.backbones.
+TRANSFORMERS = re.compile(r"(vit|deit)_(micro|tiny|small|base|large)|xcit_.*")
+TIMM = "timm:"  # before the name of a network of timm
 
 
-class TorchvisionTrunk(nn.Module):
-    """A torchvision classification network without its classifier, under our head; see ResNet."""
+class LibraryTrunk(nn.Module):
+    """A network of torchvision or timm without its classifier, under our head; see ResNet."""
 
-    def __init__(self, arch: str, normalize: bool = False, **head):
+    def __init__(
+        self,
+        arch: str,
+        normalize: bool = False,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        **head,
+    ):
         super().__init__()
         self.arch, self.normalize = arch, normalize
-        self.trunk, self.num_features = torchvision_trunk(arch)
+        if arch.startswith(TIMM):
+            from .timm_trunks import timm_trunk
+
+            name = arch.removeprefix(TIMM)
+            self.trunk, self.num_features = timm_trunk(name, in_chans, drop_path_rate)
+        else:
+            self.trunk, self.num_features = torchvision_trunk(arch)
         self.projection_head, self.prototypes = build_head(self.num_features, **head)
 
     def forward_backbone(self, x: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> features (B, num_features)."""
+        """Images (B, in_chans, S, S) -> features (B, num_features)."""
         size = getattr(self.trunk, "image_size", None)  # of the position table of a ViT
         if size is not None and x.shape[2:] != (size, size):
             raise ValueError(f"--arch {self.arch} takes images of {size} px only, not {x.shape[2]}")
@@ -248,23 +267,39 @@ def torchvision_trunk(arch: str) -> tuple[nn.Module, int]:
 
 
 def build_model(arch: str, **options) -> nn.Module:
-    """The untrained network of a name in ARCHITECTURES or of a torchvision classification network.
+    """The untrained network of a name in ARCHITECTURES, of torchvision's classification networks, or
+    of timm's, which have timm: before their name.
 
     `options` are those of ResNet; a torchvision trunk takes those of the head, and images of 3
-    channels and of the sizes that it was made for. Raises ValueError on an unknown name.
+    channels and of the sizes that it was made for; one of timm also in_chans and drop_path_rate.
+    Raises ValueError on an unknown name.
     """
     if arch in ARCHITECTURES:
         return ARCHITECTURES[arch](**options)
-    from torchvision import models
-
-    if arch not in models.list_models(module=models):
-        raise ValueError(
-            f"--arch {arch} is not known: use one of {', '.join(ARCHITECTURES)}, "
-            "or any torchvision classification model, such as vgg16 or convnext_tiny"
-        )
+    if not arch.startswith(TIMM):
+        refuse_unknown(arch)
     ours = dict(in_chans=3, stem="imagenet", width=1.0, zero_init_residual=False, eval_mode=False)
+    ours["stem_padding"] = 1
+    if arch.startswith(TIMM):
+        del ours["in_chans"]
     for name, default in ours.items():
         if options.pop(name, default) != default:
             hint = "leave it out" if default is False else f"use --{name} {default}"
             raise ValueError(f"--{name} needs a ResNet of ours: for --arch {arch} {hint}")
-    return TorchvisionTrunk(arch, **options)
+    return LibraryTrunk(arch, **options)
+
+
+def refuse_unknown(arch: str) -> None:
+    """Raise ValueError unless `arch` is a torchvision classification network."""
+    if TRANSFORMERS.fullmatch(arch):
+        raise ValueError(
+            f"--arch {arch} is a vision transformer, which main_dino.py trains and the evaluations load: "
+            f"here use one of {', '.join(ARCHITECTURES)}, or another network of torchvision or timm"
+        )
+    from torchvision import models
+
+    if arch not in models.list_models(module=models):
+        raise ValueError(
+            f"--arch {arch} is not known: use one of {', '.join(ARCHITECTURES)}, any torchvision "
+            "classification model, such as vgg16 or convnext_tiny, or timm:NAME for one of timm"
+        )

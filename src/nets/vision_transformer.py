@@ -1,9 +1,10 @@
-"""Vision transformers as DINO trains them: ViT-Tiny, Small and Base with patches of any size.
+"""Vision transformers as DINO trains them: ViT-Tiny, Small, Base and Large, patches of any size.
 
 ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), section 3.1, Eq. 1-4, in the sizes of DeiT (Touvron
 et al. 2020, arXiv:2012.12877, Table 1); stochastic depth (Huang et al. 2016, arXiv:1603.09382);
-register tokens (Darcet et al. 2023, arXiv:2309.16588). The names of parameters are those of the
-released DINO checkpoints (Caron et al. 2021, arXiv:2104.14294).
+register tokens (Darcet et al. 2023, arXiv:2309.16588); LayerScale (Touvron et al. 2021,
+arXiv:2103.17239). The names of parameters are those of the released checkpoints of DINO (Caron et al.
+2021, arXiv:2104.14294) and DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
 """
 
 from collections.abc import Sequence
@@ -53,15 +54,33 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each dimension, (..., D) -> (..., D), which starts at `initial`."""
+
+    def __init__(self, dim: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """A pre-norm encoder block (ViT, Eq. 2-3) with stochastic depth, (B, T, D) -> (B, T, D).
 
     In training each branch of a sample is left out with probability drop_path_rate, else divided
-    by 1 - drop_path_rate. class_only: token 0 alone, (B, 1, D); no output needs more of the last.
+    by 1 - drop_path_rate. layer_scale: where the factors of the branches start, None: there are none.
+    class_only: token 0 alone, (B, 1, D); no output needs more of the last.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop_path_rate: float
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_path_rate: float,
+        layer_scale: float | None = None,
     ):
         super().__init__()
         self.drop_path_rate = drop_path_rate
@@ -69,11 +88,14 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.ls1, self.ls2 = nn.Identity(), nn.Identity()
+        if layer_scale is not None:
+            self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        branch = self.attn(self.norm1(x), class_only)
+        branch = self.ls1(self.attn(self.norm1(x), class_only))
         x = self.add(x[:, :1] if class_only else x, branch)
-        return self.add(x, self.mlp(self.norm2(x)))
+        return self.add(x, self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """Add a branch's output, left out for some images where there is stochastic depth: (B, N, D)."""
@@ -105,6 +127,7 @@ class VisionTransformer(nn.Module):
     drop_path_rate  stochastic depth: 0 in the first block, growing linearly to this in the last
     embed_dim       D, times `width` and rounded to a multiple of num_heads
     num_registers   R register tokens, which take part in everything and have no position
+    layer_scale     where the factors of LayerScale start, such as 1e-5; None: there are none
 
     Tokens are, in this order, the class token, R registers and the patches by rows: T = 1 + R + N.
     As published, Linear weights, the class token and the table of positions start as a truncated
@@ -125,6 +148,7 @@ class VisionTransformer(nn.Module):
         qkv_bias: bool = True,
         num_registers: int = 0,
         width: float = 1.0,
+        layer_scale: float | None = None,
     ):
         super().__init__()
         sides = [img_size] if isinstance(img_size, int) else list(img_size)
@@ -145,7 +169,9 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.empty(1, num_registers, dim))
         self.patch_embed = PatchEmbedding(patch_size, in_chans, dim)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias, r) for r in rates)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, qkv_bias, rate, layer_scale) for rate in rates
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
         for parameter in self.parameters(recurse=False):  # the tokens and the table
@@ -253,6 +279,7 @@ vit_micro = partial(VisionTransformer, embed_dim=96, num_heads=3, depth=4)  # fo
 vit_tiny = partial(VisionTransformer, embed_dim=192, num_heads=3)
 vit_small = partial(VisionTransformer, embed_dim=384, num_heads=6)
 vit_base = partial(VisionTransformer, embed_dim=768, num_heads=12)
+vit_large = partial(VisionTransformer, embed_dim=1024, num_heads=16, depth=24)
 deit_tiny, deit_small = vit_tiny, vit_small  # what DINO's first release called them
 
 # What --arch takes.

@@ -1,8 +1,9 @@
 """Reading weights from elsewhere into a network, safely, and saying what fitted.
 
 Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
-checkpoints, torchvision's, lightly's, safetensors. Only tensors, plain containers, argparse.Namespace
-and numpy scalars are unpickled.
+checkpoints, torchvision's, safetensors, and those of src.nets.foreign_names: VISSL's, lightly's,
+solo-learn's, MoCo's, DINOv2's, timm's, transformers'. Only tensors, plain containers,
+argparse.Namespace and numpy scalars are unpickled.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from ..errors import CheckpointError, cause
 logger = logging.getLogger(__name__)
 
 # What published files wrap their weights in, and what they put before the names of a network.
-SECTIONS = ("state_dict", "model", "teacher", "student")
+SECTIONS = ("state_dict", "model", "teacher", "student", "trunk", "model_state_dict")
 PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder.", "model.", "body.",
-            "model.backbone.")  # fmt: skip
+            "model.backbone.", "teacher_backbone.", "student_backbone.", "backbone.vit.",
+            "teacher_backbone.vit.", "student_backbone.vit.")  # fmt: skip
+VISSL = ("classy_state_dict", "base_model", "model")  # what it nests its trunk and heads in
 OWN_PREFIXES = PREFIXES[:3]  # networks of ours have them too
 SOBEL = "sobel."  # filters before a trunk, whose names do not start as the trunk's do
 COUNTER = "num_batches_tracked"  # of a batch normalisation: a file may lack it, and all fit
@@ -36,7 +39,6 @@ CLASSIFIERS = ("fc", "classifier", "heads", "head")
 OF_A_TRUNK = re.compile(
     r"(layer|block|stage|stem|conv|bn\d*$|norm|patch_embed|pos_embed|rope|sobel$|(?!mask_)\w+_tokens?$)"
 )
-NUMBERED_STAGE = re.compile(r"(.*?)(\d+)\.0\.conv1\.weight")  # of a ResNet without names
 COUNTS_OF_A_PROFILER = ("total_ops", "total_params")  # thop leaves them in every layer
 
 
@@ -55,8 +57,9 @@ def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[st
     """Named tensors of a file, without the "module." of DistributedDataParallel and DataParallel.
 
     path: a file, the folder of a run, or an http(s) address. checkpoint_key: the section to take,
-    such as "student"; None: the first of SECTIONS that there is. A file without any is taken whole. Raises
-    FileNotFoundError, ValueError (another key would do) or CheckpointError (not a file of weights).
+    such as "student", or what the names of the network begin with, such as "momentum_encoder"; None: the
+    first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
+    ValueError (another key would do) or CheckpointError (not a file of weights).
     """
     return tensors_of(read_file(path), path, checkpoint_key)
 
@@ -66,14 +69,20 @@ def tensors_of(
 ) -> dict[str, torch.Tensor]:
     """What read_weights gives, of the contents of a file that is read already; path: for messages."""
     names = _sections(contents)
-    if checkpoint_key is not None and names and checkpoint_key not in names:
-        raise ValueError(
-            f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {', '.join(names)}"
-        )
-    if checkpoint_key is not None and not names:
-        logger.info(f"{path} has no sections: --checkpoint_key {checkpoint_key} is not needed")
     key = next((key for key in (checkpoint_key, *SECTIONS) if key in names), None)
-    weights = _tensors(contents if key is None else contents[key])
+    weights = dist.without_wrapper(_tensors(contents if key is None else contents[key]))
+    if checkpoint_key is not None and checkpoint_key not in names:
+        start = f"{checkpoint_key}."
+        part = {
+            name.removeprefix(start): weights[name] for name in weights if name.startswith(start)
+        }
+        if names and not part:
+            raise ValueError(
+                f"--checkpoint_key {checkpoint_key} is not in {path}, which has: {', '.join(names)}"
+            )
+        if not part:
+            logger.info(f"{path} has no sections: --checkpoint_key {checkpoint_key} is not needed")
+        weights = part or weights
     others = [name for name in names if _tensors(contents[name])]
     if not weights and others:
         raise ValueError(
@@ -84,10 +93,8 @@ def tensors_of(
         raise CheckpointError(
             f"{path} holds no tensors by name; it has: {_some(map(str, contents))}"
         )
-    weights = dist.without_wrapper(weights)
     # DeepCluster ran its convolutions alone, not the linear layers, on several GPUs.
-    weights = {name.replace("features.module.", "features."): x for name, x in weights.items()}
-    return _with_names_of_resnets(weights)
+    return {name.replace("features.module.", "features."): x for name, x in weights.items()}
 
 
 def sections(path: str | Path) -> list[str]:
@@ -119,12 +126,12 @@ def load_weights(
 ) -> Report:
     """Give `module` the weights of a file, matched by name and shape, and log what fitted.
 
-    Of the usual prefixes, the one under which most tensors fit is taken off the names (or put on,
-    where the network has it and the file has not). allow_missing: starts of names that the file may
-    lack, have in another shape or have more of. Raises as read_weights, and CheckpointError, before
-    anything is changed, when nothing fits, when tensors outside allow_missing are missing, and when
-    the file has layers outside allow_missing that the network lacks: heads, decoders and other
-    networks may be left over.
+    Names are taken as they are, or as src.nets.foreign_names makes them if more fit so. Of the usual
+    prefixes, the one under which most tensors fit is taken off the names (or put on, where the network
+    has it and the file has not). allow_missing: starts of names that the file may lack, have in another
+    shape or have more of. Raises as read_weights, and CheckpointError, before anything is changed, when
+    nothing fits, when tensors outside allow_missing are missing, and when the file has layers outside
+    allow_missing that the network lacks: heads, decoders and other networks may be left over.
     """
     return fit_weights(module, read_weights(path, checkpoint_key), path, allow_missing)
 
@@ -136,9 +143,17 @@ def fit_weights(
     allow_missing: Sequence[str] = (),
 ) -> Report:
     """What load_weights does with tensors of a file, `source`, that is read already."""
+    from . import foreign_names  # here, so that scripts that read no weights do without it
+
     module = dist.unwrapped(module)
     own = module.state_dict()
-    renamed = _best_names(weights, own)
+    lacking, heads = foreign_names.what_is_lacking(weights), _heads(module)
+    weights, renamed = _best_names([weights, foreign_names.with_our_names(weights)], own)
+    if heads and (said := foreign_names.heads_of(weights)) not in (None, heads):
+        raise CheckpointError(
+            f"{source} is of a vision transformer with {said} heads, and this network has {heads}: give "
+            f"--num_heads {said}"
+        )
     matched = [name for name in own if _fits(own, renamed, name)]
     wrong_shape = [name for name in own if name in renamed and name not in matched]
     missing = [name for name in own if name not in renamed and not name.endswith(COUNTER)]
@@ -148,12 +163,16 @@ def fit_weights(
         for name in wrong_shape
     ]
     if all(name.endswith(COUNTER) for name in matched):
+        if lacking:
+            raise CheckpointError(f"{source} has {lacking}, which no network here has")
         raise CheckpointError(
             f"{source}: none of its {len(weights)} tensors ({_some(weights)}) fits this network "
             f"({_some(own)}): check --arch and --checkpoint_key"
         )
     required = [n for n in missing + wrong_shape if not n.startswith(tuple(allow_missing))]
     if required:
+        if lacking:
+            raise CheckpointError(f"{source} has {lacking}, which no network here has")
         raise CheckpointError(
             f"{source} lacks {len(required)} of the {len(own)} tensors of this network, or has them "
             f"in another shape ({_some(required)}): check --arch and the flags of its head"
@@ -198,29 +217,6 @@ def _tensors(section):
     return {str(name): x for name, x in section.items() if isinstance(x, torch.Tensor)}
 
 
-def _with_names_of_resnets(weights):
-    """Tensors of ResNets that were put together as torch.nn.Sequential(*resnet.children()), as lightly's
-    are, under the names of a ResNet: 0.weight -> conv1.weight, 4.1.bn1.bias -> layer1.1.bn1.bias."""
-    stages = {}  # numbers of what holds blocks, by the start of the names
-    for name in weights:
-        if (match := NUMBERED_STAGE.fullmatch(name)) is not None:
-            stages.setdefault(match[1], set()).add(int(match[2]))
-    renamed = {}
-    for start, numbers in stages.items():
-        if f"{start}0.weight" not in weights or f"{start}1.running_mean" not in weights:
-            continue
-        renamed |= {f"{start}0.": f"{start}conv1.", f"{start}1.": f"{start}bn1."}
-        for i, number in enumerate(sorted(numbers), start=1):
-            renamed[f"{start}{number}."] = f"{start}layer{i}."
-    if not renamed:
-        return weights
-    starts = re.compile("|".join(map(re.escape, sorted(renamed, key=len, reverse=True))))
-    return {
-        starts.sub(lambda m: renamed[m[0]], name, 1) if starts.match(name) else name: x
-        for name, x in weights.items()
-    }
-
-
 def _sections(contents):
     return [str(key) for key, value in contents.items() if isinstance(value, dict)]
 
@@ -248,7 +244,10 @@ def read_file(path: str | Path) -> dict:
         raise CheckpointError(f"{path} cannot be read as weights ({cause(error)})") from error
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} holds a {type(contents).__name__}, not tensors by name")
-    return contents
+    nested = contents
+    for key in VISSL:
+        nested = nested.get(key, {}) if isinstance(nested, dict) else {}
+    return nested if isinstance(nested, dict) and "trunk" in nested else contents
 
 
 def _local(path):
@@ -280,10 +279,21 @@ def _allowed_globals():
     return [argparse.Namespace, np.dtype, *old_and_new, *kinds]
 
 
-def _best_names(weights, own):
-    """{name in the network: (name in the file, tensor)} under the prefixes with which most tensors fit."""
-    candidates = [_rename(weights, strip, put) for strip in PREFIXES for put in OWN_PREFIXES]
-    return max(candidates, key=lambda names: sum(_fits(own, names, name) for name in names))
+def _best_names(candidates, own):
+    """(one of the candidates for the tensors of a file, {name in the network: (name there, tensor)}),
+    under the prefixes with which most tensors fit."""
+    named = [
+        (weights, _rename(weights, strip, put))
+        for weights in candidates
+        for strip in PREFIXES
+        for put in OWN_PREFIXES
+    ]
+    return max(named, key=lambda pair: sum(_fits(own, pair[1], name) for name in pair[1]))
+
+
+def _heads(module):
+    """The attention heads of a vision transformer of ours, which may be the backbone of `module`."""
+    return getattr(getattr(module, "backbone", module), "num_heads", None)
 
 
 def _is_layer_of_trunk(name, own):

@@ -12,9 +12,11 @@ from typing import NoReturn
 
 from .. import dist
 from ..data.loading import TIMEOUT as LOADER_TIMEOUT
-from ..errors import RunError, explain, printable
+from ..errors import RunError, explain, explain_size, printable
+from ..nets import resnet
 from . import signals
 from .presets import (
+    CROPS,
     PRESET_OF,
     Situation,
     default_folder,
@@ -92,6 +94,13 @@ def probability(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
     return value
+
+
+# What presets set and networks that are not built here have no use for; and the sides of crops of DINO.
+# Such networks were made for images of 224 px: the last of their stages has one cell for 32 px.
+OF_OUR_NETWORKS = ("stem", "width")
+OF_CROPS = ("global_crops_size", "local_crops_size")
+SMALLEST_CROP = 32  # pixels
 
 
 # ============ parser ============
@@ -206,7 +215,7 @@ def parse_args(
     defaults of the method, by preset (src.run.presets.defaults_of). method: for the name of the default
     folder. look: opens the images, as these arguments say, and tells the situation; without it --preset
     auto goes by names alone. A default warm-up that is longer than --epochs becomes half of them, and
-    check_batch says so.
+    what the preset sets and --arch has no use for is left out; check_batch says so.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     words_without_help = [word for word in words if word not in ("-h", "--help")]
@@ -232,18 +241,21 @@ def parse_args(
         chosen = chosen if stored_preset == preset else defaults
         defaults = {**defaults, **chosen}
     sides = defaults.pop("crop_sides", None)
+    published = {name: parser.get_default(name) for name in defaults}
     parser.set_defaults(**defaults)
+    notes = fit_preset_to_arch(
+        parser, words_without_help, preset, sides or CROPS[preset]["size"], published
+    )
     args = parser.parse_args(words)
-    args.notes = []
     if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         parser.set_defaults(warmup_epochs=args.epochs // 2)
         args, usual_epochs = parser.parse_args(words), args.warmup_epochs
-        args.notes = []
         if args.warmup_epochs != usual_epochs:  # else it was asked for: check_batch refuses it
-            args.notes.append(
+            notes.append(
                 f"the usual {usual_epochs} epochs of warm-up are {args.warmup_epochs} in a run of "
                 f"--epochs {args.epochs}; --warmup_epochs says otherwise"
             )
+    args.notes = notes
     args.preset = preset
     if situation is not None:
         args.chosen_for = str(situation)
@@ -252,6 +264,59 @@ def parse_args(
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
     return args
+
+
+def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    """What the command line says, by flag, without any default."""
+    unsaid = object()  # argparse puts defaults only where there is nothing yet
+    blank = argparse.Namespace(**{action.dest: unsaid for action in parser._actions})
+    parsed = vars(parser.parse_args(argv, blank))
+    return {name: value for name, value in parsed.items() if value is not unsaid}
+
+
+def is_built_here(parser: argparse.ArgumentParser, arch: str) -> bool:
+    """Whether --arch of a script is a network of src.nets, and not of torchvision or timm."""
+    names = [*resnet.ARCHITECTURES]
+    if "--sobel" in parser._option_string_actions:
+        names += ["alexnet", "vgg16"]
+    is_vit = resnet.TRANSFORMERS.fullmatch(arch) and not arch.startswith("xcit")
+    return arch in names or bool(is_vit)
+
+
+def fit_preset_to_arch(
+    parser: argparse.ArgumentParser, argv: list[str], preset: str, sides: list[int], published: dict
+) -> list[str]:
+    """Take from the defaults of a preset what a network of --arch that is not built here has no use for.
+
+    sides: of the preset's crops. published: the values before the preset, by flag. Crops become as large as such networks need. Returns
+    a sentence on what has changed, for the log, or none.
+    """
+    args = parser.parse_args(argv)
+    if "arch" not in args or is_built_here(parser, args.arch):
+        return []
+    changed = {name: published[name] for name in OF_OUR_NETWORKS if name in published}
+    for name in OF_CROPS:
+        if name in args:
+            changed[name] = max(getattr(args, name), SMALLEST_CROP)
+    if "size_crops" in args and args.size_crops is None and min(sides) < SMALLEST_CROP:
+        changed["size_crops"] = [max(side, SMALLEST_CROP) for side in sides][: len(args.nmb_crops)]
+    explicit = explicit_flags(parser, argv)
+    changed = {
+        name: value
+        for name, value in changed.items()
+        if name not in explicit and value != getattr(args, name)
+    }
+    parser.set_defaults(**changed)
+    if not changed:
+        return []
+    values = ", ".join(
+        f"--{name} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
+        for name, value in changed.items()
+    )
+    return [
+        f"--preset {preset} is for networks that are built here, and --arch {args.arch} is not: {values} "
+        "instead of its values"
+    ]
 
 
 def check_runtime(args: argparse.Namespace, world_size: int) -> None:
@@ -316,6 +381,8 @@ def _judge(error):
     """Exit status and sentence of an error; None for one that needs its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by SIGINT"
+    if (meaning := explain_size(error)) is not None:
+        return 2, f"error: {meaning}"
     meaning = None if isinstance(error, RunError) else explain(error)
     if meaning is not None:
         return 1, f"error: {meaning}"
@@ -336,10 +403,10 @@ def add_backbone_args(
     """
     add = parser.add_argument_group("model").add_argument
     transformers = "--patch_size" in parser._option_string_actions
-    others += "vit_tiny vit_small vit_base, xcit_* (by timm), " if transformers else ""
+    others += "vit_tiny vit_small vit_base vit_large, xcit_* (by timm), " if transformers else ""
     add("--arch", "-a", default=arch,
         help=f"{others}resnet18 34 50 101 152, resnet50w2 w4 w5, resnext50_32x4d, resnext101_32x8d, "
-        "or any torchvision classification model")  # fmt: skip
+        "any torchvision classification model, or timm:NAME, of the package timm")  # fmt: skip
     add("--stem", default="imagenet", choices=["imagenet", "small"],
         help="imagenet: 7x7 stride 2 and max-pooling; small, for 32 px: 3x3 stride 1")  # fmt: skip
     add("--width", type=positive(float), default=1.0, help="multiplies the width of every layer")
@@ -356,6 +423,10 @@ def add_vit_args(parser: argparse.ArgumentParser) -> Callable:
     add("--num_registers", type=at_least_zero(int), default=0,
         help="register tokens, arXiv:2309.16588")  # fmt: skip
     add("--depth", type=positive(int), default=None, help="number of blocks (default: of the arch)")
+    add("--num_heads", type=positive(int), default=None,
+        help="heads of the attention (default: of the arch); MoCo v3's vit_small has 12")  # fmt: skip
+    add("--layer_scale", type=positive(float), default=None,
+        help="LayerScale, arXiv:2103.17239: where its factors start, 1e-5 (default: none)")  # fmt: skip
     return add
 
 
@@ -382,7 +453,8 @@ def vit_options(args: argparse.Namespace, img_size: int = 224) -> dict:
 
     img_size: where --img_size does not say it.
     """
-    options = {name: getattr(args, name) for name in ("patch_size", "num_registers", "depth")}
+    names = ("patch_size", "num_registers", "depth", "num_heads", "layer_scale")
+    options = {name: getattr(args, name) for name in names}
     return {**options, "img_size": args.img_size or img_size}
 
 

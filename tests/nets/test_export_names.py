@@ -94,6 +94,11 @@ VITS = {
         "vit_tiny_patch16_224",
         {"img_size", "reg_tokens", "no_embed_class"},
     ),
+    "LayerScale": (
+        {"img_size": 64, "layer_scale": 0.3},
+        "vit_tiny_patch16_224",
+        {"img_size", "init_values"},
+    ),
     "grey, small patches, narrow": (
         {"img_size": 64, "patch_size": 8, "in_chans": 1, "width": 0.5, "depth": 2},
         "vit_tiny_patch16_224",
@@ -147,6 +152,19 @@ def test_timm_takes_resnets_of_any_number_of_channels_and_its_own_xcit(tmp_path)
         target.load_state_dict(renamed.weights)
         images = IMAGES[:, : network.in_chans]
         assert_same(target(images), network.model(images))
+
+
+@torch.no_grad()
+def test_timm_takes_its_own_networks_back(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = trunk(tmp_path, "timm:resnet10t")
+    renamed = to_timm(network)
+    assert (renamed.model, renamed.options) == ("resnet10t", {})
+    target = timm.create_model("resnet10t", num_classes=0).eval()
+    target.load_state_dict(renamed.weights)
+    assert_same(target(IMAGES), network.model(IMAGES))
+    with pytest.raises(ValueError, match="--arch timm:resnet10t is of timm: use --format timm"):
+        to_torchvision(network)
 
 
 # ============ Detectron2 ============

@@ -255,7 +255,10 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
 
 @pytest.mark.parametrize(
     ("options", "layer"),
-    [({"init_values": 0.1}, "blocks.0.ls1.gamma"), ({"qk_norm": True}, "blocks.0.attn.q_norm.")],
+    [
+        ({"scale_mlp_norm": True}, "blocks.0.mlp.norm."),
+        ({"qk_norm": True}, "blocks.0.attn.q_norm."),
+    ],
 )
 def test_vision_transformers_of_timm_with_layers_that_ours_lack_are_refused(
     tmp_path, options, layer

@@ -421,6 +421,12 @@ def test_unknown_names_list_what_there_is():
         build_model("fasterrcnn_resnet50_fpn")  # torchvision's, and no classification model
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny", "deit_small", "xcit_small_12_p16"])
+def test_a_vision_transformer_is_told_which_script_has_it(arch):
+    with pytest.raises(ValueError, match=f"--arch {arch} is a vision .* main_dino.py trains"):
+        build_model(arch)
+
+
 def test_our_own_names_win_over_those_of_torchvision():
     with torch.device("meta"):
         assert type(build_model("resnext50_32x4d")).__name__ == "ResNet"

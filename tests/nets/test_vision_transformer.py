@@ -524,3 +524,28 @@ def test_gradients_of_two_processes_equal_those_of_one():
     for gradients in run_ranks(gradients_of_rank, 2):
         for a, b in zip(gradients, single, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max() + 1e-8)
+
+
+def test_layer_scale_multiplies_what_each_branch_adds():
+    torch.manual_seed(0)
+    options = {"embed_dim": 24, "num_heads": 3, "depth": 2, "patch_size": 4, "img_size": 8}
+    model = VisionTransformer(layer_scale=1e-5, **options).eval()
+    gammas = {name: x for name, x in model.named_parameters() if name.endswith("gamma")}
+    assert sorted(gammas) == [f"blocks.{i}.ls{k}.gamma" for i in (0, 1) for k in (1, 2)]
+    assert all(torch.equal(x, torch.full((24,), 1e-5)) for x in gammas.values())
+    images = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        for block in model.blocks:
+            for layer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
+                scale.gamma.uniform_(0.5, 2)
+                layer.bias.normal_()
+        scaled = model(images)
+        for block in model.blocks:  # the factors as part of the layer before them
+            for layer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
+                layer.weight.mul_(scale.gamma[:, None])
+                layer.bias.mul_(scale.gamma)
+                scale.gamma.fill_(1)
+        torch.testing.assert_close(model(images), scaled, rtol=1e-5, atol=1e-5)
+        attention = model.get_last_selfattention(images)
+        assert attention.shape == (2, 3, 5, 5)
+    assert not any(".ls" in name for name in VisionTransformer(**options).state_dict())

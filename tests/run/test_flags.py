@@ -1,10 +1,14 @@
 """src.run.flags: presets, crops, published spellings, errors in one sentence."""
 
 import argparse
+import importlib
 import logging
+from pathlib import Path
 
 import pytest
+import torch
 
+from src.nets.backbones import build_backbone
 from src.nets.weights import CheckpointError
 from src.run import flags, image_flags
 from src.run.log import setup_logging
@@ -82,6 +86,44 @@ def test_a_warm_up_that_was_asked_for_and_exceeds_the_run_is_refused():
         args.batch_size = 8
         with pytest.raises(ValueError, match=f"--warmup_epochs {argv[-1]} exceeds --epochs"):
             flags.check_batch(args, 8, 100)
+
+
+METHODS = sorted(path.stem for path in Path(__file__).parents[2].glob("main_*.py"))
+
+
+@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("arch", ["regnet_y_400mf", "convnext_tiny", "timm:resnet26d"])
+def test_what_a_preset_says_and_the_network_has_no_use_for_is_left_out(script, arch, caplog):
+    module = importlib.import_module(script)
+
+    def parse(*argv):
+        return flags.parse_args(module.get_parser(), module.PRESETS, list(argv))
+
+    args = parse("--arch", arch, "--epochs", "50")
+    assert (args.stem, args.width) == ("imagenet", 1.0)
+    sizes = [args.global_crops_size] if script == "main_dino" else args.size_crops
+    assert min(sizes) == 32
+    with caplog.at_level("INFO"):
+        flags.check_batch(args, 8, 100)
+    assert f"--arch {arch} is not: --stem imagenet" in caplog.text and "note" not in args
+    ours = parse("--arch", "resnet18")
+    assert ours.stem == "small" and "note" not in ours
+    assert (
+        parse("--arch", arch, "--stem", "small").stem == "small"
+    )  # typed: refused where it is built
+    assert parse("--arch", arch, "--width", "0.5").width == 0.5
+    with pytest.raises(ValueError, match="--stem needs"):
+        build_backbone("regnet_y_400mf", stem="small")
+
+
+def test_a_preset_that_fits_the_network_says_nothing():
+    from main_swav import PRESETS, get_parser
+
+    args = flags.parse_args(get_parser(), PRESETS, ["--arch", "vgg11", "--data_path", "/imagenet"])
+    assert "note" not in args and args.size_crops is None
+    typed = ["--arch", "vgg11", "--size_crops", "48", "--nmb_crops", "2", "--width", "1", "--stem"]
+    args = flags.parse_args(get_parser(), PRESETS, [*typed, "imagenet"])
+    assert "note" not in args and args.size_crops == [48]
 
 
 def test_two_resolutions_alone_imply_the_published_sizes_and_scales():
@@ -172,6 +214,24 @@ def test_run_turns_an_error_into_one_sentence(error, status, capsys):
         flags.run(main)
     assert stop.value.code == status
     assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+@pytest.mark.parametrize("size, words", [(8, "Kernel size"), (40, "divisible by patch size")])
+def test_images_that_a_network_does_not_take_are_one_sentence(size, words, capsys):
+    if size == 40:
+        pytest.importorskip("timm")
+        model = build_backbone("timm:test_vit")
+    else:
+        model = torch.nn.Conv2d(3, 3, 12)  # as convnext_tiny's, of 2 px, behind four others
+
+    def main():
+        model(torch.zeros(1, 3, size, size))
+
+    with pytest.raises(SystemExit) as stop:
+        flags.run(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert error.startswith("error: the network of --arch does not take images of this size: give")
 
 
 def test_a_name_in_an_error_does_not_reach_the_terminal_as_it_is(capsys):
