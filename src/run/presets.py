@@ -85,10 +85,9 @@ class Situation:
 
     def __str__(self):
         device = "on a GPU" if self.on_gpu else "on a CPU"
-        return (
-            f"{self.num_images:,} images of about {self.side} px, {device}, {self.cores} cores, "
-            f"{self.world_size} processes"
-        )
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        several = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{self.num_images:,} images of about {self.side} px, {device} with {cores}{several}"
 
     def clusters(self, most: int = 3000) -> int:
         """A tenth of the images, between 10 and `most`: prototypes or clusters of a small set."""

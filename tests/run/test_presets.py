@@ -1,6 +1,7 @@
 import argparse
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,24 @@ def test_a_mistyped_flag_is_told_what_was_meant(capsys):
 def test_a_preset_without_flips_can_be_undone(argv, no_flip):
     args = argparse.Namespace(**vars(parsed("swav", *argv)[0]))
     assert args.preset == "tiny" and args.no_flip is no_flip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_photographs_by_its_bare_line(tmp_path, photos, name):
+    script = importlib.import_module(name)
+    argv = ["--data_path", str(photos), "--dump_path", str(tmp_path / "run"), "--epochs", "1"]
+    assert script.main([*argv, "--device", "cpu", "--workers", "0"]) == 0
+    assert (tmp_path / "run" / "checkpoint.pth").exists()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "photos, made for 40 images of about 60 px, on a CPU" in log
+    assert "started; the first iteration" in log
+
+
+@pytest.mark.slow
+def test_after_ten_iterations_a_run_says_how_long_it_will_take(tmp_path):
+    argv = ["--epochs", "2", "--dump_path", str(tmp_path / "run"), "--device", "cpu"]
+    assert main_swav.main([*argv, "--workers", "0"]) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    (line,) = [line for line in log.splitlines() if "pace  " in line]
+    assert re.search(r"pace +[\d.]+ images/s, 0:0\d:\d\d to go", line)
