@@ -57,10 +57,10 @@ BUDGETS = {
     "main_swav": (26, 5700),
     "main_simclr": (25, 5600),
     "main_selav2": (30, 6450),
-    "main_deepclusterv2": (31, 6650),
+    "main_deepclusterv2": (31, 6700),
     "main_rotnet": (31, 6300),
     "main_dino": (30, 6300),
-    "main_deepcluster": (38, 7550),
+    "main_deepcluster": (38, 7600),
     "main_deepercluster": (41, 8400),
     "main_clusterfit": (36, 7250),
 }
