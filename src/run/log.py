@@ -71,11 +71,15 @@ class PlainFormatter(logging.Formatter):
 
 
 class ScreenFormatter(PlainFormatter):
-    """The same, in lines of at most COLUMNS; warnings, and commands to be copied, stay whole."""
+    """The same, in lines of at most COLUMNS.
+
+    Warnings, and lines with a path or a command to be copied, stay whole.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if record.levelno > logging.INFO or text.startswith(("command: ", "watch  ")):
+        is_command = text.startswith(("command: ", "watch  "))
+        if record.levelno > logging.INFO or is_command or re.search(r"(^|\s)[/~]\S", text):
             return text
         return "\n".join(line for part in text.split("\n") for line in divide(part))
 
