@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv):
     """The arguments; the command line wins over the run or the file, this over the defaults."""
     parser = get_parser()
-    explicit = eval_flags.explicit_flags(parser, argv)
+    explicit = flags.explicit_flags(parser, argv)
     args = eval_flags.with_defaults(parser, explicit)
     if not args.pretrained:
         raise ValueError("--pretrained is needed: an untrained network is not worth exporting")

@@ -222,6 +222,8 @@ def parse_args(
     asked_for_help = len(words_without_help) < len(words)
     if asked_for_help:
         first, look = parser.parse_known_args(words_without_help)[0], None
+        if first.preset == "auto" and "data_path" not in explicit_flags(parser, words_without_help):
+            first.preset = "imagenet"  # whoever asks for help alone wants to see what is published
     else:
         first = parser.parse_args(words)
     if look is not None or asked_for_help:
@@ -288,7 +290,8 @@ def fit_preset_to_arch(
 ) -> list[str]:
     """Take from the defaults of a preset what a network of --arch that is not built here has no use for.
 
-    sides: of the preset's crops. published: the values before the preset, by flag. Crops become as large as such networks need. Returns
+    sides: of the preset's crops. published: the values before the preset, by flag. Crops become as large
+    as such networks need. Returns
     a sentence on what has changed, for the log, or none.
     """
     args = parser.parse_args(argv)

@@ -5,6 +5,7 @@ two CPU cores; photos is made for the number of images and the machine. What met
 script adds its own. A flag on the command line wins over all.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 from .. import dist
 from ..data.datasets import NAMES, ImageDataset
+from ..data.images import BrokenImage, UnfitImage
 from ..data.loading import num_cores
 
 PRESET_OF = {**dict.fromkeys(NAMES, "cifar"), "digits": "tiny"}
@@ -110,11 +112,17 @@ class Situation:
 
 
 def look(dataset: ImageDataset, device: str, world_size: int) -> Situation:
-    """The situation of a run. device: of --device. Raises as ImageDataset.load."""
-    indices = (
-        torch.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).long().unique().tolist()
-    )
-    sides = sorted(min(dataset.load(index).shape[1:]) for index in indices)
+    """The situation of a run. device: of --device.
+
+    Images that cannot be read are left to the training, which counts and names them. Raises RunError where
+    the storage does not answer.
+    """
+    sample = torch.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).long().unique()
+    sides = []
+    for index in sample.tolist():
+        with contextlib.suppress(BrokenImage, UnfitImage, FileNotFoundError):
+            sides.append(min(dataset.read(index).shape[1:]))
+    sides = sorted(sides) or [0]
     return Situation(
         num_images=len(dataset),
         side=sides[len(sides) // 2],

@@ -20,8 +20,9 @@ def write_rows(folder):
 
 
 def mark_rows(folder):
+    file = RowFile(folder, "rows", 2000, 3)
     (folder / "rows.0.done").symlink_to("/dev/full")
-    RowFile(folder, "rows", 2000, 3).mark(0)
+    file.mark(0)
 
 
 def write_part(write):

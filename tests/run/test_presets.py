@@ -126,7 +126,8 @@ def test_a_run_of_published_values_on_few_images_goes_on_with_them(tmp_path, pho
 @pytest.mark.parametrize(
     "argv, shown",
     [
-        ([], "default: 100)"),
+        ([], "passes over the data (default: 100)"),
+        (None, "passes over the data (default: 100)"),
         (["--preset", "tiny"], "passes over the data (default: 60)"),
         (["--data_path", "digits"], "passes over the data (default: 60)"),
         (
@@ -136,9 +137,9 @@ def test_a_run_of_published_values_on_few_images_goes_on_with_them(tmp_path, pho
     ],
 )
 def test_help_shows_the_defaults_of_the_preset(capsys, argv, shown):
-    data = [] if "--data_path" in argv else ["--data_path", "nowhere"]
+    data = [] if argv is None or "--data_path" in argv else ["--data_path", "nowhere"]
     with pytest.raises(SystemExit):
-        parsed("swav", *argv, *data, "--help")
+        parsed("swav", *(argv or []), *data, "--help")
     assert shown in " ".join(capsys.readouterr().out.split())
 
 
