@@ -54,15 +54,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6150),
-    "main_simclr": (26, 6050),
-    "main_selav2": (31, 6900),
-    "main_deepclusterv2": (32, 7100),
-    "main_rotnet": (32, 6750),
-    "main_dino": (31, 6800),
-    "main_deepcluster": (39, 8000),
-    "main_deepercluster": (42, 8850),
-    "main_clusterfit": (37, 7700),
+    "main_swav": (27, 6300),
+    "main_simclr": (26, 6200),
+    "main_selav2": (31, 7050),
+    "main_deepclusterv2": (32, 7250),
+    "main_rotnet": (32, 6900),
+    "main_dino": (31, 6950),
+    "main_deepcluster": (39, 8150),
+    "main_deepercluster": (42, 9000),
+    "main_clusterfit": (37, 7850),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

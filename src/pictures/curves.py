@@ -45,6 +45,7 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
 
     lines = read_log(folder)
     shown = [(key, title) for key, title in PANELS if any(key in line for line in lines)]
+    shown += panels_of_probe_sets(lines)
     columns = min(4, max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
     height = 2.8 * rows + HEADER
@@ -53,7 +54,7 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
         axis.set_axis_off()
     for axis, (key, title) in zip(axes.flat, shown, strict=False):
         points = [(line["epoch_float"], line[key]) for line in lines if line.get(key) is not None]
-        marker = "o" if key == "knn" or len(points) == 1 else None
+        marker = "o" if key.startswith(("knn", "linear_")) or len(points) == 1 else None
         axis.plot(*zip(*points, strict=True), marker=marker, markersize=3)
         if key == "loss" and num_prototypes:
             ceiling = math.log(num_prototypes)
@@ -74,6 +75,18 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
     finally:
         pyplot.close(figure)
     return path
+
+
+def panels_of_probe_sets(lines: list[dict]) -> list[tuple[str, str]]:
+    """(key, title) of what the lines of a log say of the sets of --probe_data."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    kinds = {"knn_": "k-NN top-1 (%)", "linear_": "linear top-1 (%)"}
+    return [
+        (key, f"{title}, {key.removeprefix(start)}")
+        for key in keys
+        for start, title in kinds.items()
+        if key.startswith(start)
+    ]
 
 
 def describe_run(folder: str | Path, lines: list[dict]) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from .. import dist
-from ..errors import CheckpointError, beneath, cause
+from ..errors import CheckpointError, beneath, cause, writing
 
 logger = logging.getLogger(__name__)
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.prev.pth"
+BEST = "best.pth"  # in checkpoints/, of --guard_knn
 MAPPED = 2**31  # bytes beyond which a checkpoint is mapped, not read as a whole
 # Which flag decides about a tensor, by the start of its name.
 FLAGS = {
@@ -93,6 +94,32 @@ def save_checkpoint(folder: str | Path, state: dict, keep_as: str | None = None)
 def save_together(folder: str | Path, state: dict, keep_as: str | None = None) -> None:
     """save_checkpoint by the main process; all call it, and all raise CheckpointError if it fails."""
     by_main(lambda: save_checkpoint(folder, state, keep_as=keep_as), "save")
+
+
+def keep_best(folder: str | Path) -> None:
+    """Keep the newest checkpoint as checkpoints/best.pth; all processes call it. Raises CheckpointError."""
+
+    def copy():
+        folder_of_best = Path(folder) / "checkpoints"
+        with writing(folder_of_best / BEST):
+            folder_of_best.mkdir(parents=True, exist_ok=True)
+            _copy(Path(folder) / NEWEST, folder_of_best / BEST)
+
+    by_main(copy, "keep the best state")
+
+
+def go_back_to_best(folder: str | Path) -> None:
+    """Make checkpoints/best.pth the newest checkpoint; the one before it stays as checkpoint.prev.pth.
+
+    All processes call it. Raises CheckpointError.
+    """
+
+    def copy():
+        with writing(Path(folder) / NEWEST):
+            _copy(Path(folder) / NEWEST, Path(folder) / PREVIOUS)
+            _copy(Path(folder) / "checkpoints" / BEST, Path(folder) / NEWEST)
+
+    by_main(copy, "go back to the best state")
 
 
 def by_main(action: Callable[[], Any], what: str) -> Any:

@@ -17,6 +17,7 @@ from ..nets import resnet
 from . import signals
 from .presets import (
     CROPS,
+    MADE_FOR_IMAGES,
     PRESET_OF,
     Situation,
     default_folder,
@@ -94,6 +95,16 @@ def probability(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
     return value
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not (equals and path and re.fullmatch(r"[\w-]+", name)):
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=PATH, such as pets=/data/pets, not {text!r}"
+        )
+    return name, path
 
 
 # What presets set and networks that are not built here have no use for; and the sides of crops of DINO.
@@ -194,6 +205,11 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
     add("--knn_freq", type=at_least_zero(int), default=0,
         help="epochs between k-NN evaluations on the labels of the data, if any; 0: none")  # fmt: skip
+    add("--probe_data", type=named_path, nargs="+", default=[], metavar="NAME=PATH",
+        help="labelled sets that are evaluated with --knn_freq too, by k-NN and a linear probe")  # fmt: skip
+    add("--guard_knn", type=at_least_zero(float), default=None,
+        help="stop, and go back to the best state, when k-NN on the first of --probe_data, or else on the "
+        "data itself, falls by more than so many points below its best")  # fmt: skip
     add("--max_nonfinite", type=at_least_zero(int), default=0,
         help="steps of the run that are skipped because the loss or its gradient is not finite, before "
         "the run stops")  # fmt: skip
@@ -236,14 +252,15 @@ def parse_args(
         if look is not None and first.data_path not in PRESET_OF:
             situation = look(first)
             preset = stored_preset if stored_preset in presets else preset_for(situation)
-    if preset == "photos" and situation is None:
+    if preset in MADE_FOR_IMAGES and situation is None:
         situation = typical(first.device) if look is None else look(first)
-    defaults = defaults_of(preset, presets, situation, flags=set(vars(first)))
-    if preset == "photos":
+    published = {name: parser.get_default(name) for name in vars(first)}
+    init_from = getattr(first, "init_from", None)
+    defaults = defaults_of(preset, presets, situation, published=published, init_from=init_from)
+    if preset in MADE_FOR_IMAGES:
         chosen = chosen if stored_preset == preset else defaults
         defaults = {**defaults, **chosen}
     sides = defaults.pop("crop_sides", None)
-    published = {name: parser.get_default(name) for name in defaults}
     parser.set_defaults(**defaults)
     notes = fit_preset_to_arch(
         parser, words_without_help, preset, sides or CROPS[preset]["size"], published
@@ -261,7 +278,7 @@ def parse_args(
     args.preset = preset
     if situation is not None:
         args.chosen_for = str(situation)
-    if preset == "photos":
+    if preset in MADE_FOR_IMAGES:
         args.chosen, args.crop_sides = chosen, sides
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
@@ -326,6 +343,13 @@ def check_runtime(args: argparse.Namespace, world_size: int) -> None:
     """ValueError for a device that is not there, k-NN that was not copied, or groups that do not divide
     the processes."""
     dist.resolve_device(args.device)
+    if len({name for name, _ in args.probe_data}) < len(args.probe_data):
+        raise ValueError("--probe_data names two sets alike: give each a name of its own")
+    if (args.probe_data or args.guard_knn is not None) and not args.knn_freq:
+        flag = "--probe_data" if args.probe_data else "--guard_knn"
+        raise ValueError(
+            f"{flag} needs --knn_freq: give the epochs between two evaluations, such as 1"
+        )
     if args.knn_freq and importlib.util.find_spec("..evaluate", __package__) is None:
         raise ValueError(
             f"--knn_freq {args.knn_freq} needs src/evaluate, which this copy lacks: copy it with "

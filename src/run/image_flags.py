@@ -38,10 +38,12 @@ def add_data_args(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> 
         "labels are needed")  # fmt: skip
     add_list_args(add)
     add_reading_args(add)
-    add("--preset", default="auto", choices=["auto", *presets],
+    choices = ["auto", *presets, *(["continue"] if "photos" in presets else [])]
+    add("--preset", default="auto", choices=choices,
         help="defaults of all flags; auto: tiny for digits, cifar for cifar10 and the like and for images "
         "of their size, imagenet, the published values, from 300,000 images on, else photos, which are "
-        "made for the number of images; --preset X --help shows those of X")  # fmt: skip
+        "made for the number of images; continue: as photos, to go on from the weights of --init_from; "
+        "--preset X --help shows the defaults of X")  # fmt: skip
     return add
 
 
@@ -93,7 +95,7 @@ def add_crop_args(add: Callable) -> None:
 def fill_in_crops(args: argparse.Namespace) -> None:
     """Crop sizes and scales that were not given are those of the preset; all lists equally long."""
     num_resolutions, wrong = len(args.nmb_crops), []
-    of_preset = dict(CROPS[args.preset])
+    of_preset = dict(CROPS["photos" if args.preset == "continue" else args.preset])
     if getattr(args, "crop_sides", None):
         of_preset["size"] = args.crop_sides
     for key in ("size", "min_scale", "max_scale"):

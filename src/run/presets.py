@@ -20,6 +20,7 @@ from ..data.images import BrokenImage, UnfitImage
 from ..data.loading import num_cores
 
 PRESET_OF = {**dict.fromkeys(NAMES, "cifar"), "digits": "tiny"}
+MADE_FOR_IMAGES = ("photos", "continue")  # presets that are functions of the situation
 MANY_IMAGES = 300_000  # from here on the published values are tried and fit
 SMALL_SIDE = 40  # pixels; images up to it are like CIFAR's
 SAMPLE = 32  # images whose sizes are looked at
@@ -151,19 +152,54 @@ def preset_for(situation: Situation) -> str:
 
 
 def defaults_of(
-    preset: str, presets: dict[str, dict | Callable], situation: Situation | None, flags: set[str]
+    preset: str,
+    presets: dict[str, dict | Callable],
+    situation: Situation | None,
+    published: dict,
+    init_from: str | None = None,
 ) -> dict:
-    """The defaults of a preset by flag, for a script that has these flags.
+    """The defaults of a preset by flag.
 
-    presets: what the method adds, by preset: a dict, or a function of the situation. situation: photos
-    needs it.
+    presets: what the method adds, by preset: a dict, or a function of the situation, which photos and
+    continue need. published: the defaults of all flags of the script. init_from: the weights that
+    continue goes on from; raises ValueError without them, and as src.nets.pretrained.describe.
     """
-    shared = photos(situation) if preset == "photos" else SHARED[preset]
-    added = presets[preset]
+    made_for_images = preset in MADE_FOR_IMAGES
+    shared = photos(situation) if made_for_images else SHARED[preset]
+    added = presets["photos" if made_for_images else preset]
     if callable(added):
         added = added(situation)
-    kept = {name: value for name, value in shared.items() if name in flags or name == "crop_sides"}
-    return {**kept, **added}
+    kept = {name: x for name, x in shared.items() if name in published or name == "crop_sides"}
+    values = {**kept, **added}
+    if preset == "continue":
+        values |= continuation({**published, **values}, situation, init_from)
+    return values
+
+
+def continuation(values: dict, situation: Situation, init_from: str | None) -> dict:
+    """What is other than with photos where a run goes on from trained weights, by flag.
+
+    The network is that of the weights. A tenth of the learning rate after a short warm-up, a slow teacher,
+    and a head that is new, so that what it is trained on stays as it is at first. values: of all flags
+    without this. Raises ValueError without weights.
+    """
+    from ..nets.pretrained import NETWORK_FLAGS, describe  # here, as other presets read no file
+
+    if not init_from:
+        raise ValueError("--preset continue goes on from trained weights: name them by --init_from")
+    _, said = describe(init_from)
+    changed = {name: said[name] for name in NETWORK_FLAGS if said.get(name) is not None}
+    for name in ("base_lr", "final_lr", "lr"):
+        if name in values:
+            changed[name] = values[name] / 10
+    epochs, iterations = situation.epochs(), situation.num_images // situation.global_batch()
+    changed |= {
+        "warmup_epochs": max(1, epochs // 10),
+        "momentum_teacher": 0.9995,
+        "freeze_last_layer": max(1, epochs // 5),  # epochs
+        "freeze_prototypes_niters": max(1, epochs // 5) * iterations,
+    }
+    return {name: value for name, value in changed.items() if name in values}
 
 
 def stored_choice(folder: str) -> tuple[str | None, dict]:

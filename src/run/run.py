@@ -119,6 +119,9 @@ class Run:
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
         self.validation = None  # the val split, opened at the first k-NN
         self.pictured = False
+        self.probe_sets = {}  # of --probe_data: training and validation images by name
+        # Of the evaluations what --guard_knn looks at, and the best (top-1, epoch) of it so far.
+        self.guarded, self.best = guarded_key(args.probe_data), None
         self.seen, self.first_done_at = 0, 0.0  # iterations of this process
         self.drawn_at, self.drawing_seconds = time.monotonic(), 1.0  # of the curves
 
@@ -272,19 +275,26 @@ class Run:
         """Whether k-NN evaluates the network at the end of an epoch."""
         every, is_last = self.arguments["knn_freq"], epoch + 1 == self.arguments["epochs"]
         is_due = bool(every) and (is_last or (epoch + 1) % every == 0)
-        return is_due and self.dataset.labels is not None
+        return is_due and (self.dataset.labels is not None or bool(self.arguments["probe_data"]))
 
     def begin(self) -> None:
         """Describe the run in its folder, and do what the epoch before still owed: k-NN and curves.
 
         All processes call it, after resume(), and not before: a run that may not go on leaves the
-        folder as it was.
+        folder as it was. Raises ValueError and FileNotFoundError for --probe_data that cannot be used.
         """
         if self.process.rank == 0:
             describe_run(self.arguments, self.folder)
+        for name, path in self.arguments["probe_data"]:
+            from ..evaluate.probe import open_probe_set
+
+            self.probe_sets[name] = open_probe_set(name, path, self.arguments["in_chans"])
         epoch, start = self.resumed_at
+        self.best = best_of(self.logged, self.guarded)
         if epoch == 0 or start > 0:
             return
+        if self.best is not None and self.best[1] == epoch - 1 and self.is_guarding():
+            checkpoint.keep_best(self.folder)
         owed = not any("knn" in line and line["epoch"] == epoch - 1 for line in self.logged)
         if self.is_knn_epoch(epoch - 1) and dist.broadcast_object(owed):
             logger.info(f"k-NN of epoch {epoch}, which the run did not come to")
@@ -455,37 +465,77 @@ class Run:
 
     # ============ k-NN and pictures, whose rooms are opened where they are used ============
     def probe(self, epoch: int) -> None:
-        """Evaluate by k-NN and log it; all processes call it.
+        """Evaluate by k-NN, and by a linear probe on --probe_data, and log it; all processes call it.
 
         Everything is saved: a signal ends the process at once, and the next start makes up for this.
+        Raises RunError where --guard_knn asks to go back to the best state.
         """
-        network, dataset = self.evaluated, self.dataset
         self.log.flush()
-        share_buffers(network)
+        share_buffers(self.evaluated)
         with self.stop.at_once():
-            from ..evaluate.probe import knn_probe, open_validation
-
-            if self.validation is None:
-                data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
-                self.validation = [open_validation(dataset, data_path, in_chans)]
-            val = self.validation[0]
-            top1 = knn_probe(
-                network,
-                dataset,
-                val,
-                size=self.image_size,
-                mean=self.augment.mean.flatten().tolist(),
-                std=self.augment.std.flatten().tolist(),
-                device=self.process.device,
-                num_workers=self.arguments["workers"],
-                loader_timeout=self.arguments["loader_timeout"],
-                precision=self.precision,
-            )
+            accuracies, sentences = self.evaluate()
+        first = next(
+            iter(accuracies.values())
+        )  # of the data itself, or of the first of --probe_data
         iteration = (epoch + 1) * self.iters_per_epoch - 1
-        line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": top1}
+        line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": first}
+        line |= accuracies
         self.log.write(iteration, line)
-        classified = f"the {len(val):,} validation images" if val else "every tenth training image"
-        logger.info(f"epoch {epoch + 1}: 20-NN top-1 {top1:.2f} % of {classified}")
+        logger.info(f"epoch {epoch + 1}: {'; '.join(sentences)}")
+        if self.is_guarding():
+            self.guard(line[self.guarded], epoch)
+
+    def evaluate(self) -> tuple[dict[str, float], list[str]]:
+        """Accuracies (%) of the network by name, and what to say of them."""
+        from ..evaluate.probe import knn_probe, open_validation, probe_set
+
+        dataset, in_chans = self.dataset, self.arguments["in_chans"]
+        if self.validation is None:
+            self.validation = [None]
+            if dataset.labels is not None:
+                data_path = self.arguments["data_path"]
+                self.validation = [open_validation(dataset, data_path, in_chans)]
+        extraction = {
+            "size": self.image_size,
+            "mean": self.augment.mean.flatten().tolist(),
+            "std": self.augment.std.flatten().tolist(),
+            "device": self.process.device,
+            "num_workers": self.arguments["workers"],
+            "loader_timeout": self.arguments["loader_timeout"],
+            "precision": self.precision,
+        }
+        accuracies, sentences = {}, []
+        if dataset.labels is not None:
+            val = self.validation[0]
+            accuracies["knn"] = knn_probe(self.evaluated, dataset, val, **extraction)
+            images = f"the {len(val):,} validation images" if val else "every tenth training image"
+            sentences.append(f"20-NN top-1 {accuracies['knn']:.2f} % of {images}")
+        for name, (train, val) in self.probe_sets.items():
+            knn, linear = probe_set(self.evaluated, train, val, **extraction)
+            accuracies |= {f"knn_{name}": knn, f"linear_{name}": linear}
+            sentences.append(f"{name}: 20-NN {knn:.2f} %, linear {linear:.2f} %")
+        return accuracies, sentences
+
+    def is_guarding(self) -> bool:
+        """Whether --guard_knn watches the evaluations."""
+        return self.arguments["guard_knn"] is not None
+
+    def guard(self, top1: float, epoch: int) -> None:
+        """Keep the best state; go back to it, and raise RunError, when k-NN has fallen too far below it."""
+        if self.best is None or top1 >= self.best[0]:
+            self.best = (top1, epoch)
+            checkpoint.keep_best(self.folder)
+            return
+        allowed, (best, best_epoch) = self.arguments["guard_knn"], self.best
+        if top1 >= best - allowed:
+            return
+        checkpoint.go_back_to_best(self.folder)
+        self.plot()
+        raise RunError(
+            f"--guard_knn {allowed:g}: 20-NN fell from {best:.2f} % after epoch {best_epoch + 1} to "
+            f"{top1:.2f} % after epoch {epoch + 1}: {self.folder / 'checkpoint.pth'} is that of epoch "
+            f"{best_epoch + 1} again; use it, or train with a lower learning rate"
+        )
 
     def picture_crops(self, crops: list[Tensor]) -> None:
         """Draw a batch's crops to plots/crops.png, once in a run."""
@@ -567,6 +617,18 @@ def share_buffers(module: nn.Module) -> None:
         buffer.copy_(dist.broadcast(buffer))
 
 
+# ============ the guard ============
+def guarded_key(probe_data: list[tuple[str, str]]) -> str:
+    """What of a log line --guard_knn looks at: k-NN on the first of --probe_data, else on the data."""
+    return f"knn_{probe_data[0][0]}" if probe_data else "knn"
+
+
+def best_of(lines: list[dict], key: str) -> tuple[float, int] | None:
+    """The best (top-1, epoch) of the lines of a log, the later of equal ones; None without any."""
+    found = [(line[key], line["epoch"]) for line in lines if key in line]
+    return max(found, default=None)
+
+
 # ============ the plan ============
 def log_plan(run: Run, crops: MultiCropDataset, peak_lr: float) -> None:
     """Say what will be computed, before it is. crops: the MultiCropDataset."""
@@ -600,5 +662,5 @@ def log_plan(run: Run, crops: MultiCropDataset, peak_lr: float) -> None:
             f"note: the learning rate {peak_lr:.3g} is for 4096 images; --lr_scaling linear fits it to "
             f"{run.global_batch}"
         )
-    if args["knn_freq"] and dataset.labels is None:
+    if args["knn_freq"] and dataset.labels is None and not args["probe_data"]:
         logger.info("note: --knn_freq needs labels, and --data_path has no labels: no k-NN")

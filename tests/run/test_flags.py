@@ -299,7 +299,12 @@ def test_run_passes_the_status_on():
 )
 def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words):
     args = argparse.Namespace(
-        knn_freq=0, device=device, sync_bn="pytorch", syncbn_process_group_size=size
+        knn_freq=0,
+        probe_data=[],
+        guard_knn=None,
+        device=device,
+        sync_bn="pytorch",
+        syncbn_process_group_size=size,
     )
     with pytest.raises(ValueError, match=words):
         flags.check_runtime(args, world_size=12)

@@ -73,12 +73,57 @@ def test_processes_share_the_batch_of_one(world_size):
 def test_every_method_has_a_preset_for_photographs(name):
     script = importlib.import_module(name)
     parser = script.get_parser()
-    flags = {action.dest for action in parser._actions}
+    flags = {action.dest: action.default for action in parser._actions}
     for situation in (SIX_HUNDRED, Situation(50_000, side=400, on_gpu=True, cores=16)):
         values = presets.defaults_of("photos", script.PRESETS, situation, flags)
-        assert set(values) - {"crop_sides"} <= flags
+        assert set(values) - {"crop_sides"} <= set(flags)
         for key in ("nmb_cluster", "k"):
             assert values.get(key, situation.clusters()) == situation.clusters()
+
+
+# ============ going on from trained weights ============
+@pytest.fixture
+def trained(tmp_path):
+    """A file of a small ViT that was trained on images of 48 px."""
+    from src.nets.backbones import build_backbone
+
+    model = build_backbone("vit_tiny", patch_size=8, img_size=48, depth=2)
+    torch.save(model.state_dict(), tmp_path / "trained.pth")
+    return tmp_path / "trained.pth"
+
+
+def test_continue_takes_the_network_of_the_weights_and_small_steps(photos, trained):
+    argv = ("--data_path", photos, "--preset", "continue", "--init_from", trained)
+    args, _ = parsed("dino", *argv, script=main_dino)
+    fresh, _ = parsed("dino", "--data_path", photos, "--preset", "photos", script=main_dino)
+    assert (args.arch, args.patch_size, args.img_size, args.depth) == ("vit_tiny", 8, 48, 2)
+    assert args.lr == fresh.lr / 10 and args.momentum_teacher > fresh.momentum_teacher
+    assert args.freeze_last_layer > fresh.freeze_last_layer and args.warmup_epochs >= 1
+    assert args.global_crops_size == fresh.global_crops_size
+
+
+def test_continue_freezes_prototypes_at_first(tmp_path, photos):
+    from src.nets.resnet import build_model
+
+    torch.save(build_model("resnet18", width=0.25).state_dict(), tmp_path / "resnet.pth")
+    argv = ("--data_path", photos, "--preset", "continue", "--init_from", tmp_path / "resnet.pth")
+    args, _ = parsed("swav", *argv)
+    assert (args.arch, args.width) == ("resnet18", 0.25)
+    iterations = 40 // args.batch_size
+    assert args.freeze_prototypes_niters == args.epochs // 5 * iterations
+
+
+def test_continue_without_weights_is_refused(photos):
+    with pytest.raises(ValueError, match="--preset continue .* name them by --init_from"):
+        parsed("swav", "--data_path", photos, "--preset", "continue")
+
+
+@pytest.mark.slow
+def test_dino_continues_from_the_weights_of_others(tmp_path, photos, trained):
+    argv = ["--data_path", photos, "--preset", "continue", "--init_from", trained, "--epochs", 1]
+    argv += ["--dump_path", tmp_path / "run", "--device", "cpu", "--workers", 0]
+    assert main_dino.main(list(map(str, argv))) == 0
+    assert "matched" in (tmp_path / "run" / "train.log").read_text()
 
 
 # ============ how it is chosen ============
