@@ -302,6 +302,8 @@ def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words)
         knn_freq=0,
         probe_data=[],
         guard_knn=None,
+        probe_data=[],
+        guard_knn=None,
         device=device,
         sync_bn="pytorch",
         syncbn_process_group_size=size,

@@ -93,8 +93,16 @@ def trained(tmp_path):
 
 
 def test_continue_takes_the_network_of_the_weights_and_small_steps(photos, trained):
-    argv = ("--data_path", photos, "--preset", "continue", "--init_from", trained)
-    args, _ = parsed("dino", *argv, script=main_dino)
+    args, _ = parsed(
+        "dino",
+        "--data_path",
+        photos,
+        "--preset",
+        "continue",
+        "--init_from",
+        trained,
+        script=main_dino,
+    )
     fresh, _ = parsed("dino", "--data_path", photos, "--preset", "photos", script=main_dino)
     assert (args.arch, args.patch_size, args.img_size, args.depth) == ("vit_tiny", 8, 48, 2)
     assert args.lr == fresh.lr / 10 and args.momentum_teacher > fresh.momentum_teacher
@@ -106,8 +114,8 @@ def test_continue_freezes_prototypes_at_first(tmp_path, photos):
     from src.nets.resnet import build_model
 
     torch.save(build_model("resnet18", width=0.25).state_dict(), tmp_path / "resnet.pth")
-    argv = ("--data_path", photos, "--preset", "continue", "--init_from", tmp_path / "resnet.pth")
-    args, _ = parsed("swav", *argv)
+    weights = tmp_path / "resnet.pth"
+    args, _ = parsed("swav", "--data_path", photos, "--preset", "continue", "--init_from", weights)
     assert (args.arch, args.width) == ("resnet18", 0.25)
     iterations = 40 // args.batch_size
     assert args.freeze_prototypes_niters == args.epochs // 5 * iterations
