@@ -302,8 +302,6 @@ def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words)
         knn_freq=0,
         probe_data=[],
         guard_knn=None,
-        probe_data=[],
-        guard_knn=None,
         device=device,
         sync_bn="pytorch",
         syncbn_process_group_size=size,
@@ -311,7 +309,12 @@ def test_what_cannot_run_is_found_before_anything_is_opened(device, size, words)
     with pytest.raises(ValueError, match=words):
         flags.check_runtime(args, world_size=12)
     args = argparse.Namespace(
-        knn_freq=0, device="cpu", sync_bn="pytorch", syncbn_process_group_size=8
+        knn_freq=0,
+        probe_data=[],
+        guard_knn=None,
+        device="cpu",
+        sync_bn="pytorch",
+        syncbn_process_group_size=8,
     )
     for world_size in (1, 4, 8, 16):
         flags.check_runtime(args, world_size)
