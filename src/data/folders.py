@@ -257,21 +257,17 @@ def _class_folders(train):
 
 
 # ============ reading ============
-class FolderSource:
-    """Image files below `root`; their names in one array, which workers share without copying."""
+class FileSource:
+    """Image files of a folder, `root`, by their `paths` (N,) bytes relative to it.
 
-    def __init__(self, root: str):
-        self.root = os.fsencode(root)
-        names, left_out = walk_images(root)
-        self.paths = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        self.left_out = describe_left_out(left_out)
+    One array has them all, which workers share without copying.
+    """
+
+    root: bytes
+    paths: np.ndarray
 
     def __len__(self):
         return len(self.paths)
-
-    def parts(self) -> list[list[bytes]]:
-        """The path of each image: its first two folders, where it has them, and the rest."""
-        return [path.split(os.fsencode(os.sep), 3) for path in self.paths.tolist()]
 
     def name(self, index: int) -> str:
         """The path of an image, for people."""
@@ -291,6 +287,20 @@ class FolderSource:
 
     def _path(self, index):
         return os.path.join(self.root, self.paths[index])
+
+
+class FolderSource(FileSource):
+    """All image files below `root`."""
+
+    def __init__(self, root: str):
+        self.root = os.fsencode(root)
+        names, left_out = walk_images(root)
+        self.paths = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.left_out = describe_left_out(left_out)
+
+    def parts(self) -> list[list[bytes]]:
+        """The path of each image: its first two folders, where it has them, and the rest."""
+        return [path.split(os.fsencode(os.sep), 3) for path in self.paths.tolist()]
 
 
 def read_file(path: str | os.PathLike) -> bytes:

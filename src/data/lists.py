@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import printable
-from .folders import SPLITS, SPLITS_IN_PLACE_OF, is_of_one_file, read_file
+from .folders import SPLITS, SPLITS_IN_PLACE_OF, FileSource
 from .images import IMAGE_SUFFIXES
 
 # What columns may be called; the first that is there is taken.
@@ -26,7 +26,7 @@ PATH_AND_LABEL = re.compile(
 PROBES = 8  # files that are looked for before a list is believed
 
 
-class ListSource:
+class ListSource(FileSource):
     """Image files of a list, in its order.
 
     root: the folder that paths are relative to. `labels` is (N,) bytes, as they stand there, or None;
@@ -59,9 +59,6 @@ class ListSource:
         self.paths = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self._check_some_are_there(path, flag)
 
-    def __len__(self):
-        return len(self.paths)
-
     def _read_labels(self, labels):
         """Labels as an array of bytes, None where an image has none."""
         if labels is None:
@@ -80,25 +77,6 @@ class ListSource:
                 f"{flag} {path}: {printable(self.name(0))} is not there, nor is any other of its images "
                 "that was looked for: paths are relative to the folder of the list, or to --data_root"
             )
-
-    def name(self, index: int) -> str:
-        """The path of an image, for people."""
-        return os.fsdecode(self._path(index))
-
-    def fingerprint(self) -> bytes:
-        """What tells these files from others, in order."""
-        return self.paths.tobytes()
-
-    def read(self, index: int) -> bytes:
-        """The bytes of one image. Raises as src.data.folders.read_file does."""
-        return read_file(self._path(index))
-
-    def is_of_one_file(self, index: int, error: OSError) -> bool:
-        """Whether an error concerns this image alone, and not the storage."""
-        return is_of_one_file(self._path(index), self.root, error)
-
-    def _path(self, index):
-        return os.path.join(self.root, self.paths[index])
 
 
 # ============ reading ============
