@@ -113,6 +113,15 @@ def with_defaults(
     return argparse.Namespace(**{**defaults, **said, **explicit})
 
 
+def network_of(path: str) -> dict:
+    """The flags of the network in a run or a file of weights, as far as these tell them.
+
+    Raises as src.nets.pretrained.describe.
+    """
+    _, said = describe(path)
+    return {name: said[name] for name in NETWORK_FLAGS if said.get(name) is not None}
+
+
 def is_run(pretrained: str) -> bool:
     """Whether --pretrained is a run's folder or lies in one, rather than a file on its own."""
     return bool(pretrained) and (run_folder(pretrained) / "args.json").is_file()

@@ -183,12 +183,15 @@ def continuation(values: dict, situation: Situation, init_from: str | None) -> d
     and a head that is new, so that what it is trained on stays as it is at first. values: of all flags
     without this. Raises ValueError without weights.
     """
-    from ..nets.pretrained import NETWORK_FLAGS, describe  # here, as other presets read no file
-
     if not init_from:
         raise ValueError("--preset continue goes on from trained weights: name them by --init_from")
-    _, said = describe(init_from)
-    changed = {name: said[name] for name in NETWORK_FLAGS if said.get(name) is not None}
+    try:
+        from ..evaluate.flags import network_of  # here, as other presets read no file
+    except ImportError:
+        raise ValueError(
+            "--preset continue needs src/evaluate, which this copy lacks: copy it with --with knn"
+        ) from None
+    changed = network_of(init_from)
     for name in ("base_lr", "final_lr", "lr"):
         if name in values:
             changed[name] = values[name] / 10
