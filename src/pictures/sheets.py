@@ -92,7 +92,7 @@ def font_of(size: int) -> Font:
     if found is not None and found.origin:
         path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         try:
-            return ImageFont.truetype(path, size)
+            return ImageFont.truetype(str(path), size)
         except (OSError, ImportError):  # a matplotlib without it, or a Pillow without FreeType
             pass
     try:
