@@ -56,9 +56,8 @@ def photos(situation):
     """Defaults for photographs, beside those of src/run/presets.py; a queue where K is more than a batch."""
     num_prototypes, batch = situation.clusters(), situation.global_batch()
     return {
-        "temperature": 0.1,
-        "epsilon": 0.03,
-        "freeze_prototypes_niters": 50,
+        **SMALL,
+        "epsilon": 0.01,
         "nmb_prototypes": [num_prototypes],
         "queue_length": -(-num_prototypes // batch) * batch if num_prototypes > batch else 0,
         "epoch_queue_starts": 2,
