@@ -135,7 +135,6 @@ def main(argv: list[str] | None = None) -> int:
 
     process = dist.init(args.device, args.dist_timeout)
     hold_folder(args.dump_path, "eval_knn")
-    precision = dist.resolve_precision(args.precision, process.device)
     search_device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
     rows, start = [], time.perf_counter()
 
@@ -143,20 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         model = network.model.to(process.device)
 
         def extract(dataset):
-            mean, std = network.normalisation(dataset)
-            return extract_features(
-                model,
-                dataset,
-                args.size,
-                mean=mean,
-                std=std,
-                device=process.device,
-                batch_size=args.batch_size,
-                num_workers=args.workers,
-                loader_timeout=args.loader_timeout,
-                precision=precision,
-                interpolation=args.interpolation,
-            )
+            options = eval_flags.extraction_options(args, network, dataset, process.device)
+            return extract_features(model, dataset, **options)
 
         return split_features(extract, train, val)
 

@@ -34,16 +34,15 @@ from pathlib import Path
 
 import torch
 
-from src.data import small_sets
-from src.data.datasets import IMAGENET, ImageDataset
-from src.errors import CheckpointError, RunError, cause, writing
+from src.data.datasets import images_like
+from src.errors import CheckpointError, RunError, cause
 from src.evaluate import flags as eval_flags
 from src.nets import export_names, export_programs
 from src.nets.pretrained import run_folder
 from src.nets.weights import fingerprint
 from src.run import checkpoint, flags
 from src.run.lock import hold_folder, release_folders
-from src.run.log import setup_logging, whole
+from src.run.log import setup_logging, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +139,6 @@ def trace(network, try_any_size=True):
 
 
 # ============ files ============
-def write_file(path, contents):
-    """Write a file whole, or leave what was there."""
-    with writing(path), whole(path) as spare:
-        spare.write_bytes(contents)
-
-
 def add_record(path, name, record):
     """Put what is to be said of a file into export.json; what it says of other files there stays."""
     try:
@@ -153,14 +146,12 @@ def add_record(path, name, record):
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({cause(error)}): move it away") from error
     records = {file: said for file, said in records.items() if (path.parent / file).exists()}
-    write_file(path, (json.dumps({**records, name: record}, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps({**records, name: record}, indent=1) + "\n").encode())
 
 
 def statistics_of(network):
     """What images of a network are to be like: their side in pixels, mean and std of each channel."""
-    # Where the run does not say it, images are normalised with the figures of the data's name.
-    usual = small_sets.STATISTICS.get(network.run_args.get("data_path"), IMAGENET)
-    images = ImageDataset([], "", network.in_chans, "", normalisation=usual)
+    images = images_like(network.run_args.get("data_path"), network.in_chans)
     mean, std = (list(x) for x in network.normalisation(images))
     return {"image_size": network.image_size, "mean": mean, "std": std}
 
@@ -217,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             contents, said = file_of_program(kind, network, traced)
         path = Path(args.output) if args.output else folder / f"{network.arch}{ENDINGS[kind]}"
-        write_file(path, contents)
+        write_whole(path, contents)
         add_record(folder / "export.json", path.name, {"format": kind, **common, **said})
         log_file(kind, path, contents, said)
     mean, std = ([round(x, 4) for x in statistics[name]] for name in ("mean", "std"))

@@ -38,8 +38,7 @@ import torch.nn.functional as F
 
 from src import dist
 from src.cluster.kmeans import initial_centroids, spherical_kmeans
-from src.data.datasets import open_dataset
-from src.errors import CheckpointError, Stopped, writing
+from src.errors import CheckpointError, Stopped
 from src.evaluate import flags as eval_flags
 from src.evaluate.feature_table import (
     columns_of,
@@ -53,9 +52,9 @@ from src.labels.row_file import CHUNK, RowFile, check_space, write_array
 from src.nets.pooling import FEATURES, forward_of_feature, shape_of_features
 from src.nets.pretrained import MODEL_FLAGS
 from src.nets.weights import fingerprint
-from src.run import checkpoint, flags, image_flags
+from src.run import checkpoint, flags
 from src.run.lock import hold_folder
-from src.run.log import duration, setup_logging, whole
+from src.run.log import duration, setup_logging, write_whole
 from src.run.stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
@@ -70,36 +69,24 @@ LOG_SECONDS = 5.0
 
 
 # ============ features ============
-def fill(rows, forward, dataset, process, stop, *, normalisation, args):
-    """Compute the rows of `rows` that are missing; those of unreadable images become NaN."""
-    mean, std = normalisation
+def fill(rows, forward, dataset, stop, pretrained, **extraction):
+    """Compute the rows of `rows` that are missing; those of unreadable images become NaN.
+
+    pretrained: for the message. extraction: of src.evaluate.flags.extraction_options.
+    """
 
     def extract(numbers, write):
         def write_batch(first, features):
             broken = dataset.is_broken(numbers[first : first + len(features)])
             if not features[~broken].isfinite().all():
                 raise ValueError(
-                    f"--pretrained {args.pretrained} makes features that are not finite: take another "
+                    f"--pretrained {pretrained} makes features that are not finite: take another "
                     "checkpoint"
                 )
             features[broken] = torch.nan
             write(first, features)
 
-        extract_features(
-            forward,
-            dataset,
-            args.size,
-            mean=mean,
-            std=std,
-            device=process.device,
-            batch_size=args.batch_size,
-            num_workers=args.workers,
-            loader_timeout=args.loader_timeout,
-            precision=dist.resolve_precision(args.precision, process.device),
-            interpolation=args.interpolation,
-            indices=numbers,
-            write=write_batch,
-        )
+        extract_features(forward, dataset, indices=numbers, write=write_batch, **extraction)
 
     rows.fill(extract, stop)
     dataset.share_broken()
@@ -174,9 +161,7 @@ def write_clusters(folder, clustered, dataset, args):
     )
     summary = {"seed": args.seed, **clusters.summary(), "sizes": clusters.sizes.tolist()}
     write_array(folder / "centroids.npy", centroids)
-    path = folder / "clusters.json"
-    with writing(path), whole(path) as spare:
-        spare.write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "clusters.json", json.dumps(summary, indent=1) + "\n")
     shown = choose_clusters(clusters.sizes, args.num_shown)
     draw_clusters(
         clusters,
@@ -201,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     """Extract; returns 0, or 128 + the signal when a signal stopped it."""
     args = parse_args(argv)
     setup_logging(None, dist.read_environment().rank == 0)
-    dataset = open_split(args)
+    dataset = eval_flags.open_split(args)
     check_args(args, len(dataset))
     opened_for = "embedding" if args.feature == "embedding" else "backbone"
     network = eval_flags.open_network(args, opened_for)
@@ -217,19 +202,20 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.dump_path)
     hold_folder(folder, "extract")
     stop, start = StopSignal(), time.perf_counter()
-    mean, std = network.normalisation(dataset)
+    extraction = eval_flags.extraction_options(args, network, dataset, process.device)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"arch": network.arch, "images_digest": dataset.digest(), "shape": list(shape)}
     settings["weights"] = fingerprint(network.model)
     stored = read_stored(folder, settings)
-    rows = prepare(folder, stored, settings, shape, mean, std, len(dataset))
+    statistics = {name: extraction[name] for name in ("mean", "std")}
+    rows = prepare(folder, stored, {**statistics, "settings": settings}, shape, len(dataset))
     network.model.to(process.device)
 
     # ============ features ============
     if is_complete(stored):
         logger.info(f"the features are in {folder} already")
     else:
-        fill(rows, forward, dataset, process, stop, normalisation=(mean, std), args=args)
+        fill(rows, forward, dataset, stop, args.pretrained, **extraction)
     if stop.agreed():
         return leave(stop)
     clustered = None
@@ -256,8 +242,11 @@ def main(argv: list[str] | None = None) -> int:
     return finish(stop)
 
 
-def prepare(folder, stored, settings, shape, mean, std, num_images):
-    """The file of features, made by the first call, with extract.json beside it. All processes call it."""
+def prepare(folder, stored, contents, shape, num_images):
+    """The file of features, made by the first call, with the contents of extract.json beside it.
+
+    stored: what extract.json says already, or None. All processes call it.
+    """
     if stored is None:
         check_space(
             folder,
@@ -267,7 +256,7 @@ def prepare(folder, stored, settings, shape, mean, std, num_images):
         )
     dist.barrier()  # until all have looked at what is there
     if dist.is_main() and stored is None:
-        save_settings(folder, {"mean": mean, "std": std, "settings": settings})
+        save_settings(folder, contents)
     return RowFile(folder, "features", num_images, shape)
 
 
@@ -319,17 +308,7 @@ def is_complete(stored):
 
 def save_settings(folder, contents):
     """Write extract.json, whole or not at all."""
-    path = folder / "extract.json"
-    with writing(path), whole(path) as spare:
-        spare.write_text(json.dumps(contents, indent=1) + "\n")
-
-
-def open_split(args):
-    """The images of --split."""
-    opening = image_flags.opening_options(args)
-    path = {"train": args.train_path, "val": args.val_path}[args.split]
-    flag = f"--{args.split if path else 'data'}_path"
-    return open_dataset(path or args.data_path, args.split, args.in_chans, flag, **opening)
+    write_whole(folder / "extract.json", json.dumps(contents, indent=1) + "\n")
 
 
 # ============ arguments ============

@@ -139,10 +139,8 @@ def trunk(pretrained, checkpoint_key=None, **options):
     network = _ours("nets.pretrained").open_pretrained(
         pretrained, checkpoint_key=checkpoint_key, **options
     )
-    # Where the run does not say it, images are normalised with the figures of the data's name.
-    datasets, small_sets = _ours("data.datasets"), _ours("data.small_sets")
-    normalisation = small_sets.STATISTICS.get(network.run_args.get("data_path"), datasets.IMAGENET)
-    images = datasets.ImageDataset([], "", network.in_chans, "", normalisation=normalisation)
+    data_path = network.run_args.get("data_path")
+    images = _ours("data.datasets").images_like(data_path, network.in_chans)
     model = network.model
     model.mean, model.std = network.normalisation(images)
     model.image_size = network.image_size

@@ -47,7 +47,7 @@ from PIL import Image
 
 from src import dist
 from src.data.augment import Augment
-from src.data.datasets import IMAGENET, open_dataset, usual_std
+from src.data.datasets import IMAGENET, usual_std
 from src.data.multicrop import MultiCropDataset, collate_crops, generator
 from src.evaluate import flags as eval_flags
 from src.nets.backbones import is_vit
@@ -227,7 +227,7 @@ def clusters(args):
     """Write which cluster each image is in to --dump_path, and draw clusters."""
     weights = "" if args.num_clusters else args.pretrained
     heads, dino = cluster_tables.read_heads(weights, args.checkpoint_key)
-    dataset = open_split(args)
+    dataset = eval_flags.open_split(args)
     check_request(args, [len(weight) for weight, _ in heads], len(dataset))
     folder = Path(args.dump_path)
     check_folders(folder, args.folders)
@@ -324,14 +324,6 @@ def draw_clusters(args, found, dataset, names, folder, source):
         write_folders(folder / "folders", found, dataset, names)
 
 
-def open_split(args):
-    """The images of --split."""
-    path = {"train": args.train_path, "val": args.val_path}[args.split]
-    flag = f"--{args.split if path else 'data'}_path"
-    opening = image_flags.opening_options(args)
-    return open_dataset(path or args.data_path, args.split, args.in_chans, flag, **opening)
-
-
 # ============ filters, activations ============
 def filters(args):
     """Draw the first layer's filters; with --conv, --layer or --filters what a layer looks for."""
@@ -415,7 +407,7 @@ def trace_network(args):
 def rank_images(args, network, calls):
     """(layer, images, filters to draw, what each filter responds to most)."""
     layer = responses.find_layer(network.model, calls, conv=args.conv, name=args.layer)
-    dataset, device = open_split(args), dist.resolve_device(args.device)
+    dataset, device = eval_flags.open_split(args), dist.resolve_device(args.device)
     picture_flags.check_filters(args, layer, len(dataset))
     checkpoint.check_writable(args.dump_path)
     hold_folder(args.dump_path, f"visualize_{args.picture}")

@@ -54,7 +54,7 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6300),
+    "main_swav": (27, 6350),
     "main_simclr": (26, 6200),
     "main_selav2": (31, 7100),
     "main_deepclusterv2": (32, 7300),

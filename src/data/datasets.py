@@ -368,6 +368,16 @@ def _number_labels(texts):
     return labels, [str(label) for label in range(int(labels.max()) + 1)]
 
 
+def images_like(name: str | None, in_chans: int) -> ImageDataset:
+    """No images, with the mean and std of a named set, or of ImageNet where the name says nothing.
+
+    For networks whose run does not say how images are normalised.
+    """
+    from .small_sets import STATISTICS
+
+    return ImageDataset([], "", in_chans, "", normalisation=STATISTICS.get(name, IMAGENET))
+
+
 class EpochSampler(torch.utils.data.Sampler):
     """Pairs `(epoch, index)`; each sample at most once an epoch, in whole global batches.
 

@@ -7,6 +7,10 @@ small images, that over the defaults.
 import argparse
 from collections.abc import Callable
 
+import torch
+
+from .. import dist
+from ..data.datasets import ImageDataset, open_dataset
 from ..nets.pretrained import (
     NETWORK_FLAGS,
     Pretrained,
@@ -143,6 +147,36 @@ def open_network(args: argparse.Namespace, feature: str = "backbone") -> Pretrai
         seed=getattr(args, "seed", None),
         **{name: getattr(args, name) for name in NETWORK_FLAGS if name != "arch" and name in args},
     )
+
+
+def open_split(args: argparse.Namespace) -> ImageDataset:
+    """The images of --split, of --train_path or --val_path where it is given, else of --data_path.
+
+    Raises as src.data.datasets.open_dataset.
+    """
+    path = {"train": args.train_path, "val": args.val_path}[args.split]
+    flag = f"--{args.split if path else 'data'}_path"
+    opening = image_flags.opening_options(args)
+    return open_dataset(path or args.data_path, args.split, args.in_chans, flag, **opening)
+
+
+def extraction_options(
+    args: argparse.Namespace, network: Pretrained, dataset: ImageDataset, device: torch.device
+) -> dict:
+    """The arguments of src.labels.features.extract_features after the images: the same features for the
+    same flags, whichever script computes them."""
+    mean, std = network.normalisation(dataset)
+    return {
+        "size": args.size,
+        "mean": mean,
+        "std": std,
+        "device": device,
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "loader_timeout": args.loader_timeout,
+        "precision": dist.resolve_precision(args.precision, device),
+        "interpolation": args.interpolation,
+    }
 
 
 def check_images(args: argparse.Namespace) -> None:

@@ -23,10 +23,8 @@ from .sheets import PAPER, Group, Header, Row, Scale, Tile, draw_sheet, to_uint8
 
 logger = logging.getLogger(__name__)
 
-CELLS = (
-    44,
-    96,
-)  # pixels that a filter of the first layer is enlarged to, the fewer the filters the more
+# Pixels that a filter of the first layer is enlarged to, the fewer the filters the more.
+CELLS = (44, 96)
 GRIDS = 560  # pixels that the grids of the first layer shall fill
 CELL_GAP = 2  # pixels between filters
 NOISE = 20 / 255  # standard deviation of the pixels that ascent starts from

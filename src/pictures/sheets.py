@@ -26,11 +26,8 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 PAPER = (226, 226, 226)  # behind the images, which are often white or black themselves
 INK, PALE = (25, 25, 25), (85, 85, 85)  # of titles, and of what is said beside them
-MARGIN, GAP, GROUP_GAP = (
-    16,
-    10,
-    26,
-)  # pixels around a sheet, between tiles, between groups of columns
+# Pixels around a sheet, between tiles, between groups of columns.
+MARGIN, GAP, GROUP_GAP = 16, 10, 26
 FRAME = 3  # pixels of the frame around an image
 LABEL = 200  # pixels that the text on the left of a row takes at most
 LEAST_TEXT = 560  # pixels that a header may be wide, however narrow the images are

@@ -109,7 +109,7 @@ def describe_run(arguments: dict, folder: str | Path) -> None:
     """Log the command, the versions and the git state; write the resolved arguments to args.json."""
     logger.info("command: %s", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     logger.info("torch %s, python %s, git %s", torch.__version__, sys.version.split()[0], _git())
-    _write_whole(Path(folder) / "args.json", json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+    write_whole(Path(folder) / "args.json", json.dumps(arguments, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
@@ -125,9 +125,10 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def _write_whole(path, text):
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Write a file, whole or not at all. Raises CheckpointError where it cannot be written."""
     with writing(path), whole(path) as spare:
-        spare.write_text(text)
+        spare.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
 def _git():
@@ -205,7 +206,7 @@ class RunLog:
             with writing(others), open(others, "a") as file:
                 file.write("".join(f"{text}\n" for text in redone))
             self.file.close()
-            _write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
             self.file = self._opened()
         return kept
 

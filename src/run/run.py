@@ -474,9 +474,7 @@ class Run:
         share_buffers(self.evaluated)
         with self.stop.at_once():
             accuracies, sentences = self.evaluate()
-        first = next(
-            iter(accuracies.values())
-        )  # of the data itself, or of the first of --probe_data
+        first = next(iter(accuracies.values()))  # of the data, or the first of --probe_data
         iteration = (epoch + 1) * self.iters_per_epoch - 1
         line = {"epoch": epoch, "epoch_float": epoch + 1.0, "iteration": iteration, "knn": first}
         line |= accuracies
@@ -490,11 +488,9 @@ class Run:
         from ..evaluate.probe import knn_probe, open_validation, probe_set
 
         dataset, in_chans = self.dataset, self.arguments["in_chans"]
-        if self.validation is None:
-            self.validation = [None]
-            if dataset.labels is not None:
-                data_path = self.arguments["data_path"]
-                self.validation = [open_validation(dataset, data_path, in_chans)]
+        if self.validation is None and dataset.labels is not None:
+            data_path = self.arguments["data_path"]
+            self.validation = [open_validation(dataset, data_path, in_chans)]
         extraction = {
             "size": self.image_size,
             "mean": self.augment.mean.flatten().tolist(),
