@@ -55,11 +55,11 @@ ORDER = [
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
     "main_swav": (27, 6350),
-    "main_simclr": (26, 6200),
+    "main_simclr": (26, 6250),
     "main_selav2": (31, 7100),
     "main_deepclusterv2": (32, 7300),
     "main_rotnet": (32, 6950),
-    "main_dino": (31, 6950),
+    "main_dino": (31, 7000),
     "main_deepcluster": (39, 8200),
     "main_deepercluster": (42, 9050),
     "main_clusterfit": (37, 7900),

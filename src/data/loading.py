@@ -72,7 +72,7 @@ class Loader(DataLoader):
             return batches
         # Torch looks for processes that have failed when this signal comes, and not while it starts them.
         signal.raise_signal(signal.SIGCHLD)
-        return _TimedBatches(batches, self.timeout + GRACE if self.timeout else 0.0)
+        return _CheckedBatches(batches, self.timeout + GRACE if self.timeout else 0.0)
 
     def _rehearse(self):
         """Make what torch makes for its processes: where its own fails, a half-made object complains."""
@@ -81,10 +81,12 @@ class Loader(DataLoader):
             context.Event(), [context.Queue() for _ in range(self.num_workers + 1)]
 
 
-class _TimedBatches:
+class _CheckedBatches:
     """The batches of an iterator, each within some seconds, 0: any time.
 
-    Torch's own limit does not hold where it takes a batch over from a process that has been stopped.
+    Torch's own limit does not hold where it takes a batch over from a process that has been stopped. And
+    torch says that a process was killed only if the system has told so already: before, what it says is
+    that a connection has ended.
     """
 
     def __init__(self, batches, seconds):
@@ -95,14 +97,24 @@ class _TimedBatches:
 
     def __next__(self):
         if not self.seconds:
-            return next(self.batches)
+            return self._next()
         before = signal.signal(signal.SIGALRM, self._give_up)
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
         try:
-            return next(self.batches)
+            return self._next()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+    def _next(self):
+        try:
+            return next(self.batches)
+        except (ConnectionError, EOFError) as error:
+            if "DataLoader worker" in str(error):  # what an image's storage said, in a process that lives
+                raise
+            raise RuntimeError(
+                "DataLoader worker (pid unknown) ended while its batch was taken over"
+            ) from error
 
     def _give_up(self, number, frame):
         raise TimeoutError(f"DataLoader timed out after {self.seconds:g} seconds")

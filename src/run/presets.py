@@ -161,8 +161,9 @@ def defaults_of(
     """The defaults of a preset by flag.
 
     presets: what the method adds, by preset: a dict, or a function of the situation, which photos and
-    continue need. published: the defaults of all flags of the script. init_from: the weights that
-    continue goes on from; raises ValueError without them, and as src.nets.pretrained.describe.
+    continue need. published: the defaults of all flags of the script. init_from: trained weights,
+    whose network every preset but imagenet takes. Raises ValueError where continue has none, and as
+    src.nets.pretrained.describe.
     """
     made_for_images = preset in MADE_FOR_IMAGES
     shared = photos(situation) if made_for_images else SHARED[preset]
@@ -171,27 +172,35 @@ def defaults_of(
         added = added(situation)
     kept = {name: x for name, x in shared.items() if name in published or name == "crop_sides"}
     values = {**kept, **added}
+    if preset == "continue" and not init_from:
+        raise ValueError("--preset continue goes on from trained weights: name them by --init_from")
+    if preset != "imagenet" and init_from:
+        network = network_of_weights(init_from)
+        values |= {name: value for name, value in network.items() if name in published}
     if preset == "continue":
-        values |= continuation({**published, **values}, situation, init_from)
+        values |= continuation({**published, **values}, situation)
     return values
 
 
-def continuation(values: dict, situation: Situation, init_from: str | None) -> dict:
+def network_of_weights(init_from: str) -> dict:
+    """The flags of the network in a run or a file of weights; {} in a copy that cannot tell them.
+
+    Raises as src.nets.pretrained.describe.
+    """
+    try:
+        from ..evaluate.flags import network_of  # here, as runs without weights read no file
+    except ImportError:  # a copy without evaluations: the network is said by flags
+        return {}
+    return network_of(init_from)
+
+
+def continuation(values: dict, situation: Situation) -> dict:
     """What is other than with photos where a run goes on from trained weights, by flag.
 
-    The network is that of the weights. A tenth of the learning rate after a short warm-up, a slow teacher,
-    and a head that is new, so that what it is trained on stays as it is at first. values: of all flags
-    without this. Raises ValueError without weights.
+    A tenth of the learning rate after a short warm-up, a slow teacher, and a head that is new, so that what
+    it is trained on stays as it is at first. values: of all flags without this.
     """
-    if not init_from:
-        raise ValueError("--preset continue goes on from trained weights: name them by --init_from")
-    try:
-        from ..evaluate.flags import network_of  # here, as other presets read no file
-    except ImportError:
-        raise ValueError(
-            "--preset continue needs src/evaluate, which this copy lacks: copy it with --with knn"
-        ) from None
-    changed = network_of(init_from)
+    changed = {}
     for name in ("base_lr", "final_lr", "lr"):
         if name in values:
             changed[name] = values[name] / 10

@@ -83,7 +83,7 @@ def test_a_worker_that_sends_nothing_ends_the_wait(blocks):
 
     loader = load(lambda index: time.sleep(60) or index, timeout=0.5)
     if blocks:  # as where torch itself waits for more than its limit
-        loader.timeout, waiting = 0, loading._TimedBatches(iter(loader), 0.5)
+        loader.timeout, waiting = 0, loading._CheckedBatches(iter(loader), 0.5)
     else:
         waiting = iter(loader)
     with pytest.raises((RuntimeError, TimeoutError), match="timed out") as error:
@@ -111,6 +111,28 @@ def test_a_dead_worker_is_one_sentence():
     with pytest.raises(RuntimeError) as error:
         list(load(lambda index: os.kill(os.getpid(), signal.SIGKILL)))
     assert explain(error.value).startswith("a loader process was killed")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_its_batch_is_taken_over_is_the_same_sentence(error):
+    def batches():
+        yield 0
+        raise error
+
+    checked = loading._CheckedBatches(batches(), seconds=0)
+    assert next(checked) == 0
+    with pytest.raises(RuntimeError) as raised:
+        next(checked)
+    assert explain(raised.value).startswith("a loader process was killed")
+
+
+def test_a_connection_that_a_living_worker_lost_is_its_own_error():
+    def batches():
+        raise ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.")
+        yield
+
+    with pytest.raises(ConnectionResetError):
+        next(loading._CheckedBatches(batches(), seconds=0))
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,18 @@ def test_continue_freezes_prototypes_at_first(tmp_path, photos):
     assert args.freeze_prototypes_niters == args.epochs // 5 * iterations
 
 
+@pytest.mark.parametrize("preset", ["photos", "cifar", "tiny"])
+def test_other_presets_take_the_network_of_the_weights_as_well(tmp_path, photos, preset):
+    from src.nets.resnet import build_model
+
+    torch.save(build_model("resnet50", width=0.0625).state_dict(), tmp_path / "resnet.pth")
+    argv = ["swav", "--data_path", photos, "--init_from", tmp_path / "resnet.pth"]
+    argv += ["--preset", preset]
+    args, _ = parsed(*argv)
+    assert (args.arch, args.width) == ("resnet50", 0.0625)
+    assert parsed(*argv, "--arch", "resnet34")[0].arch == "resnet34"  # which then fails by a sentence
+
+
 def test_continue_without_weights_is_refused(photos):
     with pytest.raises(ValueError, match="--preset continue .* name them by --init_from"):
         parsed("swav", "--data_path", photos, "--preset", "continue")
