@@ -110,7 +110,7 @@ class _CheckedBatches:
         try:
             return next(self.batches)
         except (ConnectionError, EOFError) as error:
-            if "DataLoader worker" in str(error):  # what an image's storage said, in a process that lives
+            if "DataLoader worker" in str(error):  # an error of a dataset, in a process that lives
                 raise
             raise RuntimeError(
                 "DataLoader worker (pid unknown) ended while its batch was taken over"

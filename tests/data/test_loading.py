@@ -113,7 +113,9 @@ def test_a_dead_worker_is_one_sentence():
     assert explain(error.value).startswith("a loader process was killed")
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()]
+)
 def test_a_worker_that_dies_while_its_batch_is_taken_over_is_the_same_sentence(error):
     def batches():
         yield 0
