@@ -71,7 +71,6 @@ from src.pictures.sheets import to_uint8
 from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder, release_folders
 from src.run.log import duration, setup_logging
-from src.run.presets import preset_of
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +191,6 @@ def spread(total, number):
 # ============ crops ============
 def crops(args):
     """Draw the crops of a few images, those of epoch --epoch; the colours are drawn anew."""
-    args.preset = preset_of(args.data_path) if args.preset == "auto" else args.preset
     image_flags.fill_in_crops(args)
     dataset = image_flags.open_images(args)
     options = image_flags.augment_options(args, dataset, sum(args.nmb_crops))

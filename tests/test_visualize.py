@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import visualize
+from src import dist
 from src.data.datasets import open_dataset, usual_std
 from src.data.multicrop import MultiCropDataset, crop_and_resize
 from src.nets.backbones import build_backbone
@@ -520,6 +521,23 @@ def test_the_crops_are_those_of_the_epoch_after_photometry(tmp_path, drawn):
     first, later = (draw(tmp_path / "c", *other, "--epoch", epoch) for epoch in (0, 1))
     crop, later_crop = (tiles_of(x, boxes)[1][0] for x in (first, later))
     assert (crop != later_crop).any()  # the crop, not only its window
+
+
+@pytest.mark.parametrize(
+    ("side", "preset", "sides"), [(200, "photos", [64, 32]), (32, "cifar", [32, 16])]
+)
+def test_the_crops_of_a_folder_are_those_of_its_training(
+    tmp_path, monkeypatch, side, preset, sides
+):
+    monkeypatch.setattr(dist, "resolve_device", lambda device: torch.device("cpu"))
+    photo(tmp_path / "a.png", side, side)
+    args = visualize.parse_args(["crops", "--data_path", str(tmp_path)])
+    assert args.preset == preset and len(args.nmb_crops) == 2
+    visualize.image_flags.fill_in_crops(args)
+    assert args.size_crops == sides
+    one = visualize.parse_args(["crops", "--data_path", str(tmp_path), "--nmb_crops", "2"])
+    visualize.image_flags.fill_in_crops(one)
+    assert one.size_crops == sides[:1]
 
 
 def test_the_crops_of_a_run_of_dino_are_its_global_and_local_ones(tmp_path, drawn):

@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .backbones import build_backbone, is_transformer
+from .library_weights import TORCHVISION
 from .recognise import recognise
 from .resnet import TIMM, build_model
-from .weights import fit_weights, read_file, tensors_of
+from .weights import LIBRARIES, fit_weights, read_file, tensors_of
 
 # Flags of the scripts that make a network, and those that say what its images are like.
 VIT_FLAGS = ("patch_size", "img_size", "num_registers", "depth", "num_heads", "layer_scale")
@@ -31,7 +32,6 @@ IMAGE_FLAGS = ("data_path", "data_root", "label_column", "mean", "std", "seed")
 HEADS = ("projection_head", "prototypes")  # modules that come after the features of a network
 IMAGE_SIZE = 224  # pixels, where nothing says it
 SWAV_HEAD = {"hidden_mlp": 2048, "feat_dim": 128}  # as published, where nothing says it
-TORCHVISION = "torchvision:"  # before the name of a network, instead of a file
 
 # The standard deviation of red on ImageNet: SwAV's family divided by 0.228, everybody else by 0.229.
 SWAV_RED, IMAGENET_RED = 0.228, 0.229
@@ -128,17 +128,13 @@ def open_pretrained(
     """
     if feature not in ("backbone", "embedding"):
         raise ValueError(f"--feature {feature} must be backbone or embedding")
-    source, contents, weights, run_args, said = path, {}, {}, {}, {}
-    if str(path).startswith(TORCHVISION):
-        source, arch = _torchvision_weights(str(path).removeprefix(TORCHVISION), arch)
-    if str(path).startswith(TIMM):
-        arch = arch or str(path)
-        weights, said = _weights_of_timm(str(path).removeprefix(TIMM), arch)
-    elif source:
-        contents = read_file(source)
-        weights = tensors_of(contents, source, checkpoint_key)
-        run_args = read_run_args(source) or _args_of(contents)
-        said = {**recognise(weights, arch), **settings_of_run(run_args)}
+    contents, weights, run_args, said = {}, {}, {}, {}
+    arch = arch or _arch_of_library(path)
+    if path:
+        contents = read_file(path)
+        weights = tensors_of(contents, path, checkpoint_key)
+        run_args = read_run_args(path) or _args_of(contents)
+        said = {**recognise(weights, arch), **_said_by_timm(path), **settings_of_run(run_args)}
     said |= {name: value for name, value in options.items() if value is not None}
     arch = arch or said.get("arch") or "resnet50"
     if image_size is None:
@@ -161,11 +157,11 @@ def open_pretrained(
     if seed is None:
         seed = said.get("seed") or 0
     model = _build(arch, built_with, run_args, seed)
-    if source:
+    if path:
         of_swav = _has_swav_head(arch, built_with, run_args)
-        _fill(model, weights, arch, source, of_swav=of_swav, feature=feature)
+        _fill(model, weights, arch, path, of_swav=of_swav, feature=feature)
     as_dino = is_transformer(arch) or is_dino(run_args) or checkpoint_key in ("teacher", "student")
-    of_library = source != path or (arch.startswith(TIMM) and not run_args)
+    of_library = str(path).startswith(LIBRARIES) or (arch.startswith(TIMM) and not run_args)
     usual_red = as_dino or "sobel" in built_with or of_library
     return Pretrained(
         model=model,
@@ -210,22 +206,20 @@ def describe(
 
     The tensors are read only where there is no args.json. Raises as open_pretrained.
     """
-    if str(path).startswith(TORCHVISION):
-        return {}, {"arch": str(path).removeprefix(TORCHVISION)}
-    if str(path).startswith(TIMM):
-        from .timm_trunks import described_by_timm
-
-        name = str(path).removeprefix(TIMM)
-        if arch in (None, str(path)):
-            return {}, {"arch": str(path), **described_by_timm(name)}
-        return {}, _weights_of_timm(name, arch)[1]
+    of_library = _arch_of_library(path)
+    if of_library and arch in (None, of_library):  # without a download
+        return {}, {"arch": of_library, **_said_by_timm(path)}
     run_args = read_run_args(path)
     if run_args:
         return run_args, settings_of_run(run_args)
     contents = read_file(path)
     run_args = _args_of(contents)
     weights = tensors_of(contents, path, checkpoint_key)
-    return run_args, {**recognise(weights, arch), **settings_of_run(run_args)}
+    return run_args, {
+        **recognise(weights, arch),
+        **_said_by_timm(path),
+        **settings_of_run(run_args),
+    }
 
 
 def settings_of_run(run_args: dict) -> dict:
@@ -251,25 +245,21 @@ def _args_of(contents):
     return args if isinstance(args, dict) else {}
 
 
-def _torchvision_weights(name, arch):
-    """(address of torchvision's newest weights of a network, its name)."""
-    from torchvision import models  # here, so that our own networks do without it
-
-    if name not in models.list_models(module=models) or arch not in (None, "", name):
-        asked = f" and --arch {arch}" if arch else ""
-        raise ValueError(
-            f"--pretrained {TORCHVISION}{name}{asked}: name one classification network of torchvision"
-        )
-    return models.get_model_weights(name).DEFAULT.url, name
+def _arch_of_library(path):
+    """The --arch of "torchvision:resnet50", resnet50, or of "timm:resnet50", itself; None for others."""
+    name = str(path)
+    if name.startswith(TIMM):
+        return name
+    return name.removeprefix(TORCHVISION) if name.startswith(TORCHVISION) else None
 
 
-def _weights_of_timm(name, arch):
-    """(tensors that timm has of a network, what they and timm say of the network `arch` and its images)."""
-    from .timm_trunks import described_by_timm, timm_weights  # here, as timm is optional
+def _said_by_timm(path):
+    """What timm says of the images that its weights are for: size, mean, std; {} for other files."""
+    if not str(path).startswith(TIMM):
+        return {}
+    from .timm_trunks import described_by_timm  # here, as timm is optional
 
-    said = described_by_timm(name)
-    weights = timm_weights(name)
-    return weights, {**recognise(weights, arch), **said}
+    return described_by_timm(str(path).removeprefix(TIMM))
 
 
 # ============ building and filling ============

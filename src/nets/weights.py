@@ -39,6 +39,7 @@ CLASSIFIERS = ("fc", "classifier", "heads", "head")
 OF_A_TRUNK = re.compile(
     r"(layer|block|stage|stem|conv|bn\d*$|norm|patch_embed|pos_embed|rope|sobel$|(?!mask_)\w+_tokens?$)"
 )
+LIBRARIES = ("torchvision:", "timm:")  # before the name of a network, instead of a file
 COUNTS_OF_A_PROFILER = ("total_ops", "total_params")  # thop leaves them in every layer
 
 
@@ -56,7 +57,8 @@ class Report:
 def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
     """Named tensors of a file, without the "module." of DistributedDataParallel and DataParallel.
 
-    path: a file, the folder of a run, or an http(s) address. checkpoint_key: the section to take,
+    path: a file, the folder of a run, an http(s) address, or "torchvision:resnet50" or "timm:resnet50" for
+    what these packages have. checkpoint_key: the section to take,
     such as "student", or what the names of the network begin with, such as "momentum_encoder"; None: the
     first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
     ValueError (another key would do) or CheckpointError (not a file of weights).
@@ -224,6 +226,12 @@ def _sections(contents):
 def read_file(path: str | Path) -> dict:
     """What a file or the checkpoint of a run's folder holds; raises as read_weights."""
     path = str(path)
+    if path.startswith(LIBRARIES):
+        from .library_weights import (
+            read_library,  # here, so that scripts that read no weights do without it
+        )
+
+        return read_library(path)
     if os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pth")
     file = _local(path)

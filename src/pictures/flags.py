@@ -7,7 +7,15 @@ from ..evaluate import flags as eval_flags
 from ..nets.pretrained import describe, is_dino, read_run_args, run_folder
 from ..run import flags, image_flags
 from ..run.flags import at_least_zero, positive, probability
-from ..run.presets import SHARED, preset_of
+from ..run.presets import (
+    MADE_FOR_IMAGES,
+    PRESET_OF,
+    SHARED,
+    look,
+    photos,
+    preset_for,
+    preset_of,
+)
 from .responses import Layer
 
 # Untrained networks for small images, which are enlarged for them.
@@ -52,7 +60,7 @@ def add_attention_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_crops_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of visualize.py crops."""
-    image_flags.add_crop_args(image_flags.add_data_args(parser, SHARED))
+    image_flags.add_crop_args(image_flags.add_data_args(parser, {**SHARED, "photos": {}}))
     image_flags.add_augment_args(parser)
     add = _add_shared_flags(parser)
     add("--num_images", type=positive(int), default=8, help="images, a row of the sheet each")
@@ -136,7 +144,7 @@ def crops_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     """The crops and the photometry, from the run or the preset."""
     run_args = read_run_args(args.pretrained)
     if not run_args:
-        return SHARED[preset_of(args.data_path) if args.preset == "auto" else args.preset]
+        return _crops_of_preset(args, explicit)
     said = {**run_args, "dump_path": str(run_folder(args.pretrained))}
     if is_dino(run_args):
         scales = (run_args["global_crops_scale"], run_args["local_crops_scale"])
@@ -149,6 +157,22 @@ def crops_defaults(args: argparse.Namespace, explicit: dict) -> dict:
         resolutions = 2 if run_args["local_crops_number"] else 1
         said |= {name: x[:resolutions] for name, x in values.items()}
     return said
+
+
+def _crops_of_preset(args, explicit):
+    """The values of --preset, which auto chooses as the training scripts do. Opens images without a name."""
+    preset, situation = args.preset, None
+    if preset == "auto" and args.data_path in PRESET_OF:
+        preset = PRESET_OF[args.data_path]
+    if preset in ("auto", *MADE_FOR_IMAGES):
+        situation = look(image_flags.open_images(args), "auto", world_size=1)
+    if preset == "auto":
+        preset = preset_for(situation)
+    if preset not in MADE_FOR_IMAGES:
+        return {**SHARED[preset], "preset": preset}
+    values = {**photos(situation), "preset": preset}
+    numbers = explicit.get("nmb_crops", values["nmb_crops"])
+    return {**values, "size_crops": values["crop_sides"][: len(numbers)]}
 
 
 def network_defaults(args: argparse.Namespace, explicit: dict) -> dict:

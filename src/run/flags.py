@@ -191,7 +191,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--lr_scaling", default="none", choices=["none", "linear", "sqrt"],
         help="scale all learning rates by the global batch / --lr_reference_batch")  # fmt: skip
     add("--lr_reference_batch", type=positive(int), default=4096, help="images, see --lr_scaling")
-    add("--init_from", default=None, help="weights to start from: a checkpoint or released file")
+    add("--init_from", default=None, help="weights to start from: a run, a file that the "
+        "evaluations read, torchvision:NAME or timm:NAME")  # fmt: skip
     add("--sync_bn", default="pytorch", choices=["pytorch", "apex", "none"],
         help="batch norm across processes; apex where it is installed, else as pytorch")  # fmt: skip
     add("--syncbn_process_group_size", type=at_least_zero(int), default=8,

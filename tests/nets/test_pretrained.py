@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from src.data.datasets import SWAV_RED_STD, ImageDataset, usual_std
+from src.errors import CheckpointError
 from src.nets import downloads, pretrained
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.pretrained import IMAGENET_RED, SWAV_RED, describe, open_pretrained
 from src.nets.resnet import build_model
-from src.nets.weights import fingerprint
+from src.nets.weights import fingerprint, load_weights
 from src.run import checkpoint
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -247,10 +248,14 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
     assert describe("torchvision:resnet18") == ({}, {"arch": "resnet18"})
     with pytest.raises(FileNotFoundError, match="no weights file resnet18"):
         open_pretrained("resnet18")
-    for name, arch in (("resnet9000", None), ("resnet18", "vgg16")):
-        with pytest.raises(ValueError, match=f"torchvision:{name}.* name one"):
-            open_pretrained(f"torchvision:{name}", arch)
+    with pytest.raises(ValueError, match="torchvision:resnet9000 .* name one"):
+        open_pretrained("torchvision:resnet9000")
     assert len(fetched) == 1
+    with pytest.raises(CheckpointError, match="torchvision:resnet18.* fits this network"):
+        open_pretrained("torchvision:resnet18", "vgg16")
+    model = build_model("resnet18", hidden_mlp=8, output_dim=8)
+    report = load_weights(model, "torchvision:resnet18", allow_missing=("projection_head",))
+    assert len(report.matched) == 120 and report.left_over == ["fc.bias", "fc.weight"]
 
 
 @pytest.mark.parametrize(
