@@ -281,6 +281,8 @@ def parse_args(
         args.chosen_for = str(situation)
     if preset in MADE_FOR_IMAGES:
         args.chosen, args.crop_sides = chosen, sides
+        if situation.hint():
+            notes.append(situation.hint())
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
     return args

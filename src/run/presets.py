@@ -24,6 +24,9 @@ MADE_FOR_IMAGES = ("photos", "continue")  # presets that are functions of the si
 MANY_IMAGES = 300_000  # from here on the published values are tried and fit
 SMALL_SIDE = 40  # pixels; images up to it are like CIFAR's
 SAMPLE = 32  # images whose sizes are looked at
+DECODED_AS_LONG = (
+    8  # megapixels of a JPEG that one core decodes while it trains on one of ResNet-18's images
+)
 TYPICAL_IMAGES = 10_000  # what --preset photos --help is for
 
 # Side in pixels and share of the image's area of the crops, for one or two resolutions.
@@ -82,6 +85,7 @@ class Situation:
 
     num_images: int
     side: int  # median of the shorter sides of a sample, in pixels
+    megapixels: float  # median of a sample
     on_gpu: bool
     cores: int  # of the CPU, that this process may use
     world_size: int = 1
@@ -107,9 +111,26 @@ class Situation:
         return CROPS["photos"]["size"] if self.on_gpu else SIDES_ON_CPU
 
     def epochs(self) -> int:
-        """As many as show 6,000 images on a CPU, minutes of two cores, or 3 million on a GPU; 5 to 400."""
-        shown = 3_000_000 if self.on_gpu else 6_000
+        """As many as show 6,000 images on a CPU, minutes of two cores, or 3 million on a GPU; 5 to 400.
+
+        Fewer where images are so large that a CPU spends its time on decoding them.
+        """
+        shown = 3_000_000 if self.on_gpu else 6_000 * (1 - self.decoding())
         return max(5, min(400, round(shown / self.num_images)))
+
+    def hint(self) -> str | None:
+        """What would make a run much faster, for people; None where nothing would."""
+        if self.on_gpu or self.decoding() < 0.3:
+            return None
+        return (
+            f"images of {self.megapixels:.0f} megapixels: {self.decoding():.0%} of the time goes into "
+            "decoding them, so that a copy of the images with shorter sides of 512 px trains "
+            f"{1 / (1 - self.decoding()):.1f} times as fast"
+        )
+
+    def decoding(self) -> float:
+        """The share of a CPU's time that goes into decoding: a half with images of DECODED_AS_LONG."""
+        return self.megapixels / (self.megapixels + DECODED_AS_LONG)
 
 
 def look(dataset: ImageDataset, device: str, world_size: int) -> Situation:
@@ -119,14 +140,16 @@ def look(dataset: ImageDataset, device: str, world_size: int) -> Situation:
     the storage does not answer.
     """
     sample = torch.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).long().unique()
-    sides = []
+    sizes = []
     for index in sample.tolist():
         with contextlib.suppress(BrokenImage, UnfitImage, FileNotFoundError):
-            sides.append(min(dataset.read(index).shape[1:]))
-    sides = sorted(sides) or [0]
+            sizes.append(dataset.read(index).shape[1:])
+    sides = sorted(min(size) for size in sizes) or [0]
+    areas = sorted(size.numel() for size in sizes) or [0]
     return Situation(
         num_images=len(dataset),
         side=sides[len(sides) // 2],
+        megapixels=areas[len(areas) // 2] / 1e6,
         on_gpu=dist.resolve_device(device).type != "cpu",
         cores=num_cores(),
         world_size=world_size,
@@ -136,7 +159,7 @@ def look(dataset: ImageDataset, device: str, world_size: int) -> Situation:
 def typical(device: str) -> Situation:
     """A situation for --help, which opens no images."""
     on_gpu = dist.resolve_device(device).type != "cpu"
-    return Situation(TYPICAL_IMAGES, side=256, on_gpu=on_gpu, cores=num_cores())
+    return Situation(TYPICAL_IMAGES, side=256, megapixels=0.1, on_gpu=on_gpu, cores=num_cores())
 
 
 def preset_of(data_path: str) -> str:

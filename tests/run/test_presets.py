@@ -9,13 +9,14 @@ import torch
 
 import main_dino
 import main_swav
+from src.data.datasets import open_dataset
 from src.data.loading import Loader, num_cores
 from src.run import image_flags, presets
 from src.run.presets import Situation, default_folder, preset_for
 from tests.data.test_datasets import write_image
 
 METHODS = sorted(path.stem for path in Path(presets.__file__).parents[2].glob("main_*.py"))
-SIX_HUNDRED = Situation(600, side=400, on_gpu=False, cores=2)
+SIX_HUNDRED = Situation(600, side=400, megapixels=0.2, on_gpu=False, cores=2)
 
 
 def parsed(method, *argv, script=main_swav):
@@ -44,28 +45,49 @@ def photos(tmp_path):
     ],
 )
 def test_the_number_and_the_size_of_the_images_choose_the_preset(num_images, side, preset):
-    assert preset_for(Situation(num_images, side, on_gpu=False, cores=2)) == preset
+    assert preset_for(Situation(num_images, side, megapixels=0.2, on_gpu=False, cores=2)) == preset
 
 
 @pytest.mark.parametrize("num_images, clusters", [(40, 10), (600, 60), (50_000, 3000)])
 def test_there_is_a_cluster_for_ten_images_up_to_3000(num_images, clusters):
-    assert Situation(num_images, side=400, on_gpu=True, cores=8).clusters() == clusters
+    assert (
+        Situation(num_images, side=400, megapixels=0.2, on_gpu=True, cores=8).clusters() == clusters
+    )
 
 
 @pytest.mark.parametrize(
     "on_gpu, arch, sides", [(False, "resnet18", [64, 32]), (True, "resnet50", [128, 64])]
 )
 def test_photographs_get_a_network_and_crops_for_the_device(on_gpu, arch, sides):
-    situation = Situation(5000, side=400, on_gpu=on_gpu, cores=4)
+    situation = Situation(5000, side=400, megapixels=0.2, on_gpu=on_gpu, cores=4)
     values = presets.photos(situation)
     assert (values["arch"], values["crop_sides"]) == (arch, sides)
     assert values["workers"] <= 4
     assert values["batch_size"] == (256 if on_gpu else 64)
 
 
+def test_photographs_of_a_camera_are_shown_less_often_on_a_cpu_and_the_log_says_why():
+    of_a_camera = Situation(600, side=3000, megapixels=12.0, on_gpu=False, cores=2)
+    assert of_a_camera.decoding() == 12 / 20
+    assert (SIX_HUNDRED.epochs(), of_a_camera.epochs()) == (10, 5)
+    assert (
+        "12 megapixels: 60% of the time" in of_a_camera.hint() and "2.5 times" in of_a_camera.hint()
+    )
+    assert SIX_HUNDRED.hint() is None
+    on_gpu = Situation(600, side=3000, megapixels=12.0, on_gpu=True, cores=16)
+    assert on_gpu.epochs() == 400 and on_gpu.hint() is None
+
+
+def test_the_size_of_the_images_is_the_median_of_a_sample(photos):
+    situation = presets.look(open_dataset(str(photos)), "cpu", world_size=1)
+    assert (situation.num_images, situation.side, situation.megapixels) == (40, 60, 0.0042)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_processes_share_the_batch_of_one(world_size):
-    situation = Situation(5000, side=400, on_gpu=True, cores=4, world_size=world_size)
+    situation = Situation(
+        5000, side=400, megapixels=0.2, on_gpu=True, cores=4, world_size=world_size
+    )
     assert presets.photos(situation)["batch_size"] * world_size == 256
 
 
@@ -74,7 +96,10 @@ def test_every_method_has_a_preset_for_photographs(name):
     script = importlib.import_module(name)
     parser = script.get_parser()
     flags = {action.dest: action.default for action in parser._actions}
-    for situation in (SIX_HUNDRED, Situation(50_000, side=400, on_gpu=True, cores=16)):
+    for situation in (
+        SIX_HUNDRED,
+        Situation(50_000, side=400, megapixels=0.2, on_gpu=True, cores=16),
+    ):
         values = presets.defaults_of("photos", script.PRESETS, situation, flags)
         assert set(values) - {"crop_sides"} <= set(flags)
         for key in ("nmb_cluster", "k"):
