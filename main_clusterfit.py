@@ -141,6 +141,7 @@ def train_one_epoch(run, loader, labels, epoch, start):
                 logits=scores,
                 labels=targets,
                 embedding=features,
+                prototypes=[run.module.top_layer.weight],
                 lr="--lr",
                 clusters="--nmb_cluster",
             )

@@ -172,7 +172,7 @@ def train_one_epoch(run, loader, places, heads, labels, epoch, start):
 
         # ============ log, save, stop ============
         if run.is_log_step():
-            log_progress(run, scores, supers, features, sub_scores, targets)
+            log_progress(run, scores, supers, features, sub_scores, targets, heads)
         if run.save_or_stop():
             return
 
@@ -189,7 +189,7 @@ def backward(run, heads, loss):
     run.scaler.unscale_(run.optimizer)
 
 
-def log_progress(run, scores, supers, features, sub_scores, targets):
+def log_progress(run, scores, supers, features, sub_scores, targets, heads):
     """Write a log line with the health of the predictions of both levels, and of the features."""
     agreeing = 0
     for s, labels in zip(sub_scores, targets, strict=True):
@@ -202,6 +202,8 @@ def log_progress(run, scores, supers, features, sub_scores, targets):
         embedding=features,
         ceiling=loss_of_nothing(num_super=scores.shape[1], num_sub=sub_scores[0].shape[1]),
         percentages={"sub_accuracy": sub_accuracy},
+        prototypes=heads.prototypes(),
+        holders=heads.num_holders(),
         lr="--lr",
         clusters="--k",
     )

@@ -213,13 +213,13 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
 
         # ============ log, save, stop ============
         if run.is_log_step():
-            log_progress(run, targets, features, criterion.center)
+            log_progress(run, targets, features, criterion.center, teacher.head.last_layer)
         if run.save_or_stop():
             return
 
 
-def log_progress(run, probabilities, features, center):
-    """Write a log line with the health of the teacher: its output (N, K) and its features (N, D)."""
+def log_progress(run, probabilities, features, center, last_layer):
+    """Write a log line with the health of the teacher: its output (N, K), features (N, D), prototypes."""
     num_outputs, features = probabilities.shape[1], nn.functional.normalize(features.float(), dim=1)
     entropy = run.mean_over_processes(health.code_entropy(probabilities))
     values = {
@@ -237,7 +237,9 @@ def log_progress(run, probabilities, features, center):
         f"{values['prototypes_used']:.0f} of {num_outputs} in use, "
         f"std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
     )
-    line = run.report(values, text)
+    prototypes = last_layer.weight_v if run.arguments["l2_bottleneck"] else last_layer.weight
+    unique, unique_text = run.count_unique([prototypes], "--out_dim")
+    line = run.report(values | unique, text + unique_text)
     run.diagnose(line, lambda lines: diagnose(lines, num_outputs))
 
 

@@ -162,6 +162,7 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
                 labels=targets[0],
                 embedding=assigned.flatten(0, 1),
                 ceiling=loss_of_nothing(args.nmb_prototypes),
+                prototypes=heads,
             )
         if run.save_or_stop():
             return

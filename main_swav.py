@@ -238,7 +238,8 @@ def log_progress(run, codes, embedding):
         f"{values['prototypes_used']:.0f} of {num_prototypes} in use, "
         f"std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
     )
-    line = run.report(values, text)
+    unique, unique_text = run.count_unique(prototypes_of(run.module), "--nmb_prototypes")
+    line = run.report(values | unique, text + unique_text)
     run.diagnose(line, lambda lines: diagnose(lines, num_prototypes))
 
 

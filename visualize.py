@@ -5,7 +5,7 @@ and of their mean, over an image, a folder, a video or an animated GIF. Caron et
 Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3.
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
-as csv, npy and folders, and what clusters look like (src/pictures/cluster_tables.py).
+as csv, npy and folders; what clusters look like, and what they know of labels, metadata, colour.
 filters: weights of the first layer; or images that maximise the response of filters, by gradient
 ascent (Yosinski et al., arXiv:1506.06579), beside those of the data that activate them most.
 activations: the latter alone, with a table. Both are figures of DeepCluster, arXiv:1807.05520.
@@ -53,7 +53,7 @@ from src.evaluate import flags as eval_flags
 from src.nets.backbones import is_vit
 from src.pictures import activations as activation_pictures
 from src.pictures import attention as attention_maps
-from src.pictures import cluster_tables, responses
+from src.pictures import cluster_contents, cluster_tables, responses
 from src.pictures import clusters as cluster_pictures
 from src.pictures import filters as filter_pictures
 from src.pictures import flags as picture_flags
@@ -61,6 +61,7 @@ from src.pictures.clusters import (
     add_cluster_args,
     check_folders,
     choose_clusters,
+    draw_colours,
     draw_sizes,
     image_names,
     write_folders,
@@ -69,6 +70,7 @@ from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
 from src.pictures.sheets import to_uint8
 from src.run import checkpoint, flags, image_flags
+from src.run.health import UNIQUE_DISTANCE
 from src.run.lock import hold_folder, release_folders
 from src.run.log import duration, setup_logging
 
@@ -77,7 +79,9 @@ logger = logging.getLogger(__name__)
 ON_SHEET = 12  # images on the sheet of all images
 ATTENTION = "Attention of the class token in the last block"
 LOG_SECONDS = 5.0
-CLUSTER_SETTINGS = ("pretrained", "data_path", "split", "head", "num_clusters", "feature", "seed")
+CLUSTER_SETTINGS = (
+    "pretrained", "data_path", "split", "head", "num_clusters", "feature", "neighbours", "seed",
+)  # fmt: skip
 
 
 # ============ attention ============
@@ -227,6 +231,7 @@ def clusters(args):
     heads, dino = cluster_tables.read_heads(weights, args.checkpoint_key)
     dataset = eval_flags.open_split(args)
     check_request(args, [len(weight) for weight, _ in heads], len(dataset))
+    columns = cluster_contents.read_columns(dataset.metadata, args.columns)
     folder = Path(args.dump_path)
     check_folders(folder, args.folders)
     checkpoint.check_writable(folder)
@@ -235,7 +240,7 @@ def clusters(args):
     network = eval_flags.open_network(args, feature)
     device = dist.resolve_device(args.device)
     precision = "fp32" if args.use_fp16 is False else args.precision
-    features = cluster_tables.features_of(
+    features, colours = cluster_tables.features_of(
         network,
         dino,
         dataset,
@@ -253,9 +258,20 @@ def clusters(args):
     )
     assignments, cosines, centroids = by_head[args.head]
     found = cluster_tables.Clusters(
-        assignments, cosines, centroids, labels=dataset.labels, classes=dataset.classes
+        assignments,
+        cosines,
+        centroids,
+        labels=dataset.labels,
+        classes=dataset.classes,
+        colours=colours,
+        columns=columns,
     )
-    cluster_tables.write_files(
+    if args.neighbours and dataset.labels is not None:
+        labels = dataset.labels.masked_fill(~readable, -1)
+        found.same_class_edges = cluster_contents.same_class_edges(
+            features, labels, args.neighbours, args.seed
+        )
+    numbers = cluster_tables.write_files(
         folder,
         found,
         names,
@@ -265,16 +281,41 @@ def clusters(args):
     draw_clusters(args, found, dataset, names, folder, network.origin)
     if not args.pretrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, clusters mean little")
-    numbers = found.summary()
-    agreement = ""
-    if found.labels is not None:
-        agreement = f"; purity {numbers['purity']:.1%}, NMI {numbers['nmi']:.3f} with the labels"
+    report_clusters(args, numbers)
     logger.info(
         f"{numbers['images']} images, {numbers['empty']} of {numbers['num_clusters']} clusters empty, "
-        f"the largest of {numbers['size_max']}{agreement}; written to {folder}, "
-        f"look at {folder / 'clusters.png'}"
+        f"the largest of {numbers['size_max']}; written to {folder}, look at {folder / 'clusters.png'}"
     )
-    if 2 * (found.sizes == 0).sum() > len(found.sizes):
+
+
+def report_clusters(args, numbers):
+    """Say what clusters know of labels, metadata and colour, and warn of what is odd with them."""
+    if "purity" in numbers:
+        edges = ""
+        if "same_class_edges" in numbers:
+            edges = (
+                f", {numbers['same_class_edges']:.1%} of {args.neighbours}-NN edges in one class"
+            )
+        logger.info(
+            f"with the labels: accuracy {numbers['accuracy']:.1%}, purity {numbers['purity']:.1%}, NMI "
+            f"{numbers['nmi']:.3f}, AMI {numbers['ami']:.3f}, ARI {numbers['ari']:.3f}{edges}"
+        )
+    for name, column in numbers.get("metadata", {}).items():
+        logger.info(
+            f"with {name}: NMI {column['nmi']:.3f}, AMI {column['ami']:.3f} ({column['values']:,} values of "
+            f"{column['images']:,} images)"
+        )
+    logger.info(
+        f"colours spread by {numbers['colour_spread']:.1f} in clusters, "
+        f"{numbers['colour_spread_of_all']:.1f} in all images (of 255)"
+    )
+    unique, total = numbers["unique"], numbers["num_clusters"]
+    if 2 * unique < total:
+        logger.warning(
+            f"WARNING: only {unique:,} of {total:,} centroids are unique, the others lie within a cosine "
+            f"distance of {UNIQUE_DISTANCE:g} of one of these"
+        )
+    if 2 * numbers["empty"] > total:
         logger.info("note: most prototypes are nearest to no image, as in a run that is young")
 
 
@@ -302,7 +343,7 @@ def check_request(args, sizes, num_images):
 
 
 def draw_clusters(args, found, dataset, names, folder, source):
-    """clusters.png, sizes.png where matplotlib is installed, and with --folders folders."""
+    """clusters.png; sizes.png and colours.png where matplotlib is installed; with --folders folders."""
     shown = args.show or choose_clusters(found.sizes, args.num_shown)
     kind = "k-means of the features" if args.num_clusters else "prototypes"
     cluster_pictures.draw_clusters(
@@ -316,8 +357,9 @@ def draw_clusters(args, found, dataset, names, folder, source):
     )
     try:
         draw_sizes(found, folder / "sizes.png")
+        draw_colours(found, folder / "colours.png")
     except ImportError:
-        logger.warning("no sizes.png: pip install matplotlib")
+        logger.warning("no sizes.png, no colours.png: pip install matplotlib")
     if args.folders:
         write_folders(folder / "folders", found, dataset, names)
 

@@ -75,7 +75,14 @@ def test_a_run_leaves_what_the_readme_promises(whole):
         *(f"clusters/{name}" for name in ("assignments.npy", "centroids.npy", "clusters.json")),
     }
     lines = [line for line in read_log(folder) if "knn" not in line]
-    health = {"prediction_entropy", "accuracy", "prototypes_used", "embedding_std", "rankme"}
+    health = {
+        "prediction_entropy",
+        "accuracy",
+        "prototypes_used",
+        "embedding_std",
+        "rankme",
+        "unique",
+    }
     assert all(health | {"gradient_norm", "data_share"} <= line.keys() for line in lines)
     assert 20 < read_log(folder)[-1]["knn"] <= 100
     assert [lines[i]["lr"] for i in (0, 10)] == [0.05, 0.025]  # of 0.1 for 256 images

@@ -80,7 +80,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     }
     lines = [line for line in read_log(folder) if "knn" not in line]
     health = {"teacher_entropy", "student_kl", "kl_to_uniform", "center_norm", "prototypes_used"}
-    assert all(health | {"embedding_std", "rankme", "data_share"} <= line.keys() for line in lines)
+    assert all(health | {"embedding_std", "rankme", "unique"} <= line.keys() for line in lines)
     assert 20 < read_log(folder)[-1]["knn"] <= 100
     state = saved(folder)
     assert state["epoch"] == 2 and state["method_state"]["dino_loss"]["center"].shape == (1, 64)

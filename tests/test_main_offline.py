@@ -82,7 +82,14 @@ def test_a_run_leaves_what_the_readme_promises(whole, method):
     folder, values = whole[method]
     assert sorted(values) == list(range(20))
     lines = [line for line in read_log(folder) if "loss" in line]
-    wanted = {"prediction_entropy", "accuracy", "prototypes_used", "embedding_std", "rankme"}
+    wanted = {
+        "prediction_entropy",
+        "accuracy",
+        "prototypes_used",
+        "embedding_std",
+        "rankme",
+        "unique",
+    }
     assert all(wanted | {"gradient_norm", "eta_seconds"} <= line.keys() for line in lines)
     first, second = assignments(folder)
     assert (first["epoch_float"], second["epoch_float"]) == (0, 1)

@@ -91,6 +91,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     wanted = {
         *("loss", "lr", "gradient_norm", "images_per_second", "data_share", "eta_seconds"),
         *("peak_memory_mb", "code_entropy", "prototypes_used", "embedding_std", "rankme"),
+        "unique",
     }
     assert all(wanted <= line.keys() for line in lines if "knn" not in line)
     assert 20 < lines[-1]["knn"] <= 100

@@ -17,10 +17,11 @@ from PIL import Image
 
 import visualize
 from src.data.datasets import open_dataset
+from src.labels.agreement import Overlaps
 from src.nets.backbones import build_backbone
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.nets.resnet import build_model
-from src.pictures import cluster_tables, clusters, sheets
+from src.pictures import cluster_contents, cluster_tables, clusters, sheets
 from src.pictures.cluster_tables import Clusters
 from src.run import checkpoint
 from src.run import flags as cli
@@ -290,7 +291,8 @@ def test_purity_is_counted_as_it_is_said(run, capsys):
         assert names.count(each["class"]) == max(names.count(name) for name in names)
     share = sum(each["purity"] * each["size"] for each in summary["clusters"]) / 60
     assert summary["purity"] == pytest.approx(share)
-    assert f"purity {summary['purity']:.1%}, NMI {summary['nmi']:.3f}" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # lines are divided
+    assert f"purity {summary['purity']:.1%}, NMI {summary['nmi']:.3f}" in said
 
 
 def test_images_without_labels_have_neither_label_nor_purity(tmp_path, capsys):
@@ -301,10 +303,84 @@ def test_images_without_labels_have_neither_label_nor_purity(tmp_path, capsys):
     rows, _, summary = load(out)
     assert list(rows[0]) == ["index", "file", "cluster", "cosine"] and len(rows) == 60
     assert "purity" not in summary and "nmi" not in summary
-    assert set(summary["clusters"][0]) == {"cluster", "size"}
+    assert set(summary["clusters"][0]) == {"cluster", "size", "colour_spread"}
     assert "purity" not in capsys.readouterr().out
     assert (out / "sizes.png").is_file() and (out / "clusters.png").is_file()
     assert len(list(out.glob("folders/*/000007_im_age*.png"))) == 1
+
+
+# ============ what clusters know ============
+def test_measures_of_agreement_are_in_the_summary_and_are_said(run, tmp_path, capsys):
+    folder, model = run
+    cluster("--pretrained", folder, "--neighbours", 3)
+    _, arrays, summary = load(folder / "plots" / "clusters")
+    dataset = open_dataset(str(tmp_path / "images"))
+    found = Overlaps(torch.from_numpy(arrays["assignments"]), dataset.labels).summary()
+    assert {name: summary[name] for name in found} == pytest.approx(found)
+    embedding, _ = plain_embedding(model, tmp_path / "images")
+    edges = cluster_contents.same_class_edges(embedding, dataset.labels, 3, 0)
+    assert summary["same_class_edges"] == pytest.approx(edges, abs=0.01)  # two may be equally near
+    images = torch.stack([dataset.load(i) for i in range(len(dataset))])
+    colours = images.double().mean((2, 3))
+    of_all = colours.var(0, correction=0).mean().sqrt()
+    assert summary["colour_spread_of_all"] == pytest.approx(of_all.item(), rel=1e-4)
+    assert 0 < summary["colour_spread"] < summary["colour_spread_of_all"]
+    spread, _, _ = cluster_contents.colour_spread(colours, torch.tensor(arrays["assignments"]), 12)
+    for each in summary["clusters"]:
+        assert each["colour_spread"] == pytest.approx(spread[each["cluster"]].item(), abs=1e-2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"AMI {summary['ami']:.3f}, ARI {summary['ari']:.3f}" in said
+    assert "of 3-NN edges in one class" in said and "colours spread by" in said
+    assert Image.open(folder / "plots/clusters/colours.png").size[0] > 400
+    cluster("--pretrained", folder, "--neighbours", 0)
+    assert "same_class_edges" not in load(folder / "plots" / "clusters")[2]
+
+
+def test_metadata_of_a_list_are_compared_with_clusters_and_shown(
+    run, tmp_path, capsys, monkeypatch
+):
+    folder, _ = run
+    lines = ["path,who,place"]
+    for path in sorted((tmp_path / "images").rglob("*.png")):
+        number = int(re.search(r"age(\d+)", path.name)[1])
+        lines.append(
+            f'"{path.relative_to(tmp_path)}",{"ann" if number % 2 else "bob"},{number % 5 or ""}'
+        )
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    described = []
+    describe = clusters._describe
+    monkeypatch.setattr(
+        clusters, "_describe", lambda *a: described.append(describe(*a)) or describe(*a)
+    )
+    cluster("--pretrained", folder, "--data_path", tmp_path / "list.csv")
+    rows, _, summary = load(folder / "plots" / "clusters")
+    assert list(summary["metadata"]) == ["who", "place"] and "purity" not in summary
+    assert summary["metadata"]["place"]["values"] == 4 and 0 < summary["metadata"]["who"]["nmi"] < 1
+    for each in summary["clusters"]:
+        members = [int(row["index"]) for row in rows if int(row["cluster"]) == each["cluster"]]
+        who = [lines[1 + i].split(",")[-2] for i in members]
+        found = each["dominant"]["who"]
+        assert found["share"] == pytest.approx(who.count(found["value"]) / len(who))
+        assert who.count(found["value"]) >= len(who) / 2
+    texts = [text for cluster_lines in described for text in cluster_lines]
+    assert any(re.fullmatch(r"who: (ann|bob) \d+ %", text) for text in texts)
+    assert "with place: NMI" in capsys.readouterr().out
+    cluster("--pretrained", folder, "--data_path", tmp_path / "list.csv", "--columns", "who")
+    assert list(load(folder / "plots" / "clusters")[2]["metadata"]) == ["who"]
+
+
+def test_prototypes_that_repeat_each_other_are_counted_with_a_warning(run, capsys):
+    folder, model = run
+    weight = model.prototypes.weight.data
+    assert weight.shape == (12, 8)
+    cluster("--pretrained", folder)
+    assert load(folder / "plots" / "clusters")[2]["unique"] == 12
+    assert "WARNING" not in capsys.readouterr().out
+    weight[3:] = weight[:3].repeat(3, 1) * torch.rand(9, 1)
+    checkpoint.save_checkpoint(folder, {"model": model.state_dict(), "epoch": 1})
+    cluster("--pretrained", folder)
+    assert load(folder / "plots" / "clusters")[2]["unique"] == 3
+    assert "WARNING: only 3 of 12 centroids are unique" in capsys.readouterr().out
 
 
 # ============ folders ============
@@ -451,7 +527,7 @@ def test_without_matplotlib_all_else_is_written(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     cluster("--pretrained", folder)
     out = folder / "plots" / "clusters"
-    assert "no sizes.png: pip install matplotlib" in capsys.readouterr().out
+    assert "no sizes.png, no colours.png: pip install matplotlib" in capsys.readouterr().out
     assert (out / "clusters.png").is_file() and not (out / "sizes.png").exists()
 
 
@@ -473,6 +549,7 @@ def test_without_matplotlib_all_else_is_written(run, monkeypatch, capsys):
         (["--pretrained", "{run}", "--data_path", "nowhere"], "--data_path nowhere does not exist"),
         (["--pretrained", "{run}", "--train_path", "nowhere"], "--train_path nowhere does not"),
         (["--pretrained", "{run}", "--mean", "1"], "--mean has 1 values"),
+        (["--pretrained", "{run}", "--columns", "who"], "they have no metadata"),
         (["--num_clusters", "0"], "must be above 0"),
     ],
 )

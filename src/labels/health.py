@@ -7,21 +7,6 @@ import torch
 from ..run.health import NUM_LINES, Trouble, code_entropy, same_embedding
 
 
-def normalized_mutual_information(a: torch.Tensor, b: torch.Tensor) -> float:
-    """NMI of two assignments of the same samples: I(A; B) / sqrt(H(A) H(B)) (thesis, section 3.2.2).
-
-    a, b: (N,) integers; samples that are negative in either are left out. 1 for the same partition,
-    whatever its numbers, 0 for independent ones, and 0 where no sample is left.
-    """
-    from sklearn.metrics import normalized_mutual_info_score
-
-    known = (a.cpu() >= 0) & (b.cpu() >= 0)
-    if not known.any():
-        return 0.0
-    a, b = a.cpu()[known].numpy(), b.cpu()[known].numpy()
-    return float(normalized_mutual_info_score(a, b, average_method="geometric"))
-
-
 @torch.no_grad()
 def prediction_health(
     logits: torch.Tensor, labels: torch.Tensor, ignored: int
@@ -49,9 +34,12 @@ def cluster_health(
 ) -> dict[str, float]:
     """Sizes of the clusters of all heads, and NMI, the mean of the heads.
 
+    NMI: see src.labels.agreement.Overlaps.nmi.
     assignments, previous: (heads, N), negative for samples without; num_clusters: K of each head;
     labels: (N,), of the data. Keys whose argument is None are left out.
     """
+    from .agreement import Overlaps  # for the first assignment, not with the script
+
     heads = list(zip(assignments.cpu(), num_clusters, strict=True))
     sizes = [torch.bincount(a[a >= 0], minlength=k) for a, k in heads]  # (K,) each
     every = torch.cat(sizes).double()
@@ -64,10 +52,7 @@ def cluster_health(
     for key, other in (("nmi_previous", previous), ("nmi_labels", labels)):
         if other is not None:
             reference = other.expand(len(heads), -1)
-            nmi = [
-                normalized_mutual_information(a, b)
-                for a, b in zip(assignments, reference, strict=True)
-            ]
+            nmi = [Overlaps(a, b).nmi() for a, b in zip(assignments, reference, strict=True)]
             health[key] = sum(nmi) / len(nmi)
     return health
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,8 @@ def report_predictions(
     *,
     ceiling: float | None = None,
     percentages: dict[str, float] | None = None,
+    prototypes: Sequence[Tensor] = (),
+    holders: Sequence[int] | None = None,
     lr: str = "--base_lr",
     clusters: str | None = "--nmb_prototypes",
 ) -> None:
@@ -80,7 +83,8 @@ def report_predictions(
 
     logits (V * B, K), before the softmax, and labels (B,): of the first head. ceiling: the loss of
     predicting nothing, ln(K) unless the heads differ. percentages: more of them by name, of all
-    processes. lr, clusters: flags, see diagnose_clusters. All processes call it.
+    processes. prototypes, holders: whose unique ones are counted, see Run.count_unique. lr, clusters:
+    flags, see diagnose_clusters. All processes call it.
     """
     logits, embedding = logits.detach(), F.normalize(embedding.detach().float(), dim=1)
     predictions = prediction_health(logits, labels, IGNORED)
@@ -99,7 +103,10 @@ def report_predictions(
         f"rank {values['rankme']:.0f}",
         *(f"{name.replace('_', ' ')} {value:.0f}%" for name, value in percentages.items()),
     ]
-    line = run.report(values, ", ".join(texts))
+    unique, unique_text = {}, ""
+    if len(prototypes):
+        unique, unique_text = run.count_unique(prototypes, clusters, holders)
+    line = run.report(values | unique, ", ".join(texts) + unique_text)
     run.diagnose(
         line,
         lambda lines: diagnose_clusters(

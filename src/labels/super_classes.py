@@ -93,6 +93,14 @@ class SubClassifiers:
         """Those of all classifiers that this process holds."""
         return [p for layer in self.layers.values() for p in layer.parameters()]
 
+    def prototypes(self) -> list[Tensor]:
+        """The weights (k, F) of each classifier that this process holds."""
+        return [layer.weight for layer in self.layers.values()]
+
+    def num_holders(self) -> list[int]:
+        """How many processes hold each of them."""
+        return [len(self.places.holders[s]) for s in self.layers]
+
     def reset(self, num_classes: int, seed: int, epoch: int) -> None:
         """New weights, the same on all processes that hold a classifier, and no momentum."""
         for s, layer in self.layers.items():

@@ -20,11 +20,13 @@ from torch import Tensor
 from ..cluster.kmeans import initial_centroids, spherical_kmeans
 from ..data.datasets import ImageDataset
 from ..data.loading import TIMEOUT
+from ..labels.agreement import Overlaps
 from ..labels.features import extract_features
-from ..labels.health import normalized_mutual_information
 from ..nets.dino_head import DINOHead, unit_rows
 from ..nets.pretrained import IMAGENET_RED, Pretrained
 from ..nets.weights import read_weights
+from ..run.health import count_unique
+from .cluster_contents import Column, colour_spread
 
 PROTOTYPES = re.compile(r"(?:.*\.)?prototypes(?:\.prototypes(\d+))?\.weight")
 DINO_HEAD = re.compile(r"(?:.*\.)?head\.((?:mlp|last_layer)\..*)")
@@ -90,24 +92,28 @@ def features_of(
     batch_size: int,
     workers: int,
     loader_timeout: float = TIMEOUT,
-) -> Tensor:
-    """What clusters are made of, (N, D), on the device where they are made.
+) -> tuple[Tensor, Tensor]:
+    """What clusters are made of, (N, D), on the device where they are made; mean colours, on the CPU.
 
     It is the output of the network, or, where `dino` is its head, what its last layer is applied to.
+    Mean colours (N, C) are those of the same crops, in levels of 0 to 255.
     size: side in pixels of the images. precision, batch_size, workers, loader_timeout: see
     extract_features. Raises ValueError for values that are not finite.
     """
     model = network.model.to(device)
     mean, std = network.normalisation(dataset, IMAGENET_RED if dino else None)
 
-    def before_last_layer(images):
-        x = dino.mlp(model(images)).float()
-        return unit_rows(x) if dino.l2_bottleneck else x
+    def features_and_colours(images):
+        x = model(images).flatten(1)
+        if dino:
+            x = dino.mlp(x).float()
+            x = unit_rows(x) if dino.l2_bottleneck else x
+        return torch.cat([x.float(), images.float().mean((2, 3))], 1)
 
     if dino:
         dino.to(device)
-    features, _ = extract_features(
-        before_last_layer if dino else model,
+    rows, _ = extract_features(
+        features_and_colours,
         dataset,
         size,
         mean=mean,
@@ -118,9 +124,11 @@ def features_of(
         loader_timeout=loader_timeout,
         precision=precision,
     )
+    features, colours = rows[:, : -len(mean)], rows[:, -len(mean) :]
     if not features.isfinite().all():
         raise ValueError("the network of --pretrained makes features that are not finite")
-    return features.to(device if device.type != "mps" else "cpu")
+    colours = 255 * (colours * torch.tensor(std) + torch.tensor(mean))
+    return features.to(device if device.type != "mps" else "cpu"), colours
 
 
 # ============ clusters ============
@@ -166,9 +174,11 @@ def group(
 class Clusters:
     """Clusters of images and what is known about them.
 
-    assignments (N,) int64, cosines (N,), centroids (K, D); labels (N,) and classes or None. Then
-    sizes (K,), and with labels majority (K,), the most frequent label (of equal ones the lowest)
-    of each cluster, and matching (K,), the number of its images that have it.
+    assignments (N,) int64, cosines (N,), centroids (K, D); labels (N,) and classes or None; colours
+    (N, C) in levels, or None; columns of metadata by name. Then sizes (K,); with labels majority (K,),
+    the most frequent label (of equal ones the lowest) of each cluster, and matching (K,), the number of
+    its images that have it; dominant, of each column what Column.dominant gives; with colours what
+    colour_spread gives. same_class_edges: what that function gave, None where nobody asked for it.
     """
 
     def __init__(
@@ -178,12 +188,23 @@ class Clusters:
         centroids: Tensor,
         labels: Tensor | None = None,
         classes: list[str] | None = None,
+        colours: Tensor | None = None,
+        columns: dict[str, Column] | None = None,
     ):
         self.assignments, self.centroids = assignments, centroids
         self.readable = assignments != UNREADABLE
         self.cosines = cosines.masked_fill(~self.readable, torch.nan)
         self.labels, self.classes = labels, classes
         self.sizes = torch.bincount(assignments[self.readable], minlength=len(centroids))
+        self.columns, self.same_class_edges, self.spread = columns or {}, None, None
+        self.dominant = {
+            name: column.dominant(assignments, len(centroids))
+            for name, column in self.columns.items()
+        }
+        if colours is not None:
+            self.spread, self.spread_within, self.spread_of_all = colour_spread(
+                colours, assignments, len(centroids)
+            )
         if labels is None:
             return
         most = int(labels.max()) + 1
@@ -211,20 +232,45 @@ class Clusters:
             "size_min": int(used.min()),
             "size_median": float(used.double().quantile(0.5)),
             "size_max": int(used.max()),
+            "unique": count_unique(self.centroids),
         }
-        if self.labels is None:
-            return numbers
-        clusters, labels = self.assignments[self.readable], self.labels[self.readable]
-        nmi = normalized_mutual_information(clusters, labels)
-        purity = int(self.matching.sum()) / len(clusters)
-        return {**numbers, "purity": purity, "nmi": float(nmi)}
+        if self.spread is not None:
+            numbers |= {
+                "colour_spread": self.spread_within,
+                "colour_spread_of_all": self.spread_of_all,
+            }
+        if self.labels is not None:
+            numbers |= Overlaps(self.assignments, self.labels).summary()
+        if self.same_class_edges is not None:
+            numbers["same_class_edges"] = self.same_class_edges
+        if self.columns:
+            numbers["metadata"] = {
+                name: column.agreement(self.assignments) for name, column in self.columns.items()
+            }
+        return numbers
+
+    def entry(self, cluster: int) -> dict:
+        """What clusters.json says of a cluster that is not empty."""
+        size = int(self.sizes[cluster])
+        entry = {"cluster": cluster, "size": size}
+        if self.labels is not None:
+            entry["purity"] = int(self.matching[cluster]) / size
+            entry["class"] = self.class_name(int(self.majority[cluster]))
+        if self.spread is not None:
+            entry["colour_spread"] = float(self.spread[cluster])
+        if self.columns:
+            entry["dominant"] = {name: found[cluster] for name, found in self.dominant.items()}
+        return entry
 
 
 # ============ files ============
 def write_files(
     folder: Path, clusters: Clusters, names: list[str], heads: list[Tensor], settings: dict
-) -> None:
-    """Write all files of a call but the pictures; heads: the clusters (N,) by each head."""
+) -> dict:
+    """Write all files of a call but the pictures; heads: the clusters (N,) by each head.
+
+    Returns the summary of the clusters.
+    """
     labelled = clusters.labels is not None
     np.save(folder / "assignments.npy", clusters.assignments.numpy())
     np.save(folder / "similarities.npy", clusters.cosines.float().numpy())
@@ -249,12 +295,8 @@ def write_files(
                 row += [label, clusters.class_name(label)]
             writer.writerow(row)
 
-    each = []
-    for cluster in clusters.sizes.nonzero().flatten().tolist():
-        size = int(clusters.sizes[cluster])
-        each.append({"cluster": cluster, "size": size})
-        if labelled:
-            name = clusters.class_name(int(clusters.majority[cluster]))
-            each[-1] |= {"purity": int(clusters.matching[cluster]) / size, "class": name}
-    found = {"settings": settings, **clusters.summary(), "clusters": each}
+    summary = clusters.summary()
+    used = clusters.sizes.nonzero().flatten().tolist()
+    found = {"settings": settings, **summary, "clusters": [clusters.entry(i) for i in used]}
     (folder / "clusters.json").write_text(json.dumps(found, indent=1) + "\n")
+    return summary

@@ -1,4 +1,4 @@
-"""What clusters of images look like: a sheet of some, the sizes of all, a folder for each."""
+"""What clusters of images look like: a sheet of some, sizes and colours of all, a folder for each."""
 
 import argparse
 import logging
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 LEAST, MOST = 72, 128  # pixels of the longer side of an image
 OTHER = (205, 45, 45)  # the frame of an image of another class
+VALUE_LETTERS = 24
+COLUMNS_SHOWN = 3  # of metadata, beside a cluster on the sheet
 
 
 # fmt: off
@@ -45,6 +47,10 @@ def add_cluster_args(parser: argparse.ArgumentParser) -> None:
         help="what k-means is of: the trunk's pooled output, or that of SwAV's projection head")
     add("--head", type=at_least_zero(int), default=0,
         help="which of several heads; assignments_heads.npy has the clusters by all of them")
+    add("--columns", nargs="+", default=None,
+        help="columns of the list of images that clusters are compared with (default: all of its metadata)")
+    add("--neighbours", type=at_least_zero(int), default=10,
+        help="of each image, in whose graph edges between images of one class are counted; 0: none")
     add("--folders", action="store_true", help="also a folder for each cluster, with links to files")
     add("--num_shown", type=positive(int), default=20, help="clusters on the sheet, of all sizes")
     add("--show", type=at_least_zero(int), nargs="+", default=None, help="which, by number")
@@ -135,6 +141,13 @@ def _describe(clusters, cluster):
     if size and clusters.labels is not None:
         lines.append(f"purity {100 * int(clusters.matching[cluster]) / size:.0f} %")
         lines.append(f"most: {clusters.class_name(int(clusters.majority[cluster]))}")
+    if size and clusters.spread is not None:
+        lines.append(f"colour spread {float(clusters.spread[cluster]):.0f}")
+    dominant = {name: found[cluster] for name, found in clusters.dominant.items() if found[cluster]}
+    # First what is most frequent in the cluster beyond what it is everywhere.
+    by_excess = sorted(dominant.items(), key=lambda x: x[1]["share_of_all"] - x[1]["share"])
+    for name, found in by_excess[:COLUMNS_SHOWN]:
+        lines.append(f"{name}: {found['value'][:VALUE_LETTERS]} {100 * found['share']:.0f} %")
     return lines
 
 
@@ -165,6 +178,34 @@ def draw_sizes(clusters: Clusters, path: str | Path) -> None:
     axis.set_title(f"{sizes.sum():,} images in {len(sizes):,} of {total:,} clusters", fontsize=11)
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_colours(clusters: Clusters, path: str | Path) -> None:
+    """The colour spread of the clusters, smallest first (thesis, Figure 3.6, left); needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    spread = clusters.spread[clusters.sizes > 1].sort().values.numpy()
+    figure, axis = pyplot.subplots(figsize=(8, 4))
+    axis.plot(
+        np.arange(len(spread)), spread, color="#2f6ca8", marker="." if len(spread) < 50 else None
+    )
+    label = f"all images: {clusters.spread_of_all:.3g}"
+    axis.axhline(
+        clusters.spread_of_all, linestyle="--", color="#c0392b", linewidth=1.3, label=label
+    )
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(f"{len(spread):,} clusters of two images or more, most alike in colour first")
+    axis.set_ylabel("standard deviation to the mean colour")
+    axis.set_title("Spread of colour in clusters, in levels of 0 to 255", fontsize=11)
+    axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
     figure.tight_layout()

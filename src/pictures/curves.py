@@ -27,6 +27,7 @@ PANELS = [
     ("kl_to_uniform", "KL of the mean output to uniform (nats)"),
     ("center_norm", "norm of the center"),
     ("prototypes_used", "prototypes or classes in use"),
+    ("unique", "unique prototypes"),
     ("embedding_std", "std of the embeddings (1: spread)"),
     ("rankme", "RankMe"),
     ("knn", "k-NN top-1 (%)"),

@@ -4,10 +4,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .. import dist
 
 NUM_LINES = 10  # of the log, all of them in trouble, before a run is said to collapse
+UNIQUE_DISTANCE = (
+    0.025  # cosine distance within which prototypes repeat each other (arXiv:2410.14060)
+)
+PROTOTYPES_AT_ONCE = 512
 
 
 class Trouble(NamedTuple):
@@ -34,6 +39,28 @@ def prototype_usage(assignments: torch.Tensor) -> torch.Tensor:
     counts = torch.bincount(assignments.argmax(1).cpu(), minlength=assignments.shape[1]).double()
     counts = dist.all_reduce_sum(counts)  # (K,)
     return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
+
+
+@torch.no_grad()
+def count_unique(prototypes: torch.Tensor, distance: float = UNIQUE_DISTANCE) -> int:
+    """Number of unique prototypes of (K, D), of any length (arXiv:2410.14060).
+
+    Greedy, in their order: one is unique where no unique one before it is within that cosine distance.
+    So all others are within it of a unique one. O(K^2 D) where all are unique, less where many are not.
+    """
+    rows = F.normalize(prototypes.detach().float(), dim=1)
+    unique, found = torch.empty_like(rows), 0
+    for block in rows.split(PROTOTYPES_AT_ONCE):
+        if found:
+            block = block[(block @ unique[:found].t()).amax(1) < 1 - distance]
+        near = (block @ block.t() >= 1 - distance).tril(-1).cpu()
+        is_unique = torch.ones(len(block), dtype=torch.bool)
+        for row in near.any(1).nonzero().flatten().tolist():
+            is_unique[row] = not (near[row] & is_unique).any()
+        block = block[is_unique.to(block.device)]
+        unique[found : found + len(block)] = block
+        found += len(block)
+    return found
 
 
 @torch.no_grad()

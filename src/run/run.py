@@ -20,7 +20,7 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from ..data.multicrop import MultiCropDataset, generator
 from ..errors import RunError
 from ..optim import LARC, grad_norm, norms, same_kind
 from . import checkpoint
-from .health import Trouble
+from .health import UNIQUE_DISTANCE, Trouble, count_unique
 from .lock import hold_folder
 from .log import RunLog, Stopwatch, describe_run, duration
 from .nonfinite import REMEDIES, FiniteSteps, Iteration
@@ -49,6 +49,7 @@ STOP_CHECK = 10  # iterations between agreeing on a signal, when there are sever
 NUM_PICTURED = 4  # images on the sheet of crops
 HISTORY = 10  # log lines that a diagnosis sees
 PACE_AFTER = 10  # iterations of a process, of which the first is slow
+UNIQUE_COST = 2**28  # K^2 D up to which each log line counts the unique prototypes
 LONG_SECONDS = 1800.0  # a run that takes longer is told what shortens it
 DRAWING_SHARE = 20  # drawing the curves takes at most one part in so many of the time
 
@@ -116,6 +117,7 @@ class Run:
         )
         self.stopwatch = None
         self.history, self.trouble = [], None  # of what kind the latest trouble is
+        self.repeats = False  # whether fewer than half of the prototypes were unique
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
         self.validation = None  # the val split, opened at the first k-NN
         self.pictured = False
@@ -457,6 +459,35 @@ class Run:
         if found and kind != self.trouble:
             logger.warning(f"WARNING: {found.sentence}")
         self.trouble = kind
+
+    def count_unique(
+        self, prototypes: Sequence[Tensor], flag: str, holders: Sequence[int] | None = None
+    ) -> tuple[dict[str, int], str]:
+        """`unique`, the unique prototypes of all heads, for a log line, and what it says of them.
+
+        prototypes: (K, D) of each head. flag: that sets K, for the warning where fewer than half are
+        unique, once while that lasts. holders: of heads that are shared out, how many processes hold each
+        of this one's; all have the same shape then. Many prototypes are counted in the last line of an
+        epoch only; nothing is returned in others. All processes call it.
+        """
+        cost = max(len(weight) * weight.numel() for weight in prototypes)
+        if cost > UNIQUE_COST and self.done != self.iters_per_epoch:
+            return {}, ""
+        counts = [[count_unique(weight), len(weight)] for weight in prototypes]
+        sums = torch.tensor(counts, dtype=torch.float64)  # (heads, 2)
+        if holders is None:
+            sums = sums.sum(0)
+        else:
+            sums = dist.all_reduce_sum((sums / torch.tensor(holders).unsqueeze(1)).sum(0))
+        unique, total = (round(x) for x in sums.tolist())
+        repeats = 2 * unique < total
+        if repeats and not self.repeats:
+            logger.warning(
+                f"WARNING: only {unique:,} of {total:,} prototypes are unique, the others lie within a "
+                f"cosine distance of {UNIQUE_DISTANCE:g} of one of these: so many add nothing, lower {flag}"
+            )
+        self.repeats = repeats
+        return {"unique": unique}, f", {unique} of {total} unique"
 
     def mean_over_processes(self, value: Tensor) -> float:
         """Mean over processes of a 0-d tensor."""

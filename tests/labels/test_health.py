@@ -1,4 +1,4 @@
-"""src.labels.health: NMI, sizes of clusters, predictions, and the diagnosis of a run of pseudo-labels."""
+"""src.labels.health: sizes of clusters, predictions, and the diagnosis of a run of pseudo-labels."""
 
 import math
 import re
@@ -7,30 +7,7 @@ import pytest
 import torch
 
 from src.labels import health
-
-
-def test_nmi_equals_the_published_numbers(golden):
-    data = golden("deepcluster")
-    a, b = (torch.from_numpy(data[name]) for name in ("nmi_a", "nmi_b"))
-    nmi = health.normalized_mutual_information(a, b)
-    assert nmi == pytest.approx(float(data["nmi_geometric"]), abs=1e-9)
-    assert health.normalized_mutual_information(b, a) == pytest.approx(nmi, abs=1e-12)
-
-
-def test_nmi_knows_partitions_not_their_numbers():
-    a = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert health.normalized_mutual_information(a, 7 * (a + 1) % 5) == pytest.approx(1)
-    assert health.normalized_mutual_information(a, torch.tensor([0, 1] * 3)) < 1e-9
-    constant = torch.zeros(6, dtype=torch.int64)
-    assert health.normalized_mutual_information(a, constant) == 0
-    assert health.normalized_mutual_information(constant, constant + 3) == 1
-
-
-def test_nmi_leaves_out_samples_without_an_assignment():
-    a, b = torch.tensor([0, 0, 1, 1, -100, 0]), torch.tensor([5, 5, 3, 3, 3, -1])
-    assert health.normalized_mutual_information(a, b) == pytest.approx(1)
-    nothing = torch.full((6,), -100)
-    assert health.normalized_mutual_information(a, nothing) == 0
+from src.labels.agreement import Overlaps
 
 
 def test_cluster_health_is_that_of_all_heads():
@@ -40,11 +17,11 @@ def test_cluster_health_is_that_of_all_heads():
     assert "nmi_previous" not in values
     sizes = {"cluster_min": 0, "cluster_median": 1, "cluster_max": 3, "clusters_empty": 0.5}
     assert {name: values[name] for name in sizes} == sizes
-    second = health.normalized_mutual_information(assignments[1], labels)
+    second = Overlaps(assignments[1], labels).nmi()
     assert values["nmi_labels"] == pytest.approx((1 + second) / 2)
     previous = assignments.flip(0)
     values = health.cluster_health(assignments, previous, None, [3, 3])
-    between = health.normalized_mutual_information(*assignments)
+    between = Overlaps(*assignments).nmi()
     assert values["nmi_previous"] == pytest.approx(between) and "nmi_labels" not in values
 
 

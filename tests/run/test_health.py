@@ -22,6 +22,34 @@ def test_usage_counts_the_prototypes_that_samples_choose():
     assert health.prototype_usage(half).item() == pytest.approx(4)
 
 
+def test_prototypes_within_the_distance_of_an_earlier_one_are_not_unique():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 16))[0][:5]
+    repeated = directions.repeat(40, 1) * torch.rand(200, 1) + 1e-5 * torch.randn(200, 16)
+    assert health.count_unique(repeated) == 5  # of any length
+    assert health.count_unique(directions) == 5 and health.count_unique(directions[:1]) == 1
+    assert (
+        health.count_unique(-directions.repeat_interleave(2, 0) * torch.tensor([[1], [-1]] * 5))
+        == 10
+    )
+    angles = torch.linspace(0, 1, 11) * math.acos(1 - 0.025) * 10 * 0.999
+    fan = torch.stack([angles.cos(), angles.sin()], 1)  # neighbours are within the distance
+    assert health.count_unique(fan) == 6  # the first, the third, ...
+    assert health.count_unique(fan, distance=0.02) == 11
+
+
+@pytest.mark.parametrize("block", [1, 7, 512])
+def test_unique_prototypes_are_those_of_a_plain_loop(block, monkeypatch):
+    monkeypatch.setattr(health, "PROTOTYPES_AT_ONCE", block)
+    torch.manual_seed(0)
+    prototypes = torch.randn(90, 3)
+    rows, unique = F.normalize(prototypes.double(), dim=1), []
+    for row in rows:
+        if all(row @ other < 1 - 0.025 for other in unique):
+            unique.append(row)
+    assert 10 < len(unique) < 90 and health.count_unique(prototypes) == len(unique)
+
+
 def _usage_of_my_rows(rank, world_size):
     return health.prototype_usage(torch.eye(8)[rank::world_size]).item()
 

@@ -14,6 +14,7 @@ from src.run.checkpoint import check_is_of_a_run, load_checkpoint, save_checkpoi
 from src.run.health import Trouble
 from src.run.log import RunLog
 from src.run.run import Run
+from tests.gloo import run_ranks
 from tests.runs import signal_handlers as signal_handlers
 
 pytestmark = pytest.mark.usefixtures("signal_handlers")
@@ -179,3 +180,45 @@ def test_a_trouble_is_said_once_while_it_lasts(caplog):
         Run.diagnose(run, {}, lambda lines: next(found))
     said = [record.message for record in caplog.records]
     assert said == ["WARNING: is 1.0", "WARNING: x", "WARNING: is 1.2"]
+
+
+# ============ unique prototypes ============
+def run_of_prototypes(done=1):
+    return SimpleNamespace(done=done, iters_per_epoch=20, repeats=False)
+
+
+def test_repeated_prototypes_are_counted_over_all_heads_and_said_once_while_it_lasts(caplog):
+    run, eye = run_of_prototypes(), torch.eye(8)
+    assert Run.count_unique(run, [eye, eye[[0] * 8]], "--k") == ({"unique": 9}, ", 9 of 16 unique")
+    assert Run.count_unique(run, [eye[[0, 1] * 2]], "--k") == ({"unique": 2}, ", 2 of 4 unique")
+    assert not caplog.records  # not fewer than half
+    for prototypes in ([eye[[0, 0, 0]]], [eye[[1] * 5]], [eye], [eye[[2] * 3]]):
+        Run.count_unique(run, prototypes, "--k")
+    said = [record.message for record in caplog.records]
+    assert [text.partition(" prototypes")[0] for text in said] == [
+        "WARNING: only 1 of 3",
+        "WARNING: only 1 of 3",
+    ]
+    assert said[0].endswith("lower --k")
+
+
+def test_many_prototypes_are_counted_in_the_last_line_of_an_epoch(monkeypatch):
+    monkeypatch.setattr(run_module, "UNIQUE_COST", 8 * 8 * 8 - 1)
+    assert Run.count_unique(run_of_prototypes(done=19), [torch.eye(8)], "--k") == ({}, "")
+    assert Run.count_unique(run_of_prototypes(done=20), [torch.eye(8)], "--k")[0] == {"unique": 8}
+    assert Run.count_unique(run_of_prototypes(done=19), [torch.eye(8)[:7]], "--k")[0] == {
+        "unique": 7
+    }
+
+
+def _unique_of_shared_heads(rank, world_size):
+    held = [[0, 1, 2, 3], [0, 1], [1, 2, 3]][rank] if world_size > 1 else [0, 1, 2, 3]
+    holders = [[2, 3, 2, 2], [2, 3], [3, 2, 2]][rank] if world_size > 1 else [1] * 4
+    heads = [torch.eye(8)[torch.arange(6) % (head + 2)] for head in held]  # head + 2 unique ones
+    return Run.count_unique(run_of_prototypes(), heads, "--k", holders)
+
+
+def test_heads_that_are_shared_out_count_once_on_any_number_of_processes():
+    (alone,) = run_ranks(_unique_of_shared_heads, 1)
+    assert alone == ({"unique": 2 + 3 + 4 + 5}, ", 14 of 24 unique")
+    assert run_ranks(_unique_of_shared_heads, 3) == [alone] * 3
