@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         global_batch=global_batch,
         image_size=args.global_crops_size,
         num_prototypes=args.out_dim,
-        evaluated=teacher,
+        evaluated=probed_networks(args.probe_networks, student, teacher),
         method_state={"dino_loss": criterion.to(process.device)},
         saved={"student": student, "teacher": teacher},
     )
@@ -427,6 +427,14 @@ def start_teacher(student, teacher, init_from):
     if "teacher" in sections:
         weights.load_weights(teacher, init_from, "teacher", allow_missing=("head.",))
     teacher.requires_grad_(False)
+
+
+def probed_networks(names, student, teacher):
+    """What k-NN evaluates, by name: the teacher, without one, where --probe_networks says nothing."""
+    if names is None:
+        return {"": teacher}
+    networks = {"teacher": teacher, "student": student}  # of the first is what the log calls knn
+    return {name: network for name, network in networks.items() if name in names}
 
 
 def resolutions(args):
@@ -509,7 +517,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--freeze_last_layer", type=at_least_zero(int), default=1,
         help="epochs at the start during which the last layer is not updated")
 
-    flags.add_training_args(parser)
+    add = flags.add_training_args(parser)
+    add("--probe_networks", nargs="+", choices=["student", "teacher"], default=None,
+        help="networks that --knn_freq evaluates, by name in the log and on the curves (Figure 5.7); "
+        "default: the teacher")
     flags.add_runtime_args(parser)
     parser.set_defaults(  # published for this method: BYOL's transformations, the linear scaling rule
         color_jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], solarize=[0.0, 0.2, 0.0],
@@ -522,6 +533,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
+    if args.probe_networks and not args.knn_freq:
+        raise ValueError(
+            "--probe_networks needs --knn_freq: give the epochs between two evaluations, such as 1"
+        )
     for name in ("global_crops_scale", "local_crops_scale"):
         values = list(getattr(args, name))
         if len(values) != 2 or not 0 < values[0] <= values[1] <= 1:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,11 @@ import torch
 
 import eval_knn
 import main_dino
+import main_swav
+from src.data.datasets import open_dataset
+from src.evaluate import probe
+from src.evaluate.splits import Part
+from src.pictures.curves import series_of
 from src.run.log import read_log
 from tests import runs
 from tests.gloo import Main
@@ -352,3 +358,51 @@ def test_a_teacher_without_momentum_and_centre_is_seen_to_collapse(tmp_path):
 def test_uniform_outputs_are_named_while_it_happens(tmp_path, capsys):
     train(tmp_path, "--teacher_temp", "100", "--warmup_teacher_temp", "100")
     assert "output is uniform" in capsys.readouterr().out
+
+
+# ============ student and teacher ============
+@pytest.fixture
+def few_digits(monkeypatch):
+    """--probe_data a=digits is of a few of them, so that its evaluation takes a moment."""
+    digits = open_dataset("digits")
+    parts = Part(digits, list(range(100))), Part(digits, list(range(100, 200)))
+    monkeypatch.setattr(probe, "open_probe_set", lambda *_: parts)
+
+
+def test_student_and_teacher_are_evaluated_by_name_and_training_is_the_same(
+    few, few_digits, tmp_path
+):
+    lines = {}
+    for name, networks in {"both": ["student", "teacher"], "student": ["student"], "": []}.items():
+        argv = [*few, "--epochs", 2, "--knn_freq", 1, "--probe_data", "a=digits"]
+        argv += ["--probe_networks", *networks] if networks else []
+        assert train(tmp_path / name, *argv, "--dump_path", tmp_path / name)[0] == 0
+        lines[name] = [line for line in read_log(tmp_path / name) if "knn" in line]
+        assert [line["epoch"] for line in lines[name]] == [0, 1]
+    assert losses(tmp_path / "both") == losses(tmp_path / "") == losses(tmp_path / "student")
+    both, student, usual = (lines[name][-1] for name in ("both", "student", ""))
+    assert both["knn_a"] == both["teacher_knn_a"] == usual["knn_a"] != both["student_knn_a"]
+    assert both["linear_a"] == both["teacher_linear_a"] == usual["linear_a"]
+    assert student["knn_a"] == student["student_knn_a"] == both["student_knn_a"]
+    assert not {"teacher_knn_a", "student_knn_a"} & usual.keys() and "teacher_knn_a" not in student
+    text = " ".join((tmp_path / "both" / "train.log").read_text().split())
+    assert re.search(r"teacher a: 20-NN [\d.]+ %, linear [\d.]+ %; student a: 20-NN", text)
+
+
+def test_networks_share_a_panel_of_the_curves():
+    lines = [{"knn": 2.0, "student_knn": 1.0, "teacher_knn": 2.0, "loss": 3.0}]
+    assert series_of("knn", lines) == ["student_knn", "teacher_knn"]
+    assert series_of("loss", lines) == ["loss"] and series_of("knn", [{"knn": 2.0}]) == ["knn"]
+    assert series_of("knn", [{"knn": 1.0, "student_knn": 1.0}]) == ["student_knn"]
+
+
+def test_probe_networks_are_refused_without_evaluations_and_where_there_is_no_teacher(
+    few, tmp_path, capsys
+):
+    with pytest.raises(ValueError, match="--probe_networks needs --knn_freq"):
+        train(tmp_path, *few, "--probe_networks", "student")
+    with pytest.raises(SystemExit) as stopped:
+        main_swav.main(["--probe_networks", "student", "teacher"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --probe_networks" in error and error.count("\n") == 1

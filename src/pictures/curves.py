@@ -32,6 +32,7 @@ PANELS = [
     ("rankme", "RankMe"),
     ("knn", "k-NN top-1 (%)"),
 ]
+NETWORKS = ("student", "teacher")  # whose k-NN and probes share a panel
 
 
 def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
@@ -54,9 +55,15 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     for axis, (key, title) in zip(axes.flat, shown, strict=False):
-        points = [(line["epoch_float"], line[key]) for line in lines if line.get(key) is not None]
-        marker = "o" if key.startswith(("knn", "linear_")) or len(points) == 1 else None
-        axis.plot(*zip(*points, strict=True), marker=marker, markersize=3)
+        for name in series_of(key, lines):
+            points = [
+                (line["epoch_float"], line[name]) for line in lines if line.get(name) is not None
+            ]
+            marker = "o" if key.startswith(("knn", "linear_")) or len(points) == 1 else None
+            label = None if name == key else name.removesuffix(f"_{key}")
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
+            if label:
+                axis.legend(fontsize=8, frameon=False)
         if key == "loss" and num_prototypes:
             ceiling = math.log(num_prototypes)
             label = f"ln K = {ceiling:.2f}, knowing nothing"
@@ -76,6 +83,12 @@ def plot_curves(folder: str | Path, num_prototypes: int | None = None) -> Path:
     finally:
         pyplot.close(figure)
     return path
+
+
+def series_of(key: str, lines: list[dict]) -> list[str]:
+    """The keys that a panel shows: those of each network where k-NN evaluates several, else `key`."""
+    names = [f"{network}_{key}" for network in NETWORKS]
+    return [name for name in names if any(line.get(name) is not None for line in lines)] or [key]
 
 
 def panels_of_probe_sets(lines: list[dict]) -> list[tuple[str, str]]:

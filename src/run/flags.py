@@ -185,8 +185,8 @@ def add_runtime_args(parser: argparse.ArgumentParser, one_process: bool = False)
         add(*flags, default=None, help="accepted and ignored: the launcher's environment says it")
 
 
-def add_training_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of starting, logging and saving, for the scripts that train."""
+def add_training_args(parser: argparse.ArgumentParser) -> Callable:
+    """Flags of starting, logging and saving, for the scripts that train; returns the last group's add_argument."""
     add = parser.add_argument_group("learning-rate scaling, weights, batch norm").add_argument
     add("--lr_scaling", default="none", choices=["none", "linear", "sqrt"],
         help="scale all learning rates by the global batch / --lr_reference_batch")  # fmt: skip
@@ -217,6 +217,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--abort_on_collapse", action="store_true", help="stop when a collapse is diagnosed")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True,
         help="write TensorBoard events, where the package tensorboard is installed")  # fmt: skip
+    return add
 
 
 def parse_args(

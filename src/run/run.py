@@ -64,8 +64,9 @@ class Run:
     global_batch: images of an iteration over all processes. method_state: the method's own state by
     name (a queue, a memory bank), objects with state_dict() and load_state_dict() that all processes
     call together. saved: the networks of the checkpoint by name, {"model": module} unless given.
-    evaluated: what k-NN evaluates, with forward_backbone, module unless given; image_size: of its
-    images, in pixels. num_prototypes: whose logarithm the curves show as the loss of knowing nothing.
+    evaluated: what k-NN evaluates, networks with forward_backbone by name, {"": module} unless given; the
+    first is the one that `knn` is of, and names are what their accuracies begin with, as in teacher_knn.
+    image_size: of its images, in pixels. num_prototypes: whose logarithm the curves show as the loss of knowing nothing.
 
     The folder is locked from here on. Raises CheckpointError where another run writes into it.
     """
@@ -87,7 +88,7 @@ class Run:
         num_images: int | None = None,
         method_state: dict[str, Any] | None = None,
         saved: dict[str, nn.Module] | None = None,
-        evaluated: nn.Module | None = None,
+        evaluated: dict[str, nn.Module] | None = None,
     ):
         self.arguments, self.folder = dict(vars(args)), Path(args.dump_path)
         hold_folder(self.folder)
@@ -98,7 +99,7 @@ class Run:
         self.scaler = dist.grad_scaler(process.device, self.precision)
         self.dataset, self.images_digest = dataset, dataset.digest()
         self.num_images, self.global_batch = num_images or len(dataset), global_batch
-        self.evaluated = module if evaluated is None else evaluated
+        self.evaluated = evaluated or {"": module}
         self.image_size, self.num_prototypes = image_size, num_prototypes
         # The last, smaller batch is left out.
         self.iters_per_epoch = self.num_images // global_batch
@@ -502,7 +503,8 @@ class Run:
         Raises RunError where --guard_knn asks to go back to the best state.
         """
         self.log.flush()
-        share_buffers(self.evaluated)
+        for network in self.evaluated.values():
+            share_buffers(network)
         with self.stop.at_once():
             accuracies, sentences = self.evaluate()
         first = next(iter(accuracies.values()))  # of the data, or the first of --probe_data
@@ -515,8 +517,8 @@ class Run:
             self.guard(line[self.guarded], epoch)
 
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
-        """Accuracies (%) of the network by name, and what to say of them."""
-        from ..evaluate.probe import knn_probe, open_validation, probe_set
+        """Accuracies (%) by name, those of the first network also without its name, and what to say of them."""
+        from ..evaluate.probe import open_validation
 
         dataset, in_chans = self.dataset, self.arguments["in_chans"]
         if self.validation is None and dataset.labels is not None:
@@ -532,13 +534,29 @@ class Run:
             "precision": self.precision,
         }
         accuracies, sentences = {}, []
-        if dataset.labels is not None:
+        for name, network in self.evaluated.items():
+            found, said = self.evaluate_network(network, extraction)
+            accuracies = accuracies or dict(found)
+            if name:
+                accuracies |= {f"{name}_{key}": value for key, value in found.items()}
+                said = [f"{name} {sentence}" for sentence in said]
+            sentences += said
+        return accuracies, sentences
+
+    def evaluate_network(
+        self, network: nn.Module, extraction: dict[str, Any]
+    ) -> tuple[dict[str, float], list[str]]:
+        """Accuracies (%) of a network by name, and what to say of them; see src.evaluate.probe."""
+        from ..evaluate.probe import knn_probe, probe_set
+
+        accuracies, sentences = {}, []
+        if self.dataset.labels is not None:
             val = self.validation[0]
-            accuracies["knn"] = knn_probe(self.evaluated, dataset, val, **extraction)
+            accuracies["knn"] = knn_probe(network, self.dataset, val, **extraction)
             images = f"the {len(val):,} validation images" if val else "every tenth training image"
             sentences.append(f"20-NN top-1 {accuracies['knn']:.2f} % of {images}")
         for name, (train, val) in self.probe_sets.items():
-            knn, linear = probe_set(self.evaluated, train, val, **extraction)
+            knn, linear = probe_set(network, train, val, **extraction)
             accuracies |= {f"knn_{name}": knn, f"linear_{name}": linear}
             sentences.append(f"{name}: 20-NN {knn:.2f} %, linear {linear:.2f} %")
         return accuracies, sentences
