@@ -1,26 +1,28 @@
-"""Classification of PASCAL VOC 2007: how well a network trained without labels can be fine-tuned.
+"""Classification of PASCAL VOC 2007: by fine-tuning, or by linear SVMs of frozen features.
 
-DeepCluster, arXiv:1807.05520, section 4.3, and DeeperCluster, arXiv:1905.01278: 20 binary
-classifications of each image, mean average precision of ten random crops. Two published set-ups:
+20 binary classifications of each image. DeepCluster, arXiv:1807.05520, section 4.3, and DeeperCluster,
+arXiv:1905.01278, fine-tune: mean average precision of ten random crops, in two set-ups
   --fc6_8 true   FC6-8: the convolutions are frozen; linear layers are trained, from scratch
   --fc6_8 false  ALL: the same with all layers trained
-and two protocols, chosen by --protocol; a flag on the command line wins over either:
+and by two protocols; a flag on the command line wins over what --protocol says:
   deepcluster    80,000 iterations, halving the learning rate every 5,000; square crops of 0.1 to 0.5
                  of the image's area
   deepercluster  150,000, every 10,000; crops of 0.08 to 1, width / height 3/4 to 4/3 (vgg16)
 Both: batches of 16, learning rate 0.003, momentum 0.9, weight decay 1e-6, gradients clipped to 10.
+  svm            SwAV, arXiv:2006.09882, appendix A.5, as VISSL: pooled features of centre crops, a
+                 linear SVM for each class, its cost by 3-fold cross-validation; of trainval, on test
 
   python eval_voc07.py --pretrained runs/deepcluster --data_path VOCdevkit/VOC2007 --split trainval
   python eval_voc07.py --pretrained vgg16.pth.tar --vocdir VOCdevkit/VOC2007 --fc6_8 0
---split train is tested on val, trainval on test. Starting the same command again continues where it
-stopped. What training writes lies in --dump_path/voc07/<fc6_8 or all>, the results in
---dump_path/eval_voc07_<fc6_8 or all>.json.
+  python eval_voc07.py --pretrained runs/swav --data_path VOCdevkit/VOC2007 --protocol svm
+--split train is tested on val, trainval on test. The same command again continues where it stopped, from
+--dump_path/voc07/<fc6_8, all or svm>; results: --dump_path/eval_voc07_<fc6_8, all or svm>.json.
 
-Deviations from the authors' code: an epoch has an order of its own and leaves out its last, smaller
-batch; equal scores are one threshold of the average precision, which is not computed on the training
-images; ALL keeps the pre-trained convolutions, as the papers have it (a published version draws them
-anew); of ResNets FC6-8 trains one linear layer; the seed is 31 for both. Kept: batch norms use the
-statistics of the pre-training throughout; --train_batchnorm is about their scale and shift alone.
+Deviations from the authors' code: an epoch has its own order and leaves out its last, smaller batch;
+equal scores are one threshold of the average precision, which is not computed on the training images;
+ALL keeps the pre-trained convolutions, as the papers have it; of ResNets FC6-8 trains one linear layer;
+the seed is 31 for both; SVMs are solved to their minimum. Kept: batch norms use the statistics of the
+pre-training; SVMs are trained with difficult objects as negatives and tested without them.
 """
 
 if __name__ == "__main__":  # before torch, whose loading takes seconds
@@ -41,11 +43,14 @@ from src.data.multicrop import generator
 from src.errors import RunError
 from src.evaluate import flags as eval_flags
 from src.evaluate.average_precision import mean_average_precision
+from src.evaluate.stored_features import stored_features
+from src.evaluate.svm_classes import COSTS, fit_classes, unit_rows
 from src.evaluate.ten_crops import VIEWS, RandomTenCrops, TenCrops, ten_crop_forward
 from src.evaluate.voc import CLASSES, TESTED_ON, multilabel_loss, open_voc
 from src.evaluate.voc_classifier import VOCClassifier
 from src.evaluate.voc_training import Training, training_images
-from src.labels.features import extract_features
+from src.labels.features import extract_features, share
+from src.nets.pooling import forward_of_feature, shape_of_features
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS
 from src.nets.weights import fingerprint
 from src.run import checkpoint, flags, image_flags
@@ -58,6 +63,7 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = {
     "deepcluster": {"nit": 80000, "stepsize": 5000, "min_scale": 0.1, "max_scale": 0.5},
     "deepercluster": {"nit": 150000, "stepsize": 10000, "min_scale": 0.08, "max_scale": 1.0},
+    "svm": {"interpolation": "bilinear", "costs": COSTS, "batch_size": 128, "split": "trainval"},
 }
 RATIO = {"deepcluster": (1.0, 1.0), "deepercluster": (3 / 4, 4 / 3)}  # width / height of crops
 BATCH = 16  # images, over all processes
@@ -67,6 +73,13 @@ SETTINGS = (
     *(*MODEL_FLAGS, "in_chans", "size", "mean", "std", "protocol", "fc6_8", "split", "seed"),
     *("train_batchnorm", "stepsize", "lr", "wd", "min_scale", "max_scale"),
 )
+SVM_SETTINGS = (*MODEL_FLAGS, "in_chans", "size", "interpolation")  # what the features depend on
+# Flags of fine-tuning alone, and of --protocol svm alone.
+OF_TUNING = (
+    *("fc6_8", "train_batchnorm", "eval_random_crops", "min_scale", "max_scale"),
+    *("nit", "stepsize", "lr", "wd", "log_freq", "checkpoint_iters"),
+)
+OF_SVM = ("costs", "interpolation")
 NAMED = ("pretrained", "checkpoint_key", "data_path", "nit", "eval_random_crops")
 TEST_IMAGES = 4  # whose ten crops are one batch
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
@@ -179,16 +192,74 @@ def evaluate(state, dataset, args):
     return mean_average_precision(scores, dataset.labels[indices])
 
 
+def evaluate_svm(args, network, dataset, tested):
+    """Train and test a linear SVM for each class; returns as main."""
+    forward = forward_of_feature(network, "backbone")
+    (width,) = shape_of_features(forward, args.in_chans, args.size, network.arch)
+    out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07" / "svm"
+    checkpoint.check_writable(folder)
+    process = dist.init(args.device, args.dist_timeout)
+    hold_folder(folder, "eval_voc07")
+    setup_logging(folder, process.rank == 0)
+    stop = StopSignal()
+    network.model.to(process.device)
+
+    # ============ features ============
+    matrices = []
+    for images, split in ((dataset, args.split), (tested, TESTED_ON[args.split])):
+        extraction = eval_flags.extraction_options(args, network, images, process.device)
+        settings = {
+            **{name: getattr(args, name) for name in SVM_SETTINGS},
+            **{name: extraction[name] for name in ("mean", "std")},
+            "weights": fingerprint(network.model),
+        }
+        matrices.append(
+            stored_features(folder, split, forward, images, width, settings, stop, **extraction)
+        )
+        if matrices[-1] is None:
+            return leave(stop)
+    train_features, test_features = matrices
+
+    # ============ SVMs ============
+    positive = (dataset.labels == 1).to(process.device)  # (N, 20)
+    folder = folder / args.split
+    folder.mkdir(exist_ok=True)
+    fitted = fit_classes(
+        unit_rows(train_features, process.device), positive, args.costs, folder, stop
+    )
+    if fitted is None:
+        return leave(stop)
+
+    # ============ evaluation ============
+    own = share(len(tested))
+    rows = unit_rows(test_features[own.start : own.stop], torch.device("cpu"))
+    scores = rows @ fitted["weights"][:-1] + fitted["weights"][-1]  # (n, 20)
+    result = mean_average_precision(scores, tested.labels[own.start : own.stop])
+    result["costs"] = dict(zip(CLASSES, fitted["costs"].tolist(), strict=True))
+    result["cross_validated"] = dict(zip(CLASSES, fitted["ap"].tolist(), strict=True))
+    named = {name: getattr(args, name) for name in ("pretrained", "checkpoint_key", "data_path")}
+    settings |= {**named, "protocol": "svm", "split": args.split, "costs": sorted(args.costs)}
+    report(result, settings, out / "eval_voc07_svm.json", not args.pretrained)
+    return finish(stop)
+
+
 def report(result, settings, path, untrained):
     """Log the results and write them to `path` as JSON; one process does."""
     if not dist.is_main():
         return
-    by_class = dict(zip(CLASSES, result["ap"], strict=True))
-    report = {"map": result["map"], "map_11points": result["map_11points"], "ap": by_class}
-    path.write_text(json.dumps({**report, "settings": settings}, indent=1) + "\n")
-    for name, value in by_class.items():
-        logger.info(f"{name:12} " + ("no image" if value is None else f"{value:6.2f}"))
-    logger.info(f"mAP {result['map']:.2f} (11-point {result['map_11points']:.2f})")
+    by_class = {
+        name: dict(zip(CLASSES, result[name], strict=True)) for name in ("ap", "ap_11points")
+    }
+    path.write_text(json.dumps({**result, **by_class, "settings": settings}, indent=1) + "\n")
+    for name, value in by_class["ap"].items():
+        cost = f"  cost {result['costs'][name]:g}" if "costs" in result else ""
+        logger.info(f"{name:12} " + ("no image" if value is None else f"{value:6.2f}") + cost)
+    area, points, interpolated = (result[f"map{x}"] for x in ("", "_11points", "_interpolated"))
+    logger.info(f"mAP {area:.2f} (11-point {points:.2f}, interpolated area {interpolated:.2f})")
+    means = {name: round(value, 2) for name, value in result.items() if name.startswith("map")}
+    logger.info(
+        json.dumps({"evaluation": path.stem, "pretrained": settings["pretrained"], **means})
+    )
     if untrained:
         logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
     logger.info(f"written to {path}")
@@ -196,7 +267,7 @@ def report(result, settings, path, untrained):
 
 # ============ main ============
 def main(argv: list[str] | None = None) -> int:
-    """Fine-tune and evaluate; returns 0, or 128 + the signal when a signal stopped it."""
+    """Fine-tune, or fit SVMs, and evaluate; returns 0, or 128 + the signal when a signal stopped it."""
     args = parse_args(argv)
     launch = dist.read_environment()
     setup_logging(None, launch.rank == 0)
@@ -204,6 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     reading = image_flags.reading_options(args)
     dataset = open_voc(args.data_path, args.split, args.in_chans, **reading)
     tested = open_voc(args.data_path, TESTED_ON[args.split], args.in_chans, **reading)
+    if args.protocol == "svm":
+        return evaluate_svm(args, eval_flags.open_network(args), dataset, tested)
     check_batch(args, launch.world_size, len(dataset))
     network = eval_flags.open_network(args)
     args.mean, args.std = network.normalisation(dataset, IMAGENET_RED)
@@ -301,7 +374,7 @@ def parse_args(argv):
     if args.protocol == "auto":
         args.protocol = "deepercluster" if args.arch == "vgg16" else "deepcluster"
     for name, value in PROTOCOLS[args.protocol].items():
-        if getattr(args, name) is None:
+        if name not in args.given:
             setattr(args, name, value)
     return args
 
@@ -313,7 +386,10 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("method").add_argument
     add("--protocol", default="auto", choices=["auto", *PROTOCOLS],
-        help="auto: deepercluster for vgg16, else deepcluster")
+        help="auto: deepercluster for vgg16, else deepcluster; svm: linear SVMs of frozen features")
+    add("--costs", type=positive(float), nargs="+", default=None,
+        help="C of --protocol svm, of which each class takes the best by cross-validation (default: "
+        "0.01 0.1 1 2 5 10 15 20 50 100 1000)")
     add("--fc6_8", type=boolean, default=True, help="true: FC6-8, only the classifier is trained; "
         "false: ALL layers")
     add("--train_batchnorm", type=boolean, default=False,
@@ -326,11 +402,14 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", "--vocdir", default="", help="VOCdevkit/VOC2007; must be given")
     image_flags.add_reading_args(add)
-    add("--split", default="train", choices=TESTED_ON, help="to train on; tested on val or test")
+    add("--split", default="train", choices=TESTED_ON,
+        help="to train on; tested on val or test (--protocol svm: trainval)")
     add("--size", type=positive(int), default=224, help="side in pixels of the crops")
     add("--in_chans", type=positive(int), default=3, help="channels of the images")
     add("--mean", type=float, nargs="+", default=None, help="of each channel; default: ImageNet's")
     add("--std", type=float, nargs="+", default=None, help="of each channel; default: ImageNet's")
+    add("--interpolation", default=None, choices=["bilinear", "bicubic"],
+        help="of the resize of --protocol svm (default: bilinear)")
     add("--min_scale", type=positive(float), default=None,
         help="smallest area of a crop, as a share of the image (default: 0.1, deepercluster 0.08)")
     add("--max_scale", type=positive(float), default=None,
@@ -342,7 +421,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--stepsize", type=positive(int), default=None,
         help="iterations between halvings of --lr (default: 5000, deepercluster 10000)")
     add("--batch_size", "--batch_size_per_gpu", type=positive(int), default=None,
-        help="images per process (default: 16 over all processes)")
+        help="images per process (default: 16 over all processes; svm 128)")
     add("--lr", type=positive(float), default=0.003, help="learning rate")
     add("--wd", type=at_least_zero(float), default=1e-6, help="weight decay")
     add("--log_freq", type=positive(int), default=50, help="iterations between log lines")
@@ -361,7 +440,12 @@ def check_args(args) -> None:
             "--data_path (or --vocdir) must be given: the folder VOCdevkit/VOC2007, with JPEGImages "
             "and ImageSets/Main, of PASCAL VOC 2007"
         )
-    if not args.min_scale <= args.max_scale <= 1:
+    is_svm = args.protocol == "svm"
+    for name in OF_TUNING if is_svm else OF_SVM:
+        if name in args.given:
+            kind = "fine-tuning, not for" if is_svm else "nothing but"
+            raise ValueError(f"--{name} is for {kind} --protocol svm: leave it out")
+    if not is_svm and not args.min_scale <= args.max_scale <= 1:
         raise ValueError(
             f"--min_scale {args.min_scale} and --max_scale {args.max_scale} must satisfy 0 < min <= "
             "max <= 1"

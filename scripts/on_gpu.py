@@ -54,6 +54,7 @@ BENCHES = [
     "-m bench.teacher_update",
     "-m bench.self_label",
     "-m bench.knn_search",
+    "-m bench.svm --classes 0",
     "-m bench.deeper_clustering --repeats 1",
     "-m bench.input_pipeline --repeats 3",
 ]

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
+from sklearn.svm import LinearSVC
 
 import eval_voc07
+import extract
 from src import dist
 from src.data.multicrop import generator
 from src.evaluate.average_precision import average_precision, mean_average_precision
@@ -499,3 +502,121 @@ def test_the_gradient_is_clipped_as_a_whole(voc, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run(voc, tmp_path):
     with pytest.raises(flags.RunError, match="not finite.*lower --lr"):
         run(tmp_path, voc, "--lr", "1e30", "--fc6_8", "0")
+
+
+# ============ linear SVMs of frozen features ============
+def run_svm(folder, voc, *argv):
+    """Results of --protocol svm in this process, and the words of the command."""
+    words = shlex.split("--protocol svm --workers 0 --device cpu --costs 0.1 10 --batch_size 7")
+    words += [*NETWORK, "--std", *["0.3"] * 3, "--data_path", str(voc), "--dump_path", str(folder)]
+    assert eval_voc07.main([*words, *map(str, argv)]) == 0
+    return json.loads((Path(folder) / "eval_voc07_svm.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def svm_folder(voc, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("svm")
+    run_svm(folder, voc)
+    return folder
+
+
+def test_svms_are_those_of_scikit_learn_and_difficult_objects_are_not_tested(svm_folder, voc):
+    result = json.loads((svm_folder / "eval_voc07_svm.json").read_text())
+    trainval = open_voc(str(voc), "trainval")
+    test = open_voc(str(voc), "test")
+    folder = svm_folder / "voc07" / "svm"  # of the features of extract.py, as another test says
+    features = [torch.tensor(np.load(folder / f"{name}.npy")) for name in ("trainval", "test")]
+    train, val = (x.double() / (x.double().norm(dim=1, keepdim=True) + 1e-5) for x in features)
+    for kind in COLOURS:
+        column = CLASSES.index(kind)
+        svm = LinearSVC(
+            C=result["costs"][kind], class_weight={1: 2, -1: 1}, tol=1e-9, max_iter=10**6
+        )
+        # A difficult object trains as a negative.
+        svm.fit(train.numpy(), np.where(trainval.labels[:, column] == 1, 1, -1))
+        scores = svm.decision_function(val.numpy())
+        counted = (test.labels[:, column] != 255).numpy()
+        positive = (test.labels[:, column] == 1).numpy()
+        area = average_precision_score(positive[counted], scores[counted])
+        assert result["ap"][kind] == pytest.approx(100 * area, abs=1e-6), kind
+        points = average_precision(torch.tensor(scores[counted]), torch.tensor(positive[counted]))
+        assert result["ap_11points"][kind] == pytest.approx(100 * points[1], abs=1e-6)
+    assert result["settings"]["split"] == "trainval" and result["ap"]["cow"] is None
+    assert result["map"] == pytest.approx(np.mean([result["ap"][kind] for kind in COLOURS]))
+    assert result["map_interpolated"] >= result["map"]
+
+
+def test_the_features_are_those_that_extract_writes_to_the_last_bit(svm_folder, voc, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(40, 60):  # of test
+        shutil.copy(voc / "JPEGImages" / f"{number:06}.jpg", images)
+    words = shlex.split("--workers 0 --device cpu --batch_size 7 --interpolation bilinear")
+    words += [*NETWORK, "--std", *["0.3"] * 3, "--data_path", str(images)]
+    assert extract.main([*words, "--dump_path", str(tmp_path / "features")]) == 0
+    theirs = np.load(tmp_path / "features" / "features.npy")
+    np.testing.assert_array_equal(np.load(svm_folder / "voc07" / "svm" / "test.npy"), theirs)
+
+
+def test_a_second_call_computes_nothing_and_other_costs_only_svms(svm_folder, voc, monkeypatch):
+    before = json.loads((svm_folder / "eval_voc07_svm.json").read_text())
+
+    def refuse(*arguments, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("src.evaluate.stored_features.extract_features", refuse)
+    other = run_svm(svm_folder, voc, "--costs", 1)
+    assert set(other["costs"].values()) == {1.0}
+    assert run_svm(svm_folder, voc)["ap"] == before["ap"]
+    monkeypatch.setattr("src.evaluate.svm_classes.fit_group", refuse)
+    assert run_svm(svm_folder, voc) == before
+    with pytest.raises(OSError, match=r"voc07.svm holds features with size 12, not 10.*dump_path"):
+        run_svm(svm_folder, voc, "--size", 10)
+
+
+def test_svms_of_two_processes_stopped_in_the_middle_end_at_the_bits_of_one(
+    svm_folder, voc, tmp_path
+):
+    whole = json.loads((svm_folder / "eval_voc07_svm.json").read_text())
+    outcomes = run_ranks(_stopped_then_whole, 2, str(tmp_path), str(voc))
+    assert [outcome[0] for outcome in outcomes] == [128 + signal.SIGTERM] * 2
+    result = json.loads((tmp_path / "eval_voc07_svm.json").read_text())
+    assert result == whole
+
+
+def _stopped_then_whole(rank, world_size, folder, voc):
+    """Exit status of a call that a signal stops in the features, then of one that ends."""
+    from src.evaluate import stored_features
+    from src.labels import row_file
+
+    row_file.CHUNK = 8
+    extract_features = stored_features.extract_features
+
+    def signalled(*arguments, write, **options):
+        def write_and_signal(first, batch):
+            os.kill(os.getpid(), signal.SIGTERM)
+            write(first, batch)
+
+        return extract_features(*arguments, write=write_and_signal, **options)
+
+    words = shlex.split("--protocol svm --workers 0 --device cpu --costs 0.1 10 --batch_size 7")
+    words += [*NETWORK, "--std", *["0.3"] * 3, "--data_path", voc, "--dump_path", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        # The group of processes is the test's, and stays.
+        patch.setattr(
+            dist,
+            "init",
+            lambda *given: dist.Process(rank, world_size, rank, "torchrun", torch.device("cpu")),
+        )
+        patch.setattr(dist, "shutdown", lambda: None)
+        patch.setattr(stored_features, "extract_features", signalled)
+        first = eval_voc07.main(words)
+        patch.setattr(stored_features, "extract_features", extract_features)
+        return first, eval_voc07.main(words)
+
+
+def test_flags_of_the_other_protocol_are_refused_in_one_sentence(voc, tmp_path):
+    with pytest.raises(ValueError, match="--lr is for fine-tuning, not for --protocol svm"):
+        run_svm(tmp_path, voc, "--lr", 1)
+    with pytest.raises(ValueError, match="--costs is for nothing but --protocol svm"):
+        run(tmp_path, voc, "--costs", 1)

@@ -1,4 +1,4 @@
-"""Average precision of a ranking, by both definitions in use on PASCAL VOC 2007."""
+"""Average precision of a ranking, by the definitions in use on PASCAL VOC 2007."""
 
 import math
 
@@ -19,37 +19,57 @@ def average_precision(scores: Tensor, positive: Tensor) -> tuple[float, float]:
     recall_t-1) precision_t; the other, Everingham et al. 2010 (IJCV 88), section 4.2, the mean over
     the recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. NaN without a positive.
     """
-    from sklearn.metrics import precision_recall_curve
-
     if not positive.any():
         return math.nan, math.nan
-    # scikit-learn takes finite scores alone: their ranks say the same.
-    scores = torch.where(scores.isnan(), -torch.inf, scores.double())
-    ranks = torch.unique(scores, return_inverse=True)[1].numpy()
-    precision, recall, _ = precision_recall_curve(positive.numpy(), ranks)  # from recall 1 to 0
-    precision = precision[:-1]  # (T,); the last, at recall 0, is of no image
+    precision, recall = _curve(scores, positive)
     area = -(np.diff(recall) * precision).sum()  # as average_precision_score has it
     reached = recall[:-1] >= np.arange(11)[:, None] / 10 - 1e-9  # (11, T)
     points = np.where(reached, precision, 0.0).max(1).mean()
     return float(area), float(points)
 
 
+def interpolated_precision(scores: Tensor, positive: Tensor) -> float:
+    """Area under the curve whose precision at a recall is the highest there or beyond: that of VOC since
+    2010, and of VISSL's SVMs on VOC 2007. Arguments as average_precision; NaN without a positive."""
+    if not positive.any():
+        return math.nan
+    precision, recall = _curve(scores, positive)
+    return float(-(np.diff(recall) * np.maximum.accumulate(precision)).sum())
+
+
+def _curve(scores, positive):
+    """Precisions (T,) and recalls (T + 1,), from recall 1 to 0, by threshold."""
+    from sklearn.metrics import precision_recall_curve
+
+    # scikit-learn takes finite scores alone: their ranks say the same.
+    scores = torch.where(scores.isnan(), -torch.inf, scores.double())
+    ranks = torch.unique(scores, return_inverse=True)[1].numpy()
+    precision, recall, _ = precision_recall_curve(positive.numpy(), ranks)
+    return precision[:-1], recall  # the last, at recall 0, is of no image
+
+
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
-    """Average precisions of the rows of all processes: `map` and `map_11points` in percent, `ap`.
+    """Average precisions of the rows of all processes: `map`, `map_11points` and `map_interpolated` in
+    percent, `ap`, `ap_11points`.
 
     scores (n, C), labels (n, C) of this process: 1, 0, or 255 where the image does not count for
-    the class; n may be 0. ap: C areas in percent, None for a class without a positive, which the
-    means leave out. Raises ValueError where no class has one.
+    the class; n may be 0. ap, ap_11points: C values in percent, None for a class without a positive,
+    which the means leave out. Raises ValueError where no class has one.
     """
     scores, labels = (dist.all_gather_rows(x.cpu()) for x in (scores, labels))
     precisions = []
     for column, targets in zip(scores.t(), labels.t(), strict=True):
         counted = targets != IGNORED
-        precisions.append(average_precision(column[counted], targets[counted] == 1))
-    precisions = 100 * torch.tensor(precisions, dtype=torch.float64)  # (C, 2)
+        column, positive = column[counted], targets[counted] == 1
+        area, points = average_precision(column, positive)
+        precisions.append((area, points, interpolated_precision(column, positive)))
+    precisions = 100 * torch.tensor(precisions, dtype=torch.float64)  # (C, 3)
     known = ~precisions[:, 0].isnan()
     if not known.any():
         raise ValueError("average precision needs an image with an object; the split has none")
-    area, points = precisions[known].mean(0).tolist()
-    ap = [None if math.isnan(x) else x for x in precisions[:, 0].tolist()]
-    return {"map": area, "map_11points": points, "ap": ap}
+    area, points, interpolated = precisions[known].mean(0).tolist()
+    ap, ap_points = (
+        [None if math.isnan(x) else x for x in column.tolist()] for column in precisions[:, :2].t()
+    )
+    means = {"map": area, "map_11points": points, "map_interpolated": interpolated}
+    return {**means, "ap": ap, "ap_11points": ap_points}
