@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import dist
 from ..cluster.neighbours import nearest_neighbours
+from .label_subsets import class_members, draw_members
 
 LARGEST_EXPONENT = 80.0  # 6000 times exp(80) still fits a float32
 
@@ -106,14 +107,13 @@ def few_label_accuracy(
     every_label = every_label.cpu()
     shares = dist.all_gather_rows(torch.tensor([len(train_labels)], device=device)).tolist()
     start = sum(shares[: dist.rank()])
-    members = [(every_label == c).nonzero()[:, 0] for c in range(num_classes)]
+    members = class_members(every_label, num_classes)
     num_labelled = sum(min(per_class, len(m)) for m in members)
     ks = sorted({1, min(per_class, num_labelled), *(k for k in ks if k < num_labelled)})
     generator = torch.Generator().manual_seed(seed)
     top1 = {k: [] for k in ks}
     for _ in range(draws):
-        drawn = [m[torch.randperm(len(m), generator=generator)[:per_class]] for m in members]
-        drawn = torch.cat(drawn).sort().values - start
+        drawn = draw_members(members, per_class, generator) - start
         drawn = drawn[(drawn >= 0) & (drawn < len(train_labels))]  # this rank's rows
         accuracies = knn_accuracy(
             train_features[drawn.to(device)],

@@ -188,6 +188,10 @@ class Part:
         """One image, uint8 (C, H, W)."""
         return self.dataset.load(self.indices[index])
 
+    def file_name(self, index: int) -> str:
+        """The file of an image, as its dataset has it."""
+        return self.dataset.file_name(self.indices[index])
+
 
 class Joined:
     """Two datasets, one after the other; the classes of the second are numbered as the first's."""
@@ -202,8 +206,17 @@ class Joined:
 
     def load(self, index: int) -> Tensor:
         """One image, uint8 (C, H, W)."""
+        part, index = self._part_of(index)
+        return part.load(index)
+
+    def file_name(self, index: int) -> str:
+        """The file of an image, as its dataset has it."""
+        part, index = self._part_of(index)
+        return part.file_name(index)
+
+    def _part_of(self, index):
         first, second = self.parts
-        return first.load(index) if index < len(first) else second.load(index - len(first))
+        return (first, index) if index < len(first) else (second, index - len(first))
 
 
 def hold_out(dataset: ImageDataset) -> tuple[Part, Part]:
