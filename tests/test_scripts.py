@@ -51,6 +51,11 @@ OTHER_DEFAULTS = {
     ("eval_linear", "epochs"): "100; by --protocol 90 for deepcluster",
     ("eval_linear", "weight_decay"): "by --protocol, see wd",
     ("eval_linear", "sobel"): "the file says it",
+    ("eval_semisup", "data_path"): "digits, so that the bare command runs",
+    ("eval_semisup", "arch"): "found in the file; without one resnet50",
+    ("eval_semisup", "batch_size"): "256 images over all processes, as on 8 GPUs",
+    ("eval_semisup", "lr"): "0.01 for 10 %, as published, and 0.02 for 1 %",
+    ("eval_semisup", "lr_last_layer"): "0.2 for 10 %, as published, and 5 for 1 %",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -72,6 +77,7 @@ PUBLISHED = {
     "main_rotnet": [],  # of the papers that this project follows none released a script
     "main_clusterfit": [],  # a configuration of VISSL
     "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
+    "eval_semisup": ["swav/eval_semisup.py"],
     "eval_knn": ["dino/eval_knn.py"],
     "eval_linear": [
         *(f"{repository}/eval_linear.py" for repository in ("swav", "dino")),

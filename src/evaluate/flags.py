@@ -31,6 +31,11 @@ SMALL_NETWORKS = {
 }
 
 
+def weights(text: str) -> str:
+    """An argparse type: what --pretrained names, "" for none."""
+    return "" if text == "none" else text
+
+
 # fmt: off
 def add_network_args(parser: argparse.ArgumentParser) -> None:
     """The network and the file that its weights come from."""
@@ -43,16 +48,25 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
     add("--sobel_padding", type=int, choices=[1, 2], default=None,
         help="zeros around the image there: 1 DeepCluster's, 2 DeeperCluster's")
     add = parser.add_argument_group("weights").add_argument
-    add("--pretrained", "--pretrained_weights", default="",
+    add("--pretrained", "--pretrained_weights", default="", type=weights,
         help="a run's folder, a checkpoint, a file of weights, or torchvision:resnet50 or timm:resnet50 "
         "to download theirs; a run says all flags of its network; a file those that its tensors tell, such "
-        "as --arch, --width, --patch_size, --sobel")
+        "as --arch, --width, --patch_size, --sobel; none: an untrained network")
     add("--checkpoint_key", default=None,
         help="section of the file: student, teacher, ... (default: teacher, if there is one)")
 
 
 def add_image_args(parser: argparse.ArgumentParser) -> Callable:
     """The images and how they are prepared; returns the group's add_argument."""
+    add = add_path_args(parser)
+    add("--in_chans", type=positive(int), default=3, help="channels of the images")
+    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
+    return add
+
+
+def add_path_args(parser: argparse.ArgumentParser) -> Callable:
+    """Where the images are, and the size of their crops; returns the group's add_argument."""
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="digits",
         help="digits, cifar10, ..., a folder of class folders or of train/ and val/, a list of files "
@@ -62,9 +76,6 @@ def add_image_args(parser: argparse.ArgumentParser) -> Callable:
     image_flags.add_list_args(add)
     image_flags.add_reading_args(add)
     add("--size", type=positive(int), default=224, help="side in pixels of the crops")
-    add("--in_chans", type=positive(int), default=3, help="channels of the images")
-    add("--mean", type=float, nargs="+", default=None, help="of each channel; default: the data's")
-    add("--std", type=float, nargs="+", default=None, help="of each channel; default: the data's")
     return add
 # fmt: on
 
@@ -131,10 +142,10 @@ def is_run(pretrained: str) -> bool:
     return bool(pretrained) and (run_folder(pretrained) / "args.json").is_file()
 
 
-def open_network(args: argparse.Namespace, feature: str = "backbone") -> Pretrained:
+def open_network(args: argparse.Namespace, feature: str = "backbone", **options) -> Pretrained:
     """The network of the flags with its weights, or untrained without --pretrained.
 
-    feature: see src.nets.pretrained.open_pretrained, which says what is raised, too.
+    feature, options: see src.nets.pretrained.open_pretrained, which says what is raised, too.
     """
     return open_pretrained(
         args.pretrained,
@@ -146,6 +157,7 @@ def open_network(args: argparse.Namespace, feature: str = "backbone") -> Pretrai
         std=args.std,
         seed=getattr(args, "seed", None),
         **{name: getattr(args, name) for name in NETWORK_FLAGS if name != "arch" and name in args},
+        **options,
     )
 
 

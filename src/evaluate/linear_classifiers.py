@@ -158,7 +158,7 @@ def accuracies(
         if multilabel:
             kept.append(scores.transpose(0, 1).cpu())  # (B, L, C)
         else:
-            found = torch.cat([_hits(scores, y), found])  # (3, L)
+            found = torch.cat([top_hits(scores, y), found])  # (3, L)
         sums = sums + found.cpu().double()
     count = dist.all_reduce_sum(torch.tensor(len(labels)))
     *hits, loss = dist.all_reduce_sum(sums) / count
@@ -171,7 +171,7 @@ def accuracies(
     return {**{name: [x[name] for x in found] for name in ("map", "map_11points")}, "loss": loss}
 
 
-def _hits(scores, labels):
+def top_hits(scores: Tensor, labels: Tensor) -> Tensor:
     """Numbers of rows whose label is the first, and among the first five: (2, L)."""
     own = scores.gather(2, labels.expand(len(scores), -1)[:, :, None])  # (L, B, 1)
     classes = torch.arange(scores.shape[2], device=scores.device)
