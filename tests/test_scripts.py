@@ -51,6 +51,13 @@ OTHER_DEFAULTS = {
     ("eval_linear", "epochs"): "100; by --protocol 90 for deepcluster",
     ("eval_linear", "weight_decay"): "by --protocol, see wd",
     ("eval_linear", "sobel"): "the file says it",
+    ("eval_image_retrieval", "data_path"): "must be given for the revisited sets",
+    ("eval_image_retrieval", "dataset"): "roxford5k as DINO's; DeepCluster's must be given",
+    ("eval_image_retrieval", "arch"): "found in the file; without one resnet50",
+    ("eval_image_retrieval", "checkpoint_key"): "teacher, where the file has one",
+    ("eval_image_retrieval", "model"): "empty, see pretrained",
+    ("eval_image_retrieval", "stage"): "eval, all of them",
+    ("eval_image_retrieval", "eval_binary"): "empty: average precisions are computed here",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -73,6 +80,7 @@ PUBLISHED = {
     "main_clusterfit": [],  # a configuration of VISSL
     "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
     "eval_knn": ["dino/eval_knn.py"],
+    "eval_image_retrieval": ["dino/eval_image_retrieval.py", "deepcluster/eval_retrieval.py"],
     "eval_linear": [
         *(f"{repository}/eval_linear.py" for repository in ("swav", "dino")),
         *(f"{repository}/eval_linear.py" for repository in ("deepcluster", "DeeperCluster")),
