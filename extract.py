@@ -327,9 +327,10 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("method").add_argument
     add("--feature", default="backbone", choices=FEATURES,
         help="backbone: what evaluations use, the pooled output of the trunk or the class token; cls: the "
-        "class token; mean, gem: average, or generalised mean, of positions; patches: all positions; "
+        "class token; mean, gem: average, or generalised mean, of positions; cls_gem: the class token and "
+        "gem; patches: all positions; "
         "embedding: of SwAV's projection head")
-    add("--gem_p", type=positive(float), default=3.0, help="exponent of --feature gem")
+    add("--gem_p", type=positive(float), default=3.0, help="exponent of --feature gem and cls_gem")
     add("--parquet", action="store_true", help="also write features and table as files.parquet")
     add("--clusters", type=positive(int), default=None, help="K of k-means of the features")
     add("--iterations", type=positive(int), default=20, help="of k-means")

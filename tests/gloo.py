@@ -23,6 +23,7 @@ CONTEXT.set_forkserver_preload(
         *("torch", "torch.distributed", "torch._dynamo", "pytest", "tests.reference", "tests.runs"),
         *("main_swav", "main_dino", "main_deepercluster", "eval_knn", "eval_linear", "eval_voc07"),
         "eval_semisup",
+        "eval_image_retrieval",
         *("matplotlib.pyplot", "sklearn.datasets"),
     ]
 )

@@ -36,9 +36,16 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(
-    features: Tensor, dim: int, floor: float = 1e-5, device: torch.device | None = None
+    features: Tensor,
+    dim: int,
+    floor: float = 1e-5,
+    device: torch.device | None = None,
+    centred: bool = True,
 ) -> Whitening:
     """PCA to min(dim, D) entries of the rows of all processes, with a covariance divided by N.
+
+    centred: False: the eigenvectors are those of the second moment about 0, while the mean is subtracted
+    from what is whitened all the same, as DINO's copy detection does it.
 
     features: (n, D), this process's rows, any floating type; n may be 0. floor: eigenvalues below
     this share of the largest are raised to it. Where no feature varies, nothing is divided.
@@ -59,6 +66,8 @@ def fit_whitening(
     device = _device(features, device)
     total, low, high = _ends(features, device)
     mean, covariance = _moments(features, (low + high) / 2, (high - low) / 2, total)
+    if not centred:
+        covariance.addr_(mean, mean)
     eigenvalues = mean.new_zeros(min(dim, len(mean)))
     components = mean.new_zeros(len(eigenvalues), len(mean))
     if dist.is_main():

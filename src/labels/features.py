@@ -133,14 +133,18 @@ def extract_features(
         now = time.perf_counter()
         if now - last_line > LOG_SECONDS or done == len(indices):
             last_line = now
-            _log_progress(dataset, done, len(indices), now - start, waited)
+            log_progress(dataset.name, done, len(indices), now - start, waited)
     return features, torch.as_tensor(indices)
 
 
-def _log_progress(dataset, done, total, seconds, waited):
+def log_progress(name: str, done: int, total: int, seconds: float, waited: float) -> None:
+    """A line of how far an extraction is; by the main process.
+
+    waited: of the seconds, those for images.
+    """
     if dist.is_main():
         logger.info(
-            f"features of {dataset.name}: {done} of {total} images, {done / seconds:.0f} images/s, "
+            f"features of {name}: {done} of {total} images, {done / seconds:.0f} images/s, "
             f"data {waited:.1f} s, compute {seconds - waited:.1f} s, "
             f"ETA {seconds / done * (total - done):.0f} s"
         )

@@ -25,17 +25,27 @@ from ..run.lock import has_lost_its_writer
 from ..run.stop import StopSignal
 from .features import share
 
-CHUNK = 4096  # rows
+CHUNK = 4096  # rows, where a file does not say it
 START = 4096  # bytes before the first row, so that chunks of two processes share no page of a disk
 
 
 class RowFile:
     """(num_rows, *width) float32 at <folder>/<name>.npy, which is made if it is not there.
 
-    width: a number, or the shape of a row. All processes call the constructor, with the same arguments.
+    width: a number, or the shape of a row. chunk: rows that are written, and lost, together; where there are
+    fewer than CHUNK, they should fill whole pages of 4,096 bytes. All processes call the constructor, with
+    the same arguments.
     """
 
-    def __init__(self, folder: Path, name: str, num_rows: int, width: int | Sequence[int]):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        num_rows: int,
+        width: int | Sequence[int],
+        chunk: int | None = None,
+    ):
+        self.chunk = CHUNK if chunk is None else chunk
         width = (width,) if isinstance(width, int) else tuple(width)
         self.path, self.shape = Path(folder) / f"{name}.npy", (num_rows, *width)
         self.row_bytes = 4 * math.prod(width)
@@ -67,7 +77,7 @@ class RowFile:
         for path in self.path.parent.glob(f"{self.path.stem}.*.done"):
             lines = path.read_text().split()
             written.update(int(line[:-1]) for line in lines if line.endswith("."))  # not torn
-        return [i for i in range(-(-self.shape[0] // CHUNK)) if i not in written]
+        return [i for i in range(-(-self.shape[0] // self.chunk)) if i not in written]
 
     def own_missing(self) -> list[int]:
         """The missing chunks that this process shall write. All processes call it together."""
@@ -76,11 +86,11 @@ class RowFile:
 
     def rows(self, chunk: int) -> range:
         """The rows of a chunk."""
-        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.shape[0]))
+        return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.shape[0]))
 
     def chunk_of(self, row: int) -> int:
         """The chunk that a row is in."""
-        return row // CHUNK
+        return row // self.chunk
 
     def write(self, first: int, rows: Tensor) -> None:
         """Write rows (n, *width) from number `first` on."""

@@ -292,3 +292,19 @@ def test_a_whitening_can_be_put_together_from_what_was_saved():
     found = fit_whitening(rows, 3)
     again = Whitening(**{name: torch.from_numpy(getattr(found, name).numpy()) for name in FIELDS})
     assert torch.equal(whiten(rows, again), whiten(rows, found))
+
+
+# ============ the second moment about 0 ============
+def test_whitening_by_the_second_moment_gives_the_published_similarities(golden):
+    arrays = golden("retrieval")
+    features = torch.from_numpy(arrays["whiten_train"])
+    whitening = fit_whitening(features, features.shape[1], centred=False)
+    rows = [
+        whiten(torch.from_numpy(arrays[name]), whitening) for name in ("whiten_query", "whiten_db")
+    ]
+    expected = torch.from_numpy(arrays["whiten_similarity"])
+    torch.testing.assert_close(rows[0] @ rows[1].T, expected, atol=1e-3, rtol=0)
+    of_covariance = fit_whitening(features, features.shape[1])
+    torch.testing.assert_close(of_covariance.mean, whitening.mean)
+    centred = [whiten(torch.from_numpy(arrays[n]), of_covariance) for n in ("whiten_query",) * 2]
+    assert (centred[0] @ rows[1].T - expected).abs().max() > 0.01  # it is another one
