@@ -51,6 +51,8 @@ OTHER_DEFAULTS = {
     ("eval_linear", "epochs"): "100; by --protocol 90 for deepcluster",
     ("eval_linear", "weight_decay"): "by --protocol, see wd",
     ("eval_linear", "sobel"): "the file says it",
+    ("eval_video_segmentation", "data_path"): "must be given",
+    ("eval_video_segmentation", "checkpoint_key"): "teacher, where the file has one",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -73,6 +75,7 @@ PUBLISHED = {
     "main_clusterfit": [],  # a configuration of VISSL
     "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
     "eval_knn": ["dino/eval_knn.py"],
+    "eval_video_segmentation": ["dino/eval_video_segmentation.py"],
     "eval_linear": [
         *(f"{repository}/eval_linear.py" for repository in ("swav", "dino")),
         *(f"{repository}/eval_linear.py" for repository in ("deepcluster", "DeeperCluster")),
