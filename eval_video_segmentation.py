@@ -32,7 +32,6 @@ import argparse
 import json
 import logging
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +45,7 @@ from src.data.loading import Loader
 from src.evaluate import davis
 from src.evaluate import flags as eval_flags
 from src.evaluate.label_propagation import most_likely, propagate_video
+from src.evaluate.progress import Progress
 from src.evaluate.segmentation_measures import VOID, measure_frame, summarise
 from src.nets.backbones import is_vit
 from src.nets.pooling import forward_of_feature, shape_of_features
@@ -54,7 +54,7 @@ from src.nets.weights import fingerprint
 from src.pictures.video_masks import draw_videos
 from src.run import checkpoint, flags
 from src.run.lock import hold_folder
-from src.run.log import duration, setup_logging, write_whole
+from src.run.log import setup_logging, write_whole
 from src.run.stop import StopSignal, finish, leave
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Tracker:
             yield from features
 
 
-def segment(video, tracker, folder, stop, timer):
+def segment(video, tracker, folder, stop, progress):
     """Write the masks of a video to `folder`; J and F of its objects by frame, None when stopped.
 
     Where frames of the benchmark have no masks, J and F are of no frame. The first frame, which is given,
@@ -163,31 +163,12 @@ def segment(video, tracker, folder, stop, timer):
                     f"video of {labels.shape} px"
                 )
             measures.append(measure_frame(labels, truth, num_objects))
-        timer.count(video.name, place, len(video.frames) - 1)
+        progress.count(video.name)
     by_object = np.array(measures).reshape(-1, num_objects, 2).transpose(1, 2, 0).tolist()
     return {
         "frames": len(video.frames),
         "objects": [{"j": j, "f": f} for j, f in by_object] if measures else [],
     }
-
-
-class Timer:
-    """A line with the rate and the time to go, now and then."""
-
-    SECONDS = 5.0
-
-    def __init__(self, frames):
-        self.frames, self.done = frames, 0
-        self.start = self.last_line = time.perf_counter()
-
-    def count(self, name, place, total):
-        """One more frame is done, `place` of `total` of the video `name`."""
-        self.done += 1
-        now = time.perf_counter()
-        if now - self.last_line > self.SECONDS:
-            self.last_line, rate = now, self.done / (now - self.start)
-            left = duration((self.frames - self.done) / rate)
-            logger.info(f"{name}: frame {place} of {total} | {rate:.2g} frames/s, ETA {left}")
 
 
 # ============ main ============
@@ -222,11 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     log_plan(args, videos, missing, stride, process)
     rounds = math.ceil(len(missing) / process.world_size)
     own = missing[process.rank :: process.world_size]
-    timer = Timer(sum(len(video.frames) - 1 for video in own))
+    progress = Progress(sum(len(video.frames) - 1 for video in own), "frames")
     for place in range(rounds):
         if place < len(own):
             video = own[place]
-            measures = segment(video, tracker, folder / video.name, stop, timer)
+            measures = segment(video, tracker, folder / video.name, stop, progress)
             if measures is not None:
                 contents = {**measures, "settings": settings}
                 write_whole(folder / f"{video.name}.json", json.dumps(contents) + "\n")
