@@ -2,7 +2,8 @@
 
 attention: self-attention of the class token in the last block of a vision transformer, of each head
 and of their mean, over an image, a folder, a video or an animated GIF. Caron et al., Emerging
-Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3.
+Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3; with --voc how well
+the masks of the heads are objects, figure 4 (src/pictures/attention_masks.py).
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
 as csv, npy and folders; what clusters look like, and what they know of labels, metadata, colour.
@@ -13,6 +14,7 @@ activations: the latter alone, with a table. Both are figures of DeepCluster, ar
   python visualize.py attention --pretrained runs/dino   a run: its args.json says the rest
   python visualize.py attention --pretrained_weights dino_deitsmall8_pretrain.pth \\
       --image_path cat.jpg --threshold 0.6 --output_dir cat
+  python visualize.py attention --pretrained runs/dino --voc VOCdevkit --baseline deit_small.pth
   python visualize.py crops --data_path my_images --nmb_crops 2 6 --solarize 0 0.2 0
   python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
   python visualize.py filters --pretrained runs/deepcluster --conv 13 --filters 3 17 99
@@ -50,13 +52,28 @@ from src.data.augment import Augment
 from src.data.datasets import IMAGENET, usual_std
 from src.data.multicrop import MultiCropDataset, collate_crops, generator
 from src.evaluate import flags as eval_flags
+from src.evaluate.progress import Progress
+from src.evaluate.voc_segments import open_segmented
 from src.nets.backbones import is_vit
+from src.nets.pretrained import open_pretrained
 from src.pictures import activations as activation_pictures
 from src.pictures import attention as attention_maps
 from src.pictures import cluster_contents, cluster_tables, responses
 from src.pictures import clusters as cluster_pictures
 from src.pictures import filters as filter_pictures
 from src.pictures import flags as picture_flags
+from src.pictures.attention_masks import (
+    BASELINE,
+    BEST,
+    Overlaps,
+    draw_masks,
+    enlarge_masks,
+    maps_of_segments,
+    masks_of,
+    picture_of_mask,
+    picture_of_truth,
+    report_masks,
+)
 from src.pictures.clusters import (
     add_cluster_args,
     check_folders,
@@ -79,6 +96,7 @@ logger = logging.getLogger(__name__)
 ON_SHEET = 12  # images on the sheet of all images
 ATTENTION = "Attention of the class token in the last block"
 LOG_SECONDS = 5.0
+MASS = 0.6  # share of the attention that a mask holds, in figure 4
 CLUSTER_SETTINGS = (
     "pretrained", "data_path", "split", "head", "num_clusters", "feature", "neighbours", "seed",
 )  # fmt: skip
@@ -87,12 +105,11 @@ CLUSTER_SETTINGS = (
 # ============ attention ============
 @torch.no_grad()
 def attention(args):
-    """Write the pictures of every image to --dump_path."""
-    if not is_vit(args.arch):
-        raise ValueError(
-            f"--arch {args.arch} has no class token that attends to patches: use vit_tiny, "
-            "vit_small or vit_base"
-        )
+    """Write the pictures of every image to --dump_path, or measure their masks with --voc."""
+    check_attends(args.arch)
+    if args.voc:
+        attention_of_voc(args)
+        return
     device = dist.resolve_device(args.device)
     frames, count, normalisation, file_names = open_images(args)
     network = eval_flags.open_network(args)
@@ -152,6 +169,77 @@ def attention(args):
     if animation.left_out:
         logger.info(f"attention.gif ends after {len(animation.frames)} frames")
     logger.info(f"{done} images, written to {folder}; look at {folder / 'sheet.png'}")
+
+
+def check_attends(arch):
+    """Raise ValueError for a network without a class token."""
+    if not is_vit(arch):
+        raise ValueError(
+            f"--arch {arch} has no class token that attends to patches: use vit_tiny, vit_small or "
+            "vit_base"
+        )
+
+
+def attention_of_voc(args):
+    """Compare the masks of the heads with the objects of VOC 2012: a table, a line of JSON, a sheet."""
+    images = open_segmented(args.voc)
+    images = [images[i] for i in spread(len(images), args.num_images or len(images))]
+    network, mass, folder = (
+        eval_flags.open_network(args),
+        args.threshold or MASS,
+        Path(args.dump_path),
+    )
+    networks = {"network": network}
+    if args.baseline == "untrained":
+        networks[BASELINE] = network.untrained()
+    elif args.baseline:
+        networks[BASELINE] = open_pretrained(args.baseline)
+        check_attends(networks[BASELINE].arch)
+    if not args.pretrained:
+        logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
+    checkpoint.check_writable(folder)
+    hold_folder(folder, f"visualize_{args.picture}")
+
+    overlaps, progress = Overlaps(), Progress(len(images) * len(networks), "images")
+    shown = {place: {} for place in spread(len(images), ON_SHEET)}  # (picture, caption) by column
+    for name, network in networks.items():
+        draws = generator(args.seed)
+        segments = maps_of_segments(
+            network,
+            images,
+            args.image_size,
+            in_chans=args.in_chans,
+            mean=args.mean or network.mean or IMAGENET[0],
+            std=args.std or network.std or usual_std(IMAGENET[1]),
+            device=dist.resolve_device(args.device),
+        )
+        for place, (image, labels, heads) in enumerate(segments):
+            by_kind = masks_of(heads, mass, draws)
+            if name == BASELINE:
+                by_kind = {BASELINE: by_kind[BEST]}
+            if place in shown and name != BASELINE:
+                shown[place]["objects"] = (picture_of_truth(image, labels), "")
+            for kind, masks in by_kind.items():
+                masks = enlarge_masks(masks, image.shape[1:])
+                values = overlaps.add(kind, masks, labels)
+                if place in shown and values is not None:
+                    best = int(values.argmax())
+                    head = f"head {best}: " if len(values) > 1 else ""
+                    picture = picture_of_mask(image, masks[best])
+                    shown[place][kind] = (picture, f"{head}{100 * values[best]:.0f}")
+            progress.count(name)
+
+    origins = {name: network.origin for name, network in networks.items()}
+    settings = {"mass": mass, "image_size": list(args.image_size), "networks": origins}
+    report_masks(overlaps, settings, folder / "attention_voc.json")
+    notes = [f"{name}: {origin}" for name, origin in origins.items()]
+    notes.append(
+        f"{mass:.0%} of the mass; Jaccard similarity with all objects together, in percent"
+    )
+    rows = [(images[place].name, shown[place]) for place in shown if BEST in shown[place]]
+    if rows:
+        draw_masks(rows, folder / "attention_voc.png", notes)
+        logger.info(f"look at {folder / 'attention_voc.png'}")
 
 
 def open_images(args):
@@ -538,6 +626,10 @@ def check_args(args) -> None:
             raise ValueError(
                 f"--image_size has {len(args.image_size)} values: give height and width, or one"
             )
+        if args.voc and args.image_path:
+            raise ValueError("--voc brings its images: leave out --image_path")
+        if args.baseline and not args.voc:
+            raise ValueError("--baseline is measured with --voc: give the folder VOCdevkit")
         if args.threshold and args.threshold > 1:
             raise ValueError(f"--threshold {args.threshold:g} is a share: use one from 0 to 1")
 

@@ -24,6 +24,7 @@ CONTEXT.set_forkserver_preload(
         *("main_swav", "main_dino", "main_deepercluster", "eval_knn", "eval_linear", "eval_voc07"),
         "eval_semisup",
         "eval_image_retrieval",
+        "eval_video_segmentation",
         *("matplotlib.pyplot", "sklearn.datasets"),
     ]
 )

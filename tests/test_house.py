@@ -55,13 +55,13 @@ ORDER = [
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
     "main_swav": (27, 6450),
-    "main_simclr": (26, 6300),
+    "main_simclr": (26, 6350),
     "main_selav2": (31, 7200),
     "main_deepclusterv2": (32, 7400),
     "main_rotnet": (32, 7050),
-    "main_dino": (31, 7050),
+    "main_dino": (31, 7100),
     "main_deepcluster": (39, 8300),
-    "main_deepercluster": (42, 9150),
+    "main_deepercluster": (42, 9200),
     "main_clusterfit": (37, 8000),
 }
 FUNCTION_LINES = 90

@@ -63,6 +63,8 @@ OTHER_DEFAULTS = {
     ("eval_image_retrieval", "model"): "empty, see pretrained",
     ("eval_image_retrieval", "stage"): "eval, all of them",
     ("eval_image_retrieval", "eval_binary"): "empty: average precisions are computed here",
+    ("eval_video_segmentation", "data_path"): "must be given",
+    ("eval_video_segmentation", "checkpoint_key"): "teacher, where the file has one",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -87,6 +89,7 @@ PUBLISHED = {
     "eval_semisup": ["swav/eval_semisup.py"],
     "eval_knn": ["dino/eval_knn.py"],
     "eval_image_retrieval": ["dino/eval_image_retrieval.py", "deepcluster/eval_retrieval.py"],
+    "eval_video_segmentation": ["dino/eval_video_segmentation.py"],
     "eval_linear": [
         *(f"{repository}/eval_linear.py" for repository in ("swav", "dino")),
         *(f"{repository}/eval_linear.py" for repository in ("deepcluster", "DeeperCluster")),

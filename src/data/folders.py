@@ -25,7 +25,7 @@ JUNK = frozenset(
     + ("thumbs.db", "ehthumbs.db", "desktop.ini")
 )
 # What runs and visualize.py leave in a folder, each by files that show that they were there.
-RUN_FOLDERS = frozenset(("plots", "checkpoints", "clustering", "clusters", "linear", "features"))
+RUN_FOLDERS = frozenset("plots checkpoints clustering clusters linear features davis".split())
 RUN_FILES = (".jsonl", ".json", ".log", ".pth")
 PLOTS = frozenset(
     "curves.png crops.png multicrop.png attention clusters filters activations".split()

@@ -78,9 +78,7 @@ def fit_image(image: Tensor, size: Sequence[int], patch_size: int) -> Tensor:
     size: height and width in pixels; or one value, of the shorter side. Raises ValueError where no
     patch is left.
     """
-    if len(size) == 1:  # the shape stays, as torchvision's Resize has it
-        shorter = min(image.shape[1:])
-        size = [size[0] * side // shorter for side in image.shape[1:]]
+    size = _size_of(image, size)
     if min(size) < patch_size:
         text = " ".join(map(str, size))
         raise ValueError(f"--image_size {text} leaves no whole patch of --patch_size {patch_size}")
@@ -88,6 +86,22 @@ def fit_image(image: Tensor, size: Sequence[int], patch_size: int) -> Tensor:
         image = F.interpolate(image[None], size=tuple(size), mode="bilinear", antialias=True)[0]
     height, width = (side - side % patch_size for side in size)
     return image[:, :height, :width].contiguous()
+
+
+def fit_labels(labels: Tensor, size: Sequence[int], patch_size: int) -> Tensor:
+    """Labels of pixels (n, H, W) -> uint8 (n, H', W'), as fit_image has it; the nearest pixel's each."""
+    size = _size_of(labels, size)
+    labels = F.interpolate(labels[None].float(), size=tuple(size), mode="nearest-exact")[0]
+    height, width = (side - side % patch_size for side in size)
+    return labels[:, :height, :width].to(torch.uint8)
+
+
+def _size_of(image, size):
+    """Height and width; of one value the shape stays, as torchvision's Resize has it."""
+    if len(size) > 1:
+        return size
+    shorter = min(image.shape[1:])
+    return [size[0] * side // shorter for side in image.shape[1:]]
 
 
 # ============ pictures of one image ============

@@ -36,9 +36,16 @@ def add_attention_flags(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=positive(float), default=None,
         help="also draw the patches that hold this share of each head's attention, such as 0.6")
     add("--num_images", type=positive(int), default=None,
-        help="the first images of --image_path (default: all), or so many of --data_path (4)")
+        help="the first images of --image_path (default: all), or so many of --data_path (4), of --voc "
+        "(all)")
     add("--every", type=positive(int), default=1, help="take every so many-th frame or image")
     add("--fps", type=positive(float), default=10, help="frames a second of attention.gif")
+    add("--voc", default=None,
+        help="instead, measure the masks of --threshold (0.6) as segments: the folder VOCdevkit of "
+        "PASCAL VOC 2012")
+    add("--baseline", default="",
+        help="with --voc: another vision transformer to measure beside it, such as a supervised one; "
+        "untrained: the same network before its training")
     add = flags.add_vit_args(parser)
     add("--arch", default="vit_small", help="vit_tiny, vit_small or vit_base")
     add("--width", type=positive(float), default=1.0, help="multiplies the dimension of the tokens")
@@ -127,7 +134,7 @@ def attention_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     said = {}
     if args.pretrained:
         _, said = describe(args.pretrained, explicit.get("arch"), args.checkpoint_key)
-    elif not args.image_path and not explicit.keys() & {"arch", "patch_size"}:
+    elif not args.image_path and not args.voc and not explicit.keys() & {"arch", "patch_size"}:
         said = {**NETWORKS.get(preset_of(args.data_path), {})}
     if said.get("img_size"):  # of the crops that the network was trained on
         patch_size = said.get("patch_size", args.patch_size)
