@@ -58,6 +58,12 @@ OTHER_DEFAULTS = {
     ("eval_image_retrieval", "model"): "empty, see pretrained",
     ("eval_image_retrieval", "stage"): "eval, all of them",
     ("eval_image_retrieval", "eval_binary"): "empty: average precisions are computed here",
+    ("eval_copy_detection", "data_path"): "must be given",
+    ("eval_copy_detection", "whitening_path"): "none",
+    ("eval_copy_detection", "distractors_path"): "none",
+    ("eval_copy_detection", "arch"): "found in the file; without one resnet50",
+    ("eval_copy_detection", "patch_size"): "found in the file; without one 16",
+    ("eval_copy_detection", "checkpoint_key"): "teacher, where the file has one",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -80,6 +86,7 @@ PUBLISHED = {
     "main_clusterfit": [],  # a configuration of VISSL
     "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
     "eval_knn": ["dino/eval_knn.py"],
+    "eval_copy_detection": ["dino/eval_copy_detection.py"],
     "eval_image_retrieval": ["dino/eval_image_retrieval.py", "deepcluster/eval_retrieval.py"],
     "eval_linear": [
         *(f"{repository}/eval_linear.py" for repository in ("swav", "dino")),
