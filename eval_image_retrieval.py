@@ -30,10 +30,8 @@ if __name__ == "__main__":  # before torch, whose loading takes seconds
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
-import math
 import subprocess
 from pathlib import Path
 
@@ -48,9 +46,9 @@ from src.evaluate import flags as eval_flags
 from src.evaluate import rmac
 from src.evaluate.ranking import KAPPAS, expand_database, expand_queries, rank, retrieval_scores
 from src.evaluate.retrieval_sets import OTHER, REVISITED, open_buildings, open_revisited
-from src.evaluate.whole_images import CHUNK, fit_inside, longer_side, store_features
+from src.evaluate.whole_images import FeatureFolder, fit_inside, longer_side
 from src.labels.features import share
-from src.labels.row_file import RowFile, check_space, load_tensors, write_tensors
+from src.labels.row_file import load_tensors, write_tensors
 from src.nets.pooling import (
     forward_of_feature,
     forward_of_map,
@@ -81,41 +79,13 @@ SETTINGS = (*MODEL_FLAGS, "in_chans", "protocol", *OF_DINO, *OF_DEEPCLUSTER)
 NAMED = ("pretrained", "checkpoint_key", "data_path", "dataset", "dataset_name", "aqe", "dbe")
 
 
-# ============ features ============
-class Features:
-    """Features of images in a folder, computed where they are not there yet.
-
-    folder: of --temp_dir. settings: all that features depend on but the images; each file is called by a
-    digest of them, so that others do not get into its way. options: of store_features.
-    """
-
-    def __init__(self, folder, settings, stop, options):
-        self.folder, self.settings, self.stop, self.options = folder, settings, stop, options
-
-    def path(self, name, **settings):
-        """<folder>/<name>_<digest>, the digest being that of the settings and these."""
-        text = json.dumps({**self.settings, **settings}, sort_keys=True)
-        return self.folder / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-    def rows(self, name, dataset, resize, forward, width, **settings):
-        """The features of all images, as a file. Raises Stopped."""
-        path = self.path(name, images=dataset.digest(), **settings)
-        needed = 4 * len(dataset) * math.prod(width)
-        check_space(self.folder, needed, f"the {name} features", "lower --L or --n_pca")
-        file = RowFile(path.parent, path.name, len(dataset), width, chunk=CHUNK)
-        store_features(file, dataset, resize, forward, self.stop, **self.options)
-        if self.stop.agreed():
-            raise Stopped
-        return file
-
-
 # ============ dino ============
 def dino_features(files, network, images, args):
     """Rows of the database (N, D) and the queries (Q, D)."""
     forward = forward_of_feature(network, args.feature, args.gem_p)
     width = shape_of_features(forward, args.in_chans, args.imsize, network.arch, "--imsize")
     forward = multi_scale(forward) if args.multiscale else forward
-    network.model.to(files.options["device"])
+    network.model.to(files.device)
     resize = functools.partial(fit_inside, side=args.imsize)
     return {
         name: files.rows(name, dataset, resize, forward, width).read()
@@ -135,7 +105,7 @@ def deepcluster_features(files, network, images, targets, args):
     last_map = forward_of_map(network)
     learning = STAGES.index(args.stage) <= STAGES.index("train_pca")
     shape = shape_of_features(last_map, args.in_chans, network.image_size, network.arch)
-    network.model.to(files.options["device"])
+    network.model.to(files.device)
     if learning:
         learn(files, last_map, shape[0], images["database"], args, data=targets.name)
         return {}
@@ -147,7 +117,7 @@ def deepcluster_features(files, network, images, targets, args):
             flag="--whitening_path",
             **image_flags.reading_options(args),
         )
-        learnt_on = others.digest()
+        learnt_on = f"{args.whitening_path} {others.digest()}"
         whitening = learn(files, last_map, shape[0], others, args, data=learnt_on)
     else:
         whitening = read_whitening(files, learnt_on)
@@ -181,11 +151,11 @@ def learn(files, last_map, dim, dataset, args, data):
     resize = functools.partial(longer_side, side=args.S if args.S > 0 else None)
     width = (rmac.most_regions(args.L), dim)
     forward = functools.partial(padded_regions, last_map=last_map, levels=args.L)
-    file = files.rows("regions", dataset, resize, forward, width)
+    file = files.rows("regions", dataset, resize, forward, width, data=data)
     if args.stage == "extract_train":
         return None
     own = share(len(dataset))
-    device = files.options["device"]
+    device = files.device
     whitening = rmac.learn_whitening(file.read()[own.start : own.stop], args.n_pca, device)
     checkpoint.by_main(lambda: write_tensors(path, rmac.as_tensors(whitening)), "save the PCA")
     logger.info(f"PCA of {len(dataset):,} images to {len(whitening.components)}: {path}")
@@ -309,15 +279,17 @@ def main(argv: list[str] | None = None) -> int:
     settings |= {"arch": network.arch, "weights": fingerprint(network.model)}
     settings |= {"mean": mean, "std": std, "precision": precision}
     of_pca = {name: value for name, value in settings.items() if name != "whitening_path"}
-    options = {
-        "mean": mean,
-        "std": std,
-        "device": process.device,
-        "num_workers": args.workers,
-        "loader_timeout": args.loader_timeout,
-        "precision": precision,
-    }
-    files = Features(folder, of_pca, stop, options)
+    files = FeatureFolder(
+        folder,
+        of_pca,
+        stop,
+        mean=mean,
+        std=std,
+        device=process.device,
+        num_workers=args.workers,
+        loader_timeout=args.loader_timeout,
+        precision=precision,
+    )
     logger.info(
         f"{targets.name}: {len(targets.queries)} queries, {len(targets.images):,} images, protocol "
         f"{args.protocol}, {network.origin}"

@@ -25,6 +25,7 @@ CONTEXT.set_forkserver_preload(
         "eval_semisup",
         "eval_image_retrieval",
         "eval_video_segmentation",
+        *("eval_image_retrieval", "eval_copy_detection"),
         *("matplotlib.pyplot", "sklearn.datasets"),
     ]
 )

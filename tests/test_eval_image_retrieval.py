@@ -238,7 +238,7 @@ def test_the_program_of_the_authors_of_the_first_sets_says_the_same(tmp_path, ox
 def test_stopped_and_started_again_the_features_are_the_same_to_the_last_bit(
     tmp_path, oxford, paris, monkeypatch
 ):
-    monkeypatch.setattr(eval_image_retrieval, "CHUNK", 2)
+    monkeypatch.setattr(whole_images, "CHUNK", 2)
     flags = [*VGG, "--dataset", oxford, "--whitening_path", paris / "jpg"]
     whole = run(tmp_path / "whole", *flags)
     read, count = whole_images._Resized.__getitem__, [0]

@@ -5,8 +5,12 @@ its batch, which is always the same one: neither on the number of processes nor 
 interrupted.
 """
 
+import hashlib
+import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +21,15 @@ from torch.utils.data import Dataset
 from .. import dist
 from ..data.datasets import ImageDataset
 from ..data.loading import TIMEOUT, Loader
+from ..errors import Stopped
 from ..labels.features import LOG_SECONDS, log_progress
-from ..labels.row_file import RowFile
+from ..labels.row_file import RowFile, check_space
 from ..run.stop import StopSignal
 
-CHUNK = 64  # images that are computed again, at most, by each process after an interruption
+CHUNK = (
+    64  # images, or as many more as fill batches: what each process computes again, at most, after
+)
+# an interruption
 
 
 # ============ sizes ============
@@ -164,3 +172,55 @@ def batches_of_chunks(numbers: Sequence[int], chunk: int, batch_size: int) -> li
             batches.append([])
         batches[-1].append(number)
     return batches
+
+
+class FeatureFolder:
+    """A folder of features of whole images, which are computed where they are not there yet.
+
+    settings: all that features depend on but the images, as JSON; a file's name has a digest of them, so
+    that features of other settings do not get into each other's way. options: of store_features.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        stop: StopSignal,
+        *,
+        device: torch.device,
+        batch_size: int = 1,
+        **options,
+    ):
+        self.folder, self.settings, self.stop, self.device = folder, settings, stop, device
+        self.options = {**options, "device": device, "batch_size": batch_size}
+        self.chunk = batch_size * -(-CHUNK // batch_size)
+
+    def path(self, name: str, **settings) -> Path:
+        """<folder>/<name>_<digest>, the digest being that of the settings and these."""
+        everything = {**self.settings, **settings, "batch_size": self.options["batch_size"]}
+        text = json.dumps(everything, sort_keys=True)
+        return self.folder / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def rows(
+        self,
+        name: str,
+        dataset: ImageDataset,
+        resize: Callable[[Tensor, int], Tensor],
+        forward: Callable[[Tensor], Tensor],
+        width: Sequence[int],
+        **settings,
+    ) -> RowFile:
+        """The features of all images, each of the shape `width`. All processes call it.
+
+        settings: what these features depend on besides. Raises Stopped on all processes after a signal,
+        and ValueError where the disk has too little room.
+        """
+        path = self.path(name, images=dataset.digest(), **settings)
+        if not dist.broadcast_object(path.with_name(f"{path.name}.npy").is_file()):
+            needed = 4 * len(dataset) * math.prod(width)
+            check_space(self.folder, needed, f"the {name} features", "give fewer images")
+        file = RowFile(path.parent, path.name, len(dataset), width, chunk=self.chunk)
+        store_features(file, dataset, resize, forward, self.stop, **self.options)
+        if self.stop.agreed():
+            raise Stopped
+        return file
