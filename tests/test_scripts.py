@@ -56,6 +56,13 @@ OTHER_DEFAULTS = {
     ("eval_semisup", "batch_size"): "256 images over all processes, as on 8 GPUs",
     ("eval_semisup", "lr"): "0.01 for 10 %, as published, and 0.02 for 1 %",
     ("eval_semisup", "lr_last_layer"): "0.2 for 10 %, as published, and 5 for 1 %",
+    ("eval_finetune", "data_path"): "digits, so that the bare command runs",
+    ("eval_finetune", "seed"): "31, as in the other scripts",
+    ("eval_finetune", "workers"): "10, as SwAV and DINO",
+    ("eval_finetune", "sobel"): "the file says it",
+    ("eval_finetune", "lr"): "by --protocol, 0.05 for deepercluster",
+    ("eval_finetune", "wd"): "by --protocol, 1e-5 for deepercluster",
+    ("eval_finetune", "batch_size"): "by --protocol, 128 for deepercluster",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -77,6 +84,7 @@ PUBLISHED = {
     "main_rotnet": [],  # of the papers that this project follows none released a script
     "main_clusterfit": [],  # a configuration of VISSL
     "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
+    "eval_finetune": ["DeeperCluster/eval_pretrain.py"],
     "eval_semisup": ["swav/eval_semisup.py"],
     "eval_knn": ["dino/eval_knn.py"],
     "eval_linear": [
