@@ -4,6 +4,7 @@ attention: self-attention of the class token in the last block of a vision trans
 and of their mean, over an image, a folder, a video or an animated GIF. Caron et al., Emerging
 Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3; with --voc how well
 the masks of the heads are objects, figure 4 (src/pictures/attention_masks.py).
+patches: patches in the colours of their features, by principal components (src/pictures/patches.py).
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
 as csv, npy and folders, and what clusters look like (src/pictures/cluster_tables.py).
@@ -55,6 +56,7 @@ from src.evaluate import flags as eval_flags
 from src.evaluate.progress import Progress
 from src.evaluate.voc_segments import open_segmented
 from src.nets.backbones import is_vit
+from src.nets.pooling import forward_of_feature, stride_of_positions
 from src.nets.pretrained import open_pretrained
 from src.pictures import activations as activation_pictures
 from src.pictures import attention as attention_maps
@@ -84,6 +86,7 @@ from src.pictures.clusters import (
 )
 from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
+from src.pictures.patches import colours_of_patches, draw_patches
 from src.pictures.sheets import to_uint8
 from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder, release_folders
@@ -274,6 +277,41 @@ def write_pictures(pictures, sheet, folder):
 def spread(total, number):
     """At most `number` indices below `total`, evenly spaced: of all classes of sorted images."""
     return [i * total // min(number, total) for i in range(min(number, total))]
+
+
+# ============ patches ============
+@torch.no_grad()
+def patches(args):
+    """Draw patches in the colours of their features: three principal components of all images."""
+    network = eval_flags.open_network(args)
+    forward = forward_of_feature(network, "patches")
+    stride = stride_of_positions(network, forward)
+    frames, _, normalisation, file_names = open_images(args)
+    folder, device = Path(args.dump_path), dist.resolve_device(args.device)
+    checkpoint.check_writable(folder)
+    hold_folder(folder, f"visualize_{args.picture}")
+    if not args.pretrained:
+        logger.warning(
+            "WARNING: no --pretrained: the network is UNTRAINED, what it finds alike is not learned"
+        )
+    network.model.to(device)
+    mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in normalisation)
+    names, images, maps = [], [], []
+    for name, image in frames:
+        image = attention_maps.fit_image(image, args.image_size, stride)
+        features = forward(((image.to(device).float() / 255 - mean) / std)[None])[0].float().cpu()
+        names.append(name)
+        images.append(image)
+        maps.append(features.unflatten(0, [side // stride for side in image.shape[1:]]))
+    colours = colours_of_patches(maps, args.foreground)
+    notes = [network.origin, "red, green, blue: the first three components of all these patches"]
+    if args.foreground:
+        notes.append("black: what the first component tells from them, as it tells the edges")
+    drawn = [(names[i], images[i], colours[i]) for i in range(len(names))]
+    draw_patches(drawn, folder, notes)
+    for name, file in file_names.items():
+        logger.info(f"{name}.png is of {file}")
+    logger.info(f"{len(names)} images, written to {folder}; look at {folder / 'sheet.png'}")
 
 
 # ============ crops ============
@@ -563,6 +601,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 COMMANDS = {
     "attention": (attention, picture_flags.add_attention_flags, picture_flags.attention_defaults),
+    "patches": (patches, picture_flags.add_patches_flags, picture_flags.patches_defaults),
     "crops": (crops, picture_flags.add_crops_flags, picture_flags.crops_defaults),
     "clusters": (clusters, add_cluster_args, picture_flags.network_defaults),
     "filters": (filters, picture_flags.add_filters_flags, picture_flags.network_defaults),
@@ -579,11 +618,11 @@ def check_args(args) -> None:
     eval_flags.check_images(args)
     if args.picture in ("filters", "activations") and args.conv and args.layer:
         raise ValueError(f"--conv {args.conv} and --layer {args.layer}: give one of them")
+    if args.picture in ("attention", "patches") and len(args.image_size) > 2:
+        raise ValueError(
+            f"--image_size has {len(args.image_size)} values: give height and width, or one"
+        )
     if args.picture == "attention":
-        if len(args.image_size) > 2:
-            raise ValueError(
-                f"--image_size has {len(args.image_size)} values: give height and width, or one"
-            )
         if args.voc and args.image_path:
             raise ValueError("--voc brings its images: leave out --image_path")
         if args.baseline and not args.voc:
