@@ -99,6 +99,24 @@ def add_crops_flags(parser: argparse.ArgumentParser) -> None:
     add("--epoch", type=at_least_zero(int), default=0, help="whose crops are drawn, from 0")
 
 
+def add_neighbours_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py neighbours."""
+    add = parser.add_argument_group("neighbours").add_argument
+    add("--queries", nargs="+", default=None,
+        help="files of images whose neighbours are looked for (default: some images of the data)")
+    add("--num_images", type=positive(int), default=12, help="queries, without --queries")
+    add("--top", type=positive(int), default=10, help="neighbours of each query")
+    _add_feature_flags(add)
+    _add_network_flags(parser)
+
+
+def _add_feature_flags(add):
+    """Which features of images are taken, as evaluations take them."""
+    add("--feature", default="backbone", choices=["backbone", "embedding"],
+        help="the pooled output of the trunk, or that of the projection head")
+    add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
+
+
 def add_filters_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of visualize.py filters."""
     _add_layer_flags(parser)
