@@ -6,6 +6,7 @@ Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 
 the masks of the heads are objects, figure 4 (src/pictures/attention_masks.py).
 patches: patches in the colours of their features, by principal components (src/pictures/patches.py).
 neighbours: images, or those of --queries, with the images of the data nearest to them, and a table.
+curves: the curves of several runs in one picture, with what their evaluations say.
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
 as csv, npy and folders, and what clusters look like (src/pictures/cluster_tables.py).
@@ -18,6 +19,7 @@ activations: the latter alone, with a table. Both are figures of DeepCluster, ar
       --image_path cat.jpg --threshold 0.6 --output_dir cat
   python visualize.py attention --pretrained runs/dino --voc VOCdevkit --baseline deit_small.pth
   python visualize.py neighbours --pretrained runs/swav --data_path my_images --queries a.jpg b.jpg
+  python visualize.py curves --runs runs/swav runs/dino --curves loss knn
   python visualize.py crops --data_path my_images --nmb_crops 2 6 --solarize 0 0.2 0
   python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
   python visualize.py filters --pretrained runs/deepcluster --conv 13 --filters 3 17 99
@@ -92,6 +94,7 @@ from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
 from src.pictures.neighbours import draw_queries, nearest_of_others, open_queries
 from src.pictures.patches import colours_of_patches, draw_patches
+from src.pictures.run_curves import choose_panels, draw_runs, read_runs
 from src.pictures.sheets import to_uint8
 from src.run import checkpoint, flags, image_flags
 from src.run.lock import hold_folder, release_folders
@@ -368,6 +371,20 @@ def feature_options(args, network, dataset):
     if args.use_fp16 is False:
         args.precision = "fp32"
     return eval_flags.extraction_options(args, network, dataset, device)
+
+
+# ============ curves ============
+def curves(args):
+    """Draw the curves of several runs in one picture, and what their evaluations say."""
+    runs = read_runs(args.runs)
+    panels, path = choose_panels(runs, args.curves), Path(args.dump_path) / "runs.png"
+    if not panels:
+        raise ValueError("--runs: no two of these runs have logged the same: name --curves")
+    try:
+        draw_runs(runs, panels, path)
+    except ImportError as error:
+        raise ValueError("curves need the package matplotlib: pip install matplotlib") from error
+    logger.info(f"{len(runs)} runs, drawn to {path}")
 
 
 # ============ crops ============
@@ -663,6 +680,7 @@ COMMANDS = {
         picture_flags.add_neighbours_flags,
         picture_flags.network_defaults,
     ),
+    "curves": (curves, picture_flags.add_curves_flags, picture_flags.no_defaults),
     "crops": (crops, picture_flags.add_crops_flags, picture_flags.crops_defaults),
     "clusters": (clusters, add_cluster_args, picture_flags.network_defaults),
     "filters": (filters, picture_flags.add_filters_flags, picture_flags.network_defaults),
@@ -676,6 +694,10 @@ COMMANDS = {
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
+    if args.picture == "curves":
+        if not args.runs:
+            raise ValueError("--runs must be given: the folders of runs, such as runs/a runs/b")
+        return
     eval_flags.check_images(args)
     if args.picture in ("filters", "activations") and args.conv and args.layer:
         raise ValueError(f"--conv {args.conv} and --layer {args.layer}: give one of them")

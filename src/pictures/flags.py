@@ -117,6 +117,15 @@ def _add_feature_flags(add):
     add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
 
 
+def add_curves_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py curves."""
+    add = parser.add_argument_group("curves").add_argument
+    add("--runs", nargs="+", default=None, help="folders of runs, a line each; must be given")
+    add("--curves", nargs="+", default=None,
+        help="what is drawn, by the names in log.jsonl, such as loss knn (default: all that two runs have)")
+    add("--dump_path", "--output_dir", default="plots", help="folder of the picture, runs.png")
+
+
 def add_filters_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of visualize.py filters."""
     _add_layer_flags(parser)
@@ -235,6 +244,11 @@ def _crops_of_preset(args, explicit):
     values = {**photos(situation), "preset": preset}
     numbers = explicit.get("nmb_crops", values["nmb_crops"])
     return {**values, "size_crops": values["crop_sides"][: len(numbers)]}
+
+
+def no_defaults(args: argparse.Namespace, explicit: dict) -> dict:
+    """Nothing: the command line says all."""
+    return {}
 
 
 def network_defaults(args: argparse.Namespace, explicit: dict) -> dict:
