@@ -31,7 +31,6 @@ if __name__ == "__main__":  # before torch, whose loading takes seconds
 import argparse
 import json
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,7 @@ from src.evaluate import flags as eval_flags
 from src.evaluate.label_propagation import most_likely, propagate_video
 from src.evaluate.progress import Progress
 from src.evaluate.segmentation_measures import VOID, measure_frame, summarise
-from src.nets.backbones import is_vit
-from src.nets.pooling import forward_of_feature, shape_of_features
+from src.nets.pooling import forward_of_feature, stride_of_positions
 from src.nets.pretrained import MODEL_FLAGS, SWAV_RED
 from src.nets.weights import fingerprint
 from src.pictures.video_masks import draw_videos
@@ -65,7 +63,6 @@ SETTINGS = (
     *("n_last_frames", "size_mask_neighborhood", "topk", "temperature"),
 )
 NAMED = ("pretrained", "checkpoint_key", "data_path")
-TRIAL = 224  # pixels of the image that the stride of a network is found with
 FIGURES = {
     "jf_mean": "J&F",
     **{"j_mean": "J mean", "j_recall": "J recall", "j_decay": "J decay"},
@@ -183,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     network = eval_flags.open_network(args)
     model = network.model
     forward = forward_of_feature(network, "patches")
-    stride = stride_of(model, forward, args)
+    stride = stride_of_positions(network, forward)
     args.mean, args.std = network.normalisation(images_like(None, args.in_chans), SWAV_RED)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings = {**settings, "weights": fingerprint(model, network.head)}
@@ -201,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [video for video in videos if read_done(folder, video, settings) is None]
     missing = dist.broadcast_object(missing)  # as the main process sees the folder
     log_plan(args, videos, missing, stride, process)
-    rounds = math.ceil(len(missing) / process.world_size)
+    rounds = -(-len(missing) // process.world_size)
     own = missing[process.rank :: process.world_size]
     progress = Progress(sum(len(video.frames) - 1 for video in own), "frames")
     for place in range(rounds):
@@ -226,20 +223,6 @@ def main(argv: list[str] | None = None) -> int:
             logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
         logger.info(f"masks written to {folder}; look at {folder / 'sheet.png'}")
     return finish(stop)
-
-
-def stride_of(model, forward, args):
-    """Side in pixels of what a position of the features stands for. Raises ValueError where it varies."""
-    if is_vit(args.arch):
-        return model.patch_size
-    number, _ = shape_of_features(forward, args.in_chans, TRIAL, args.arch)
-    stride = TRIAL / math.sqrt(number)
-    if not stride.is_integer():
-        raise ValueError(
-            f"--arch {args.arch} makes {number} positions of an image of {TRIAL} x {TRIAL} px, which are no "
-            "whole number of pixels each: use a vision transformer or a ResNet"
-        )
-    return int(stride)
 
 
 def read_done(folder, video, settings):

@@ -4,6 +4,9 @@ attention: self-attention of the class token in the last block of a vision trans
 and of their mean, over an image, a folder, a video or an animated GIF. Caron et al., Emerging
 Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3; with --voc how well
 the masks of the heads are objects, figure 4 (src/pictures/attention_masks.py).
+patches: patches in the colours of their features, by principal components (src/pictures/patches.py).
+neighbours: images, or those of --queries, with the images of the data nearest to them, and a table.
+curves: the curves of several runs in one picture, with what their evaluations say.
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
 clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
 as csv, npy and folders; what clusters look like, and what they know of labels, metadata, colour.
@@ -15,6 +18,8 @@ activations: the latter alone, with a table. Both are figures of DeepCluster, ar
   python visualize.py attention --pretrained_weights dino_deitsmall8_pretrain.pth \\
       --image_path cat.jpg --threshold 0.6 --output_dir cat
   python visualize.py attention --pretrained runs/dino --voc VOCdevkit --baseline deit_small.pth
+  python visualize.py neighbours --pretrained runs/swav --data_path my_images --queries a.jpg b.jpg
+  python visualize.py curves --runs runs/swav runs/dino --curves loss knn
   python visualize.py crops --data_path my_images --nmb_crops 2 6 --solarize 0 0.2 0
   python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
   python visualize.py filters --pretrained runs/deepcluster --conv 13 --filters 3 17 99
@@ -39,6 +44,7 @@ import argparse
 import itertools
 import logging
 import math
+import os
 import sys
 import time
 from functools import partial
@@ -54,7 +60,9 @@ from src.data.multicrop import MultiCropDataset, collate_crops, generator
 from src.evaluate import flags as eval_flags
 from src.evaluate.progress import Progress
 from src.evaluate.voc_segments import open_segmented
+from src.labels.features import extract_features
 from src.nets.backbones import is_vit
+from src.nets.pooling import forward_of_feature, stride_of_positions
 from src.nets.pretrained import open_pretrained
 from src.pictures import activations as activation_pictures
 from src.pictures import attention as attention_maps
@@ -85,6 +93,9 @@ from src.pictures.clusters import (
 )
 from src.pictures.crops import draw_crops
 from src.pictures.frames import in_batches, open_frames
+from src.pictures.neighbours import draw_queries, nearest_of_others, open_queries
+from src.pictures.patches import colours_of_patches, draw_patches
+from src.pictures.run_curves import choose_panels, draw_runs, read_runs
 from src.pictures.sheets import to_uint8
 from src.run import checkpoint, flags, image_flags
 from src.run.health import UNIQUE_DISTANCE
@@ -278,6 +289,106 @@ def write_pictures(pictures, sheet, folder):
 def spread(total, number):
     """At most `number` indices below `total`, evenly spaced: of all classes of sorted images."""
     return [i * total // min(number, total) for i in range(min(number, total))]
+
+
+# ============ patches ============
+@torch.no_grad()
+def patches(args):
+    """Draw patches in the colours of their features: three principal components of all images."""
+    network = eval_flags.open_network(args)
+    forward = forward_of_feature(network, "patches")
+    stride = stride_of_positions(network, forward)
+    frames, _, normalisation, file_names = open_images(args)
+    folder, device = Path(args.dump_path), dist.resolve_device(args.device)
+    checkpoint.check_writable(folder)
+    hold_folder(folder, f"visualize_{args.picture}")
+    if not args.pretrained:
+        logger.warning(
+            "WARNING: no --pretrained: the network is UNTRAINED, what it finds alike is not learned"
+        )
+    network.model.to(device)
+    mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in normalisation)
+    names, images, maps = [], [], []
+    for name, image in frames:
+        image = attention_maps.fit_image(image, args.image_size, stride)
+        features = forward(((image.to(device).float() / 255 - mean) / std)[None])[0].float().cpu()
+        names.append(name)
+        images.append(image)
+        maps.append(features.unflatten(0, [side // stride for side in image.shape[1:]]))
+    colours = colours_of_patches(maps, args.foreground)
+    notes = [network.origin, "red, green, blue: the first three components of all these patches"]
+    if args.foreground:
+        notes.append("black: what the first component tells from them, as it tells the edges")
+    drawn = [(names[i], images[i], colours[i]) for i in range(len(names))]
+    draw_patches(drawn, folder, notes)
+    for name, file in file_names.items():
+        logger.info(f"{name}.png is of {file}")
+    logger.info(f"{len(names)} images, written to {folder}; look at {folder / 'sheet.png'}")
+
+
+# ============ neighbours ============
+def neighbours(args):
+    """Draw images, or those of --queries, and those of the data nearest to them by their features."""
+    dataset, folder = eval_flags.open_split(args), Path(args.dump_path)
+    queries, rows = dataset, spread(len(dataset), args.num_images)
+    own = rows
+    if args.queries:
+        queries = open_queries(args.queries, args.in_chans)
+        rows = range(len(queries))
+        places = {os.path.abspath(dataset.file_name(i)): i for i in range(len(dataset))}
+        own = [places.get(os.path.abspath(queries.file_name(row))) for row in rows]
+    if args.top >= len(dataset):
+        raise ValueError(
+            f"--top {args.top} is not fewer than the {len(dataset)} images of --data_path "
+            f"{args.data_path}: use fewer"
+        )
+    network, features = features_of_images(args, dataset)
+    if args.queries:
+        asked, _ = extract_features(
+            network.model, queries, **feature_options(args, network, dataset)
+        )
+    else:
+        asked = features[list(rows)]
+    cosines, indices = nearest_of_others(features, asked, own, args.top)
+    source = f"{args.feature} of {network.origin}, centre crops compared by cosine"
+    draw_queries(queries, rows, dataset, cosines, indices, folder, source)
+    logger.info(f"{len(rows)} queries; written to {folder}, look at {folder / 'neighbours.png'}")
+
+
+def features_of_images(args, dataset):
+    """(network, features (N, D) of the images of a dataset); locks the folder."""
+    network = eval_flags.open_network(args, args.feature)
+    checkpoint.check_writable(args.dump_path)
+    hold_folder(args.dump_path, f"visualize_{args.picture}")
+    if not args.pretrained:
+        logger.warning("WARNING: no --pretrained: the network is UNTRAINED, its features are too")
+    network.model.to(dist.resolve_device(args.device))
+    features, _ = extract_features(
+        network.model, dataset, **feature_options(args, network, dataset)
+    )
+    return network, features
+
+
+def feature_options(args, network, dataset):
+    """How features are computed, the same for the data and for queries; see extraction_options."""
+    device = dist.resolve_device(args.device)
+    if args.use_fp16 is False:
+        args.precision = "fp32"
+    return eval_flags.extraction_options(args, network, dataset, device)
+
+
+# ============ curves ============
+def curves(args):
+    """Draw the curves of several runs in one picture, and what their evaluations say."""
+    runs = read_runs(args.runs)
+    panels, path = choose_panels(runs, args.curves), Path(args.dump_path) / "runs.png"
+    if not panels:
+        raise ValueError("--runs: no two of these runs have logged the same: name --curves")
+    try:
+        draw_runs(runs, panels, path)
+    except ImportError as error:
+        raise ValueError("curves need the package matplotlib: pip install matplotlib") from error
+    logger.info(f"{len(runs)} runs, drawn to {path}")
 
 
 # ============ crops ============
@@ -605,6 +716,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 COMMANDS = {
     "attention": (attention, picture_flags.add_attention_flags, picture_flags.attention_defaults),
+    "patches": (patches, picture_flags.add_patches_flags, picture_flags.patches_defaults),
+    "neighbours": (
+        neighbours,
+        picture_flags.add_neighbours_flags,
+        picture_flags.network_defaults,
+    ),
+    "curves": (curves, picture_flags.add_curves_flags, picture_flags.no_defaults),
     "crops": (crops, picture_flags.add_crops_flags, picture_flags.crops_defaults),
     "clusters": (clusters, add_cluster_args, picture_flags.network_defaults),
     "filters": (filters, picture_flags.add_filters_flags, picture_flags.network_defaults),
@@ -618,14 +736,18 @@ COMMANDS = {
 
 def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
+    if args.picture == "curves":
+        if not args.runs:
+            raise ValueError("--runs must be given: the folders of runs, such as runs/a runs/b")
+        return
     eval_flags.check_images(args)
     if args.picture in ("filters", "activations") and args.conv and args.layer:
         raise ValueError(f"--conv {args.conv} and --layer {args.layer}: give one of them")
+    if args.picture in ("attention", "patches") and len(args.image_size) > 2:
+        raise ValueError(
+            f"--image_size has {len(args.image_size)} values: give height and width, or one"
+        )
     if args.picture == "attention":
-        if len(args.image_size) > 2:
-            raise ValueError(
-                f"--image_size has {len(args.image_size)} values: give height and width, or one"
-            )
         if args.voc and args.image_path:
             raise ValueError("--voc brings its images: leave out --image_path")
         if args.baseline and not args.voc:

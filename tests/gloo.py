@@ -22,8 +22,8 @@ CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "torch._dynamo", "pytest", "tests.reference", "tests.runs"),
         *("main_swav", "main_dino", "main_deepercluster", "eval_knn", "eval_linear", "eval_voc07"),
-        *("eval_semisup", "eval_image_retrieval", "eval_copy_detection", "eval_video_segmentation"),
-        *("eval_semisup", "eval_finetune"),
+        *("eval_semisup", "eval_finetune", "eval_image_retrieval", "eval_copy_detection"),
+        "eval_video_segmentation",
         *("matplotlib.pyplot", "sklearn.datasets"),
     ]
 )

@@ -28,7 +28,7 @@ JUNK = frozenset(
 RUN_FOLDERS = frozenset("plots checkpoints clustering clusters linear features davis".split())
 RUN_FILES = (".jsonl", ".json", ".log", ".pth")
 PLOTS = frozenset(
-    "curves.png crops.png multicrop.png attention clusters filters activations".split()
+    "curves.png crops.png multicrop.png attention patches classes clusters filters activations".split()
 )
 CLUSTER_FILES = frozenset(
     ("assignments.npy", "assignments_heads.npy", "similarities.npy", "centroids.npy")

@@ -1,5 +1,6 @@
 """What is taken from the last layer of a network as the features of an image: pooled, or by position."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from .top_layer import PlainNetwork
 
 FEATURES = ("backbone", "cls", "mean", "gem", "cls_gem", "patches", "embedding")
 SCALES = (1.0, 2**-0.5, 0.5)  # of multi-scale features, as published
+TRIAL = 224  # pixels of the image that the stride of a network is found with
 SMALLEST = 1e-6  # what generalised means are of, at least
 
 
@@ -181,3 +183,20 @@ def shape_of_features(
         if "too small" not in str(error) and "greater than" not in str(error):
             raise
         raise ValueError(f"{flag} {size} is too small for --arch {arch}") from None
+
+
+def stride_of_positions(network: Pretrained, forward: Callable[[Tensor], Tensor]) -> int:
+    """Side in pixels of what a position of the features stands for: the patch size, or 32 of a ResNet.
+
+    forward: of the feature "patches". Raises ValueError where it is no whole number of pixels.
+    """
+    if is_vit(network.arch):
+        return network.model.patch_size
+    number, _ = shape_of_features(forward, network.in_chans, TRIAL, network.arch)
+    stride = TRIAL / math.sqrt(number)
+    if not stride.is_integer():
+        raise ValueError(
+            f"--arch {network.arch} makes {number} positions of an image of {TRIAL} x {TRIAL} px, which are "
+            "no whole number of pixels each: use a vision transformer or a ResNet"
+        )
+    return int(stride)

@@ -53,6 +53,31 @@ def add_attention_flags(parser: argparse.ArgumentParser) -> None:
     add = _add_shared_flags(parser)
     add("--checkpoint_key", default=None,
         help="section of the file: student, teacher, ... (default: teacher, if there is one)")
+    _add_data_flags(parser, add)
+
+
+def add_patches_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py patches."""
+    add = parser.add_argument_group("patches").add_argument
+    add("--image_path", default=None,
+        help="an image, a folder of images, a video or an animated GIF; or else --data_path")
+    add("--image_size", type=positive(int), nargs="+", default=[448],
+        help="height and width in pixels; one value: of the shorter side, the shape stays")
+    add("--foreground", action="store_true",
+        help="draw only what the first component tells from the edges of the images, in colours of its own")
+    add("--num_images", type=positive(int), default=8, help="images that share their colours")
+    add("--every", type=positive(int), default=1, help="take every so many-th frame or image")
+    eval_flags.add_network_args(parser)
+    parser.set_defaults(arch="vit_small")
+    add = parser.add_argument_group("files").add_argument
+    add("--dump_path", "--output_dir", default=".",
+        help="folder of the pictures; by default that of the run, if there is one")
+    add("--seed", type=at_least_zero(int), default=31, help="seed of an untrained network")
+    _add_data_flags(parser, add)
+
+
+def _add_data_flags(parser, add):
+    """The device, with the `add` of an earlier group, and the images."""
     add("--device", default="auto",
         help="auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     add = parser.add_argument_group("data").add_argument
@@ -72,6 +97,33 @@ def add_crops_flags(parser: argparse.ArgumentParser) -> None:
     add = _add_shared_flags(parser)
     add("--num_images", type=positive(int), default=8, help="images, a row of the sheet each")
     add("--epoch", type=at_least_zero(int), default=0, help="whose crops are drawn, from 0")
+
+
+def add_neighbours_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py neighbours."""
+    add = parser.add_argument_group("neighbours").add_argument
+    add("--queries", nargs="+", default=None,
+        help="files of images whose neighbours are looked for (default: some images of the data)")
+    add("--num_images", type=positive(int), default=12, help="queries, without --queries")
+    add("--top", type=positive(int), default=10, help="neighbours of each query")
+    _add_feature_flags(add)
+    _add_network_flags(parser)
+
+
+def _add_feature_flags(add):
+    """Which features of images are taken, as evaluations take them."""
+    add("--feature", default="backbone", choices=["backbone", "embedding"],
+        help="the pooled output of the trunk, or that of the projection head")
+    add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
+
+
+def add_curves_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py curves."""
+    add = parser.add_argument_group("curves").add_argument
+    add("--runs", nargs="+", default=None, help="folders of runs, a line each; must be given")
+    add("--curves", nargs="+", default=None,
+        help="what is drawn, by the names in log.jsonl, such as loss knn (default: all that two runs have)")
+    add("--dump_path", "--output_dir", default="plots", help="folder of the picture, runs.png")
 
 
 def add_filters_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +199,18 @@ def attention_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     return said
 
 
+def patches_defaults(args: argparse.Namespace, explicit: dict) -> dict:
+    """The network from the run, the file or the preset; images twice as large as its crops."""
+    _, said = eval_flags.network_defaults(args, explicit)
+    if not args.pretrained and not explicit.keys() & {"arch", "patch_size"}:
+        said = {**NETWORKS.get(preset_of(args.data_path), {})}
+    side = said.get("size") or said.get("img_size")
+    if side:
+        said["image_size"] = [2 * side]
+    folder = run_folder(args.pretrained) if eval_flags.is_run(args.pretrained) else Path()
+    return {**said, "dump_path": str(folder / "plots" / "patches")}
+
+
 def crops_defaults(args: argparse.Namespace, explicit: dict) -> dict:
     """The crops and the photometry, from the run or the preset."""
     run_args = read_run_args(args.pretrained)
@@ -180,6 +244,11 @@ def _crops_of_preset(args, explicit):
     values = {**photos(situation), "preset": preset}
     numbers = explicit.get("nmb_crops", values["nmb_crops"])
     return {**values, "size_crops": values["crop_sides"][: len(numbers)]}
+
+
+def no_defaults(args: argparse.Namespace, explicit: dict) -> dict:
+    """Nothing: the command line says all."""
+    return {}
 
 
 def network_defaults(args: argparse.Namespace, explicit: dict) -> dict:

@@ -1,14 +1,19 @@
 """Images and those nearest to them by their features, as one sheet."""
 
+import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dist
 from ..cluster.neighbours import nearest_neighbours
 from ..data.datasets import ImageDataset
+from ..data.folders import read_file
+from ..data.images import BrokenImage, UnfitImage
 from ..evaluate.splits import HELD_OUT
 from .sheets import (
     Colour,
@@ -77,6 +82,94 @@ def draw_neighbours(
     )
 
 
+class QueryFiles:
+    """Image files by their paths, a source of ImageDataset."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = [os.path.expanduser(path) for path in paths]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.paths[index])
+
+    def is_of_one_file(self, index: int, error: OSError) -> bool:
+        return True  # nobody waits for a storage here
+
+
+def open_queries(paths: Sequence[str], in_chans: int = 3, flag: str = "--queries") -> ImageDataset:
+    """The images of some files, in this order. Raises FileNotFoundError or ValueError naming `flag`."""
+    dataset = ImageDataset(QueryFiles(paths), "queries", in_chans, flag)
+    for index in range(len(dataset)):
+        path = dataset.file_name(index)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{flag} {path} does not exist: give files of images")
+        try:
+            dataset.read(index)
+        except (BrokenImage, UnfitImage) as error:
+            raise ValueError(f"{flag} {path} cannot be read ({error})") from error
+    return dataset
+
+
+def nearest_of_others(
+    features: Tensor, queries: Tensor, own: Sequence[int | None], k: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines (Q, k) and indices (Q, k) of the rows of features (N, D) nearest to queries (Q, D).
+
+    own: the row that is the query itself, which is left out, None where there is none.
+    """
+    features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
+    cosines, indices = nearest_neighbours(features, queries, k + 1)
+    own = torch.tensor([-1 if row is None else row for row in own])[:, None]  # (Q, 1)
+    order = (indices == own).int().argsort(dim=1, stable=True)[:, :k]  # the query itself comes last
+    return cosines.gather(1, order), indices.gather(1, order)
+
+
+def draw_queries(
+    queries: ImageDataset,
+    rows: Sequence[int],
+    dataset: ImageDataset,
+    cosines: Tensor,
+    indices: Tensor,
+    folder: Path,
+    source: str,
+) -> None:
+    """Write neighbours.png, a row for each query, and neighbours.csv.
+
+    rows: the images of `queries` that are asked for; cosines, indices (Q, k): of nearest_of_others in
+    `dataset`. Frames are green or red where the classes of both are known.
+    """
+    lines, tiles = [], []
+    for row, values, found in zip(rows, cosines.tolist(), indices.tolist(), strict=True):
+        own = None if queries.labels is None else int(queries.labels[row])
+        shown = []
+        for rank, (value, index) in enumerate(zip(values, found, strict=True), 1):
+            label = None if dataset.labels is None else int(dataset.labels[index])
+            name = "" if label is None else _class_name(dataset, label)
+            frame = None
+            if own is not None and label is not None:
+                frame = RIGHT if label == own else WRONG
+            shown.append(_tile(dataset, index, name, frame, value))
+            lines.append(
+                [queries.file_name(row), rank, dataset.file_name(index), f"{value:.6f}", name]
+            )
+        own_name = "" if own is None else _class_name(queries, own)
+        tiles.append([[_tile(queries, row, own_name)], shown])
+    are_labelled = queries.labels is not None and dataset.labels is not None
+    notes = [source, "below an image: its file, its class if it has one, and the cosine"]
+    title = f"The nearest of {len(dataset):,} images of {dataset.name}"
+    header = Header(title, notes, LEGEND if are_labelled else ())
+    neighbour_sheet(header, tiles).save(folder / "neighbours.png")
+    with open(folder / "neighbours.csv", "w", newline="", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["query", "rank", "file", "cosine", "class"])
+        writer.writerows(lines)
+
+
 def neighbour_sheet(header: Header, rows: list[list[list[Tile]]]) -> Sheet:
     """A sheet with a row for each image: [[its tile], the tiles of its neighbours, nearest first]."""
     tiles = [tile for row in rows for group in row for tile in group]
@@ -95,8 +188,8 @@ def _tile(
     cosine: float | None = None,
 ) -> Tile:
     """An image with its file's name, its class, and its cosine to another."""
-    text = class_name if cosine is None else f"{class_name}, {cosine:.2f}"
-    captions = [os.path.basename(dataset.file_name(sample)), text]
+    texts = [class_name, "" if cosine is None else f"{cosine:.2f}"]
+    captions = [os.path.basename(dataset.file_name(sample)), ", ".join(filter(None, texts))]
     return Tile(to_picture(dataset.load(sample), (MOST, MOST)), captions, frame)
 
 
