@@ -1,38 +1,32 @@
 """Pictures of what a network looks at and for, what it is trained on, how it groups images.
 
-attention: self-attention of the class token in the last block of a vision transformer, of each head
-and of their mean, over an image, a folder, a video or an animated GIF. Caron et al., Emerging
-Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, figures 1, 3; with --voc how well
-the masks of the heads are objects, figure 4 (src/pictures/attention_masks.py).
+attention: self-attention of the class token in the last block of a vision transformer, over images or
+a film: Caron et al., arXiv:2104.14294, figures 1, 3; with --voc how well it segments objects, figure 4.
 patches: patches in the colours of their features, by principal components (src/pictures/patches.py).
 neighbours: images, or those of --queries, with the images of the data nearest to them, and a table.
-curves: the curves of several runs in one picture, with what their evaluations say.
 crops: multi-crops of a few images after their photometry, each framed in the colour of its window.
-clusters: which cluster each image is in, by the network's prototypes or by k-means of its features,
-as csv, npy and folders; what clusters look like, and what they know of labels, metadata, colour.
+clusters: which cluster each image is in, by prototypes or k-means, and what clusters know of labels.
+classes: a map of the classes by t-SNE or PCA of the means of their features, with an image of each.
+curves: the curves of several runs in one picture, with what their evaluations say.
 filters: weights of the first layer; or images that maximise the response of filters, by gradient
 ascent (Yosinski et al., arXiv:1506.06579), beside those of the data that activate them most.
 activations: the latter alone, with a table. Both are figures of DeepCluster, arXiv:1807.05520.
 
   python visualize.py attention --pretrained runs/dino   a run: its args.json says the rest
-  python visualize.py attention --pretrained_weights dino_deitsmall8_pretrain.pth \\
-      --image_path cat.jpg --threshold 0.6 --output_dir cat
+  python visualize.py attention --pretrained_weights dino.pth --image_path cat.jpg --threshold 0.6
   python visualize.py attention --pretrained runs/dino --voc VOCdevkit --baseline deit_small.pth
   python visualize.py neighbours --pretrained runs/swav --data_path my_images --queries a.jpg b.jpg
-  python visualize.py curves --runs runs/swav runs/dino --curves loss knn
-  python visualize.py crops --data_path my_images --nmb_crops 2 6 --solarize 0 0.2 0
   python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
+  python visualize.py curves --runs runs/swav runs/dino --curves loss knn
   python visualize.py filters --pretrained runs/deepcluster --conv 13 --filters 3 17 99
-  python visualize.py activations --pretrained runs/swav --layer layer4.0.conv2
 
-Of each image: img.png, attn-head0.png, ..., and with --threshold mask_th0.6_head0.png, ..., as
-published; attn-mean.png, overlay-*.png, and sheet.png, all in one; of frames attention.gif.
+attention: img.png, attn-head0.png, ..., and with --threshold mask_th0.6_head0.png, ..., as published;
+attn-mean.png, overlay-*.png, and sheet.png, all in one; of frames attention.gif.
 
-Deviations: without weights networks are untrained, and say so. The authors' visualize_attention.py
-takes one image from the web without --image_path, sees 480 px whatever the network was trained on,
-has random colours of masks. Kept: two values of --image_size change the shape, and what is no whole
-patch is cut off. DeepCluster's ascent maximises a softmax over the filters, in images of any
-range, whose contrast is stretched in the end; ours the response itself, within what pixels can be.
+Deviations: without weights networks are untrained, and say so. Attention: the authors' script takes an
+image from the web by default, sees 480 px whatever was trained on, has random colours. Kept: two values
+of --image_size change the shape; what is no whole patch is cut off. DeepCluster's ascent maximises a
+softmax over filters, in images of any range; ours the response itself, within what pixels can be.
 """
 
 if __name__ == "__main__":  # before torch, whose loading takes seconds
@@ -59,6 +53,7 @@ from src.data.datasets import IMAGENET, usual_std
 from src.data.multicrop import MultiCropDataset, collate_crops, generator
 from src.evaluate import flags as eval_flags
 from src.evaluate.progress import Progress
+from src.evaluate.splits import check_labelled
 from src.evaluate.voc_segments import open_segmented
 from src.labels.features import extract_features
 from src.nets.backbones import is_vit
@@ -82,6 +77,7 @@ from src.pictures.attention_masks import (
     picture_of_truth,
     report_masks,
 )
+from src.pictures.class_map import class_means, draw_classes, place_by_pca, place_by_tsne
 from src.pictures.clusters import (
     add_cluster_args,
     check_folders,
@@ -375,6 +371,39 @@ def feature_options(args, network, dataset):
     if args.use_fp16 is False:
         args.precision = "fp32"
     return eval_flags.extraction_options(args, network, dataset, device)
+
+
+# ============ classes ============
+def classes(args):
+    """Draw a map of the classes, each where the mean of its features lies, with an image of it."""
+    dataset = eval_flags.open_split(args)
+    check_labelled(dataset, "--data_path")
+    network, features = features_of_images(args, dataset)
+    means, numbers, rows = class_means(features, dataset.labels)
+    if len(means) < 4:
+        raise ValueError(f"--data_path {args.data_path} has {len(means)} classes: a map needs four")
+    if args.method == "pca":
+        points, how = place_by_pca(means, 2), "two principal components"
+    else:
+        perplexity = args.perplexity or min(20.0, (len(means) - 1) / 3)
+        points = place_by_tsne(
+            means,
+            args.pca_dim,
+            perplexity=perplexity,
+            learning_rate=args.learning_rate,
+            iterations=args.iterations,
+            seed=args.seed,
+        )
+        dim = min(args.pca_dim, len(means) - 1, means.shape[1])
+        how = f"t-SNE of {dim} principal components, perplexity {perplexity:.3g}"
+    notes = [
+        f"{args.feature} of {network.origin}; {how}",
+        "each class at the mean of its images, shown by the image that is nearest to it",
+    ]
+    title = f"{len(means):,} classes of {dataset.name}"
+    folder = Path(args.dump_path)
+    draw_classes(dataset, points, numbers, rows, folder, title, notes)
+    logger.info(f"{len(means)} classes; written to {folder}, look at {folder / 'classes.png'}")
 
 
 # ============ curves ============
@@ -722,6 +751,7 @@ COMMANDS = {
         picture_flags.add_neighbours_flags,
         picture_flags.network_defaults,
     ),
+    "classes": (classes, picture_flags.add_classes_flags, picture_flags.network_defaults),
     "curves": (curves, picture_flags.add_curves_flags, picture_flags.no_defaults),
     "crops": (crops, picture_flags.add_crops_flags, picture_flags.crops_defaults),
     "clusters": (clusters, add_cluster_args, picture_flags.network_defaults),

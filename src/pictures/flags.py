@@ -117,6 +117,20 @@ def _add_feature_flags(add):
     add("--interpolation", default="bicubic", choices=["bilinear", "bicubic"], help="of the resize")
 
 
+def add_classes_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of visualize.py classes."""
+    add = parser.add_argument_group("classes").add_argument
+    add("--method", default="tsne", choices=["tsne", "pca"], help="how means become points")
+    add("--pca_dim", type=positive(int), default=30, help="components that t-SNE is of")
+    add("--perplexity", type=positive(float), default=None,
+        help="of t-SNE (default: 20, of fewer than 61 classes a third of their number less one)")
+    add("--learning_rate", type=positive(float), default=200.0, help="of t-SNE")
+    add("--iterations", type=positive(int), default=5000, help="of t-SNE")
+    _add_feature_flags(add)
+    _add_network_flags(parser)
+    parser.set_defaults(split="val")
+
+
 def add_curves_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of visualize.py curves."""
     add = parser.add_argument_group("curves").add_argument
