@@ -86,12 +86,12 @@ def our_step(model, crops, optimizer, scaler, device, precision, mark=unmarked):
     with dist.autocast(device, precision):
         _, scores = model(crops)
     mark("forward")
-    views = scores.detach().unflatten(0, (sum(CROPS), -1))
+    views = scores.detach().unflatten(0, (len(crops), -1))
     codes = assign_codes(
         views, model.prototypes.weight, ASSIGN, None, False, epsilon=0.05, iterations=3
     )
     mark("codes")
-    loss = swav_loss(scores, codes, CROPS, ASSIGN, 0.1)
+    loss = swav_loss(scores, codes, [len(crops)], ASSIGN, 0.1)
     mark("loss")
     optimizer.zero_grad()
     scaler.scale(loss).backward()

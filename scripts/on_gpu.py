@@ -56,6 +56,8 @@ BENCHES = [
     "-m bench.knn_search",
     "-m bench.deeper_clustering --repeats 1",
     "-m bench.input_pipeline --repeats 3",
+    "-m bench.throughput --arch resnet50 vit_small/16 vit_small/8 vit_base/16 vit_base/8 --batch 128 "
+    "--train_arch resnet50 vit_small/16 --train_batch 64 --repeats 3",
 ]
 BENCHES_IN_SMALL = ["-m bench"]
 BENCH_SECONDS, BENCH_SECONDS_IN_SMALL = 75, 170  # at most for one of these commands

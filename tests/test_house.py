@@ -54,15 +54,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6400),
+    "main_swav": (27, 6410),
     "main_simclr": (26, 6300),
-    "main_selav2": (31, 7150),
-    "main_deepclusterv2": (32, 7350),
-    "main_rotnet": (32, 7000),
+    "main_selav2": (31, 7160),
+    "main_deepclusterv2": (32, 7360),
+    "main_rotnet": (32, 7010),
     "main_dino": (31, 7050),
-    "main_deepcluster": (39, 8250),
-    "main_deepercluster": (42, 9100),
-    "main_clusterfit": (37, 7950),
+    "main_deepcluster": (39, 8260),
+    "main_deepercluster": (42, 9110),
+    "main_clusterfit": (37, 7960),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

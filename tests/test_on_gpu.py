@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from bench import __main__ as all_benches
-from bench import step_profile, train_step
+from bench import step_profile, throughput, train_step
+from src.nets.backbones import build_backbone
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"card": "a card", "card_memory": "1 GiB", "driver": "1", "cuda": "1", "cudnn": "1"}
@@ -403,6 +404,53 @@ def test_a_table_is_also_a_line_of_json(tmp_path, capsys):
 def test_a_benchmark_that_fails_does_not_stop_the_others(capsys):
     assert all_benches.main(["sinkhorn", "swav_loss", "--smoke", "--batch", "-1"]) == 1
     assert "failed: sinkhorn, swav_loss" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_throughput_has_the_columns_of_the_papers_tables(tmp_path, capsys):
+    file = tmp_path / "tables.jsonl"
+    assert all_benches.main(["throughput", "--smoke", "--json", str(file)]) == 0
+    inference, training = [json.loads(line) for line in file.read_text().splitlines()]
+    columns = ["model", "blocks", "dim", "heads", "tokens", "M params", "batch", "im/s", "peak GB"]
+    assert inference["header"] == columns
+    assert [row[:6] for row in inference["rows"]] == [
+        ["resnet10", "-", 512, "-", "-", "4.9"],
+        ["vit_micro/4", 4, 96, 3, 17, "0.5"],
+    ]
+    columns = ["method", "model", "multi-crop", "batch", "im/s", "h / 100 epochs", "peak GB"]
+    assert training["header"] == columns
+    assert [row[:3] for row in training["rows"]] == [
+        [method, model, crops]
+        for method, model in (("SwAV", "resnet10"), ("DINO", "vit_micro/4"))
+        for crops in ("2 x 16", "2 x 16 + 2 x 8")
+    ]
+    for *_, batch, rate, hours, peak in training["rows"]:
+        assert batch == 2 and peak > 0
+        assert hours == pytest.approx(100 * 1_281_167 / rate / 3600)
+
+
+@pytest.mark.parametrize(
+    "name, blocks, dim, heads, tokens, millions",
+    [("resnet50", "-", 2048, "-", "-", 23), ("vit_small/8", 12, 384, 6, 785, 21)],
+)
+def test_networks_have_the_sizes_of_the_thesis_table(name, blocks, dim, heads, tokens, millions):
+    arch, patch_size = throughput.named_network(name)
+    found = throughput.describe(build_backbone(arch, patch_size))
+    assert found[:4] == [blocks, dim, heads, tokens] and int(float(found[4])) == millions
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--crops", "2x224+"], "must be crops such as 2x224+6x96"),
+        (["--crops", "1x224"], "must be crops such as 2x224+6x96"),
+        (["--arch", "vit_small/x"], "must be a network and a patch, as vit_small/8"),
+    ],
+)
+def test_a_network_or_crops_that_cannot_be_read_are_one_sentence(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        throughput.main(flags)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does():
