@@ -6,13 +6,14 @@ are those of the network without a head.
 Training: the columns of Table 4 of the SwAV paper, and of Tables 4.4 and 5.14 of the thesis: a whole
 step of SwAV for convolutional networks, of DINO for transformers, as bench/train_step.py and
 bench/dino_step.py have it, on crops in memory. The time of 100 epochs is that of ImageNet's 1,281,167
-images on this one device; the papers' are on 64 (SwAV) or 16 (DINO) V100 of 16 and 32 GB. Memory is
-that of tensors: networks, gradients, state of the optimizer, crops, and what a step holds at its peak.
+images on this one device; the papers' are on 64 V100 of 16 GB (SwAV), and on 16 GPUs (DINO). Memory
+is that of tensors: networks, gradients, state of the optimizer, crops, and what a step holds at its peak.
 Nothing is compiled unless --compile says so.
 
     python -m bench.throughput [--arch resnet18 vit_tiny/16 --batch 4]
-    python -m bench.throughput --device cuda --arch resnet50 vit_small/16 vit_small/8 vit_base/16 vit_base/8 \\
-        --batch 128 --train_arch resnet50 vit_small/16 --train_batch 64
+    python -m bench.throughput --device cuda --batch 128 \\
+        --arch resnet50 vit_small/16 vit_small/8 vit_base/16 vit_base/8 \\
+        --train_arch resnet50 vit_small/16 --train_batch 64
 
 A name may end in the side of a patch, as in vit_small/8. A batch that does not fit into the GPU's memory
 is halved until it does.

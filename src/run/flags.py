@@ -186,7 +186,7 @@ def add_runtime_args(parser: argparse.ArgumentParser, one_process: bool = False)
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> Callable:
-    """Flags of starting, logging and saving, for the scripts that train; returns the last group's add_argument."""
+    """Flags of starting, logging and saving, for training; returns the last group's add_argument."""
     add = parser.add_argument_group("learning-rate scaling, weights, batch norm").add_argument
     add("--lr_scaling", default="none", choices=["none", "linear", "sqrt"],
         help="scale all learning rates by the global batch / --lr_reference_batch")  # fmt: skip

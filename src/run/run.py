@@ -66,7 +66,8 @@ class Run:
     call together. saved: the networks of the checkpoint by name, {"model": module} unless given.
     evaluated: what k-NN evaluates, networks with forward_backbone by name, {"": module} unless given; the
     first is the one that `knn` is of, and names are what their accuracies begin with, as in teacher_knn.
-    image_size: of its images, in pixels. num_prototypes: whose logarithm the curves show as the loss of knowing nothing.
+    image_size: of its images, in pixels. num_prototypes: whose logarithm the curves show as the loss of
+    knowing nothing.
 
     The folder is locked from here on. Raises CheckpointError where another run writes into it.
     """
@@ -517,7 +518,7 @@ class Run:
             self.guard(line[self.guarded], epoch)
 
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
-        """Accuracies (%) by name, those of the first network also without its name, and what to say of them."""
+        """Accuracies (%) by name, of the first network also without its own, and what to say of them."""
         from ..evaluate.probe import open_validation
 
         dataset, in_chans = self.dataset, self.arguments["in_chans"]
