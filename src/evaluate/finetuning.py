@@ -31,7 +31,7 @@ from ..run.log import RunLog, Stopwatch, duration, write_whole
 from ..run.run import average_gradients, place_network, share_buffers
 from ..run.stop import StopSignal
 from .linear_classifiers import losses, top_hits
-from .linear_files import check_settings
+from .linear_files import begun
 from .voc_classifier import BIAS, WEIGHT_STD
 
 logger = logging.getLogger(__name__)
@@ -173,12 +173,9 @@ class FineTuning:
         start: the same where it holds nothing. Raises CheckpointError if that was made with other
         settings.
         """
-        state = checkpoint.load_checkpoint(self.folder)
-        epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
-        checkpoint.check_same_place(epoch, samples_done, self.folder)
+        state = begun(self.folder, self.settings)
         if state is None:
             return start
-        check_settings(state, self.settings, self.folder)
         checkpoint.load_state(self.module, state["model"], self.folder)
         if self.average is not None:
             checkpoint.load_state(self.average.module, state["average"], self.folder)
@@ -186,6 +183,7 @@ class FineTuning:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
+        epoch, samples_done = state["epoch"], state["samples_done"]
         logger.info(f"{self.folder}: {epoch} epochs and {samples_done} images of the next are done")
         return epoch, samples_done
 

@@ -17,9 +17,8 @@ from .splits import Part, hold_out, open_splits
 
 logger = logging.getLogger(__name__)
 
-FEW_LABELS = (
-    40  # images of a class up to which the rates are those of 1 %, 13 images, and not of 10 %, 128
-)
+# Images of a class up to which the rates are those of 1 %, 13 images, and not of 10 %, 128.
+FEW_LABELS = 40
 
 
 def percent(text: str) -> float:

@@ -42,17 +42,27 @@ class Probe:
         start: the same where it holds nothing. Raises CheckpointError if that was made with other
         settings.
         """
-        state = checkpoint.load_checkpoint(self.folder)
-        epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
-        checkpoint.check_same_place(epoch, samples_done, self.folder)
+        state = begun(self.folder, self.settings)
         if state is None:
             return start
-        check_settings(state, self.settings, self.folder)
         checkpoint.load_state(self.classifiers, state["state_dict"], self.folder)
         for name, momentum in self.optimizer.momentum.items():
             momentum.copy_(state["momentum"][name])
         self.history = state["history"]
-        return epoch, samples_done
+        return state["epoch"], state["samples_done"]
+
+
+def begun(folder: str | Path, settings: dict) -> dict | None:
+    """The state of a training that a folder holds, the same on all processes, which call it; None of none.
+
+    Raises CheckpointError if it was made with other settings, or is not the same for all.
+    """
+    state = checkpoint.load_checkpoint(folder)
+    epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
+    checkpoint.check_same_place(epoch, samples_done, folder)
+    if state is not None:
+        check_settings(state, settings, folder)
+    return state
 
 
 def check_settings(state: dict, settings: dict, folder: str | Path) -> None:
