@@ -7,6 +7,8 @@ Published protocols, chosen by --protocol; a flag on the command line wins over 
         bicubic validation images; tokens of the last 4 blocks of a ViT, of the last one of vit_base
   deepcluster, deepercluster  arXiv:1807.05520, 1905.01278: with --conv, the pooled map of one
         convolution of AlexNet or VGG16, learning rate lr / sqrt(1 + lr wd t) at iteration t
+  places205, inat18  SwAV, appendix A.5: batches of 256, 28 or 84 epochs, learning rate 0.01, a tenth
+        every 8 or 24 epochs, weight decay 1e-4; the data as they are distributed
 All: SGD, 100 epochs (deepcluster 90), crops and flips, 256/224 px centre crops to validate.
 --solver lbfgs instead: multinomial logistic regression (thesis of M. Caron, Table 5.5), see below.
 
@@ -57,6 +59,7 @@ from src.evaluate.linear_flags import (
     DINO_BATCH,
     PROTOCOLS,
     REFERENCE_BATCH,
+    TRANSFER,
     check_solver,
     chosen_folds,
     fill_in_batch,
@@ -181,8 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     forward = classifier_input(model, args)
     shape = shape_of_features(forward, args.in_chans, args.size, args.arch)
     dim = math.prod(shape)  # what does not fit is found before anything is started
-    as_swav = args.protocol == "swav" and args.sobel is None
-    args.mean, args.std = network.normalisation(train, SWAV_RED if as_swav else IMAGENET_RED)
+    args.mean, args.std = network.normalisation(train, red_of_protocol(args))
     settings = {**feature_settings(args), "weights": fingerprint(model, network.head)}
     named = {name: getattr(args, name) for name in NAMED}
     out, folder = Path(args.dump_path), Path(args.dump_path) / "linear"
@@ -246,6 +248,13 @@ def main(argv: list[str] | None = None) -> int:
     if len(folds) > 1:
         report_folds(paths, out / "eval_linear.json")
     return finish(stop)
+
+
+def red_of_protocol(args):
+    """The standard deviation of red by which ImageNet's images are divided, None for the network's own."""
+    if args.protocol in TRANSFER:
+        return None
+    return SWAV_RED if args.protocol == "swav" and args.sobel is None else IMAGENET_RED
 
 
 def classifier_input(model, args):

@@ -26,6 +26,14 @@ PROTOCOLS = {
     "deepcluster": {"lr": 0.01, "wd": 1e-4, "epochs": 90},
     "deepercluster": {"lr": 0.05, "wd": 1e-5},  # of a convolution as below
 }
+# SwAV's appendix A.5: the learning rate falls by 10 three times, every 8 and every 24 epochs as VISSL's.
+TRANSFER = {
+    "places205": {"epochs": 28, "decay_epochs": [8, 16, 24]},
+    "inat18": {"epochs": 84, "decay_epochs": [24, 48, 72]},
+}
+for name, schedule in TRANSFER.items():
+    PROTOCOLS[name] = {"lr": 0.01, "wd": 1e-4, "interpolation": "bilinear", **schedule}
+    PROTOCOLS[name]["scheduler_type"] = "step"
 for name in ("deepcluster", "deepercluster"):
     PROTOCOLS[name] |= {"interpolation": "bilinear", "scheduler_type": "inverse_sqrt"}
 # On ImageNet, by convolution; for Places205 others were chosen.
