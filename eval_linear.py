@@ -1,19 +1,23 @@
 """Linear classification of frozen features: the usual measure of a network trained without labels.
 
-Four published protocols, chosen by --protocol; a flag on the command line wins over each:
+Published protocols, chosen by --protocol; a flag on the command line wins over each:
   swav  arXiv:2006.09882, appendix A.3: batches of 256, learning rate 0.3, weight decay 1e-6; of a
         ResNet the pooled features, or with --global_pooling false windows of its last map
   dino  arXiv:2104.14294, section 3.2: 128 images per process, 0.001 x batch / 256, no weight decay,
         bicubic validation images; tokens of the last 4 blocks of a ViT, of the last one of vit_base
   deepcluster, deepercluster  arXiv:1807.05520, 1905.01278: with --conv, the pooled map of one
         convolution of AlexNet or VGG16, learning rate lr / sqrt(1 + lr wd t) at iteration t
+  places205, inat18  SwAV, appendix A.5: batches of 256, 28 or 84 epochs, learning rate 0.01, a tenth
+        every 8 or 24 epochs, weight decay 1e-4; the data as they are distributed
 All: SGD, 100 epochs (deepcluster 90), crops and flips, 256/224 px centre crops to validate.
+--solver lbfgs instead: multinomial logistic regression (thesis of M. Caron, Table 5.5), see below.
 
   python eval_linear.py --pretrained runs/swav             a run: its args.json says the rest
   python eval_linear.py --pretrained runs/dino --lrs 0.0003 0.001 0.003 0.01
   torchrun --nproc_per_node 8 eval_linear.py --pretrained swav_800ep.pth.tar --data_path /imagenet
   python eval_linear.py --pretrained runs/deepcluster --conv 5 --tencrops --cross_valid 5
   python eval_linear.py --arch vit_small --pretrained dino.pth --evaluate --linear_weights linear.pth
+  python eval_linear.py --pretrained dino.pth --solver lbfgs --label_fractions 0.01 0.1 1
 Starting the same command again continues where it stopped. Everything that training writes lies in
 --dump_path/linear/, only the results beside it, in eval_linear.json: a run keeps its checkpoint.
 
@@ -55,12 +59,24 @@ from src.evaluate.linear_flags import (
     DINO_BATCH,
     PROTOCOLS,
     REFERENCE_BATCH,
+    TRANSFER,
+    check_solver,
     chosen_folds,
     fill_in_batch,
+    labelled_sets,
     log_plan,
+    share_of_labels,
     weight_decay,
 )
-from src.evaluate.linear_results import log_epoch, log_progress, report, report_folds
+from src.evaluate.linear_results import (
+    log_epoch,
+    log_progress,
+    report,
+    report_folds,
+    report_logistic,
+)
+from src.evaluate.logistic import unit_rows
+from src.evaluate.logistic_search import accuracy, open_search, stored_images
 from src.evaluate.splits import (
     check_labelled,
     count_classes,
@@ -68,8 +84,10 @@ from src.evaluate.splits import (
     open_splits,
     split_folds,
 )
+from src.evaluate.stored_features import images_digest, stored_features
 from src.evaluate.ten_crops import VIEWS
 from src.evaluate.voc import TESTED_ON
+from src.labels.features import share
 from src.nets.pooling import shape_of_features
 from src.nets.pretrained import IMAGENET_RED, MODEL_FLAGS, SWAV_RED
 from src.nets.weights import fingerprint
@@ -160,20 +178,13 @@ def main(argv: list[str] | None = None) -> int:
     train, val = splits(folds[0])
     num_classes = count_classes(args.num_labels, train, val)
     network = eval_flags.open_network(args)
+    if args.solver == "lbfgs":
+        return evaluate_logistic(network, train, val, num_classes, args)
     model = network.model
-    if args.conv:
-        forward = conv_input(model, args.conv, args.conv_pooling)
-    else:
-        forward = linear_input(
-            model,
-            args.n_last_blocks,
-            avgpool=args.avgpool_patchtokens,
-            global_pooling=args.global_pooling,
-        )
+    forward = classifier_input(model, args)
     shape = shape_of_features(forward, args.in_chans, args.size, args.arch)
     dim = math.prod(shape)  # what does not fit is found before anything is started
-    as_swav = args.protocol == "swav" and args.sobel is None
-    args.mean, args.std = network.normalisation(train, SWAV_RED if as_swav else IMAGENET_RED)
+    args.mean, args.std = network.normalisation(train, red_of_protocol(args))
     settings = {**feature_settings(args), "weights": fingerprint(model, network.head)}
     named = {name: getattr(args, name) for name in NAMED}
     out, folder = Path(args.dump_path), Path(args.dump_path) / "linear"
@@ -239,6 +250,25 @@ def main(argv: list[str] | None = None) -> int:
     return finish(stop)
 
 
+def red_of_protocol(args):
+    """The standard deviation of red by which ImageNet's images are divided, None for the network's own."""
+    if args.protocol in TRANSFER:
+        return None
+    return SWAV_RED if args.protocol == "swav" and args.sobel is None else IMAGENET_RED
+
+
+def classifier_input(model, args):
+    """Images -> what is classified, (B, D), by the flags of the method."""
+    if args.conv:
+        return conv_input(model, args.conv, args.conv_pooling)
+    return linear_input(
+        model,
+        args.n_last_blocks,
+        avgpool=args.avgpool_patchtokens,
+        global_pooling=args.global_pooling,
+    )
+
+
 def feature_settings(args):
     """What features depend on, by name, without --conv_pooling where no convolution is pooled."""
     settings = {name: getattr(args, name) for name in FEATURES}
@@ -262,6 +292,65 @@ def evaluate(saved, frozen, val, *, settings, args):
         path=Path(args.dump_path) / "eval_linear_evaluate.json",
         untrained=not args.pretrained,
     )
+
+
+def evaluate_logistic(network, train, val, num_classes, args):
+    """Logistic regression of each set of labelled images; returns as main."""
+    args.batch_size = args.batch_size or DINO_BATCH
+    sets = labelled_sets(args, train)
+    forward = classifier_input(network.model, args)
+    width = math.prod(shape_of_features(forward, args.in_chans, args.size, args.arch))
+    args.mean, args.std = network.normalisation(train)
+    out, folder = Path(args.dump_path), Path(args.dump_path) / "logistic"
+    checkpoint.check_writable(folder)
+    process = dist.init(args.device, args.dist_timeout)
+    hold_folder(out, "eval_linear")
+    setup_logging(folder, process.rank == 0)
+    stop = StopSignal()
+    network.model.to(process.device)
+    settings = {**feature_settings(args), "weights": fingerprint(network.model, network.head)}
+    extraction = eval_flags.extraction_options(args, network, train, process.device)
+
+    def features_of(images, name, indices=None):
+        return stored_features(
+            folder, name, forward, images, width, settings, stop, indices=indices, **extraction
+        )
+
+    # ============ features ============
+    name, union = stored_images(folder, sets, len(train))
+    matrix = features_of(train, name, union)
+    val_matrix = None if matrix is None else features_of(val, "val")
+    if val_matrix is None:
+        return leave(stop)
+    own = share(len(val))
+    val_rows = unit_rows(val_matrix[own.start : own.stop], process.device)
+
+    # ============ fits ============
+    rows = []
+    for label, indices in sets.items():
+        search = open_search(
+            label,
+            indices,
+            matrix=matrix,
+            union=union,
+            labels=train.labels,
+            num_classes=num_classes,
+            folder=folder,
+            settings={**settings, "images": images_digest(train, indices)},
+            device=process.device,
+            penalties=args.penalties,
+            intercept=args.intercept,
+            seed=args.seed,
+        )
+        found = search.run(stop)
+        if found is None:
+            return leave(stop)
+        weights = found.pop("weights")
+        result = accuracy(val_rows, val.labels[own.start : own.stop], weights, args.intercept)
+        rows.append({"labels": label, "images": len(indices), **result, **found})
+    named = {name: getattr(args, name) for name in NAMED if name != "protocol"}
+    report_logistic(rows, settings | named, out / "eval_logistic.json", not args.pretrained)
+    return finish(stop)
 
 
 def train_classifiers(frozen, split, *, num_classes, bn_channels, folder, settings, stop, args):
@@ -385,6 +474,19 @@ def get_parser() -> argparse.ArgumentParser:
     at_least_zero, positive = flags.at_least_zero, flags.positive
 
     add = parser.add_argument_group("method").add_argument
+    add("--solver", default="sgd", choices=["sgd", "lbfgs"],
+        help="sgd: of --protocol; lbfgs: logistic regression to its minimum, of features of norm 1 without "
+        "augmentation")
+    add("--label_fractions", type=share_of_labels, nargs="+", default=None,
+        help="of --solver lbfgs: shares of the labels, such as 0.01 0.1 1, as many of each class by --seed "
+        "(default: 1)")
+    add("--label_lists", nargs="+", default=None,
+        help="of --solver lbfgs: published lists of labelled images, texts with a file name in each line")
+    add("--penalties", type=positive(float), nargs="+", default=None,
+        help="of --solver lbfgs: lambda n of lambda / 2 |W|^2, or 1 / C; of several the best for a fifth of "
+        "the labelled images, held out (default: 10 3 1 0.3 ... 0.001)")
+    add("--intercept", action=argparse.BooleanOptionalAction, default=False,
+        help="of --solver lbfgs, not penalised; published without")
     add("--protocol", default="auto", choices=["auto", *PROTOCOLS],
         help="auto: dino for vision transformers, for runs of main_dino.py and with --checkpoint_key "
         "teacher; with --conv deepcluster for alexnet, else deepercluster; else swav")
@@ -457,6 +559,7 @@ def check_args(args) -> None:
     """Raise ValueError on arguments that do not fit together."""
     dist.resolve_device(args.device)
     eval_flags.check_images(args)
+    check_solver(args)
     if args.lrs and "lr" in args.given:
         raise ValueError("--lr and --lrs exclude each other: leave one out")
     if args.linear_weights and not args.evaluate:

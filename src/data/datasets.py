@@ -38,7 +38,7 @@ NAMES = (
     "fashion_mnist",
 )
 IMAGENET = ((0.485, 0.456, 0.406), (SWAV_RED_STD, 0.224, 0.225))
-LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".json")
 SHARD_WINDOW = 8  # shards whose samples are mixed with each other
 STORAGE_TIMEOUT = 600.0  # seconds that a storage may take to come back
 # Seconds between two attempts to read a file, doubled each time.
@@ -67,7 +67,8 @@ def open_dataset(
     """Open the images that `path` names.
 
     path: a name (`digits`, `cifar10`, ...: NAMES; a folder of that name is written
-        `./cifar10`), a folder, a list of files (`.txt`, `.csv`, `.tsv`: see lists.py), or tar shards
+        `./cifar10`), a folder, also of Places205 or iNaturalist 2018 (annotations.py), a list of files
+        (`.txt`, `.csv`, `.tsv`, `.json`: see lists.py), or tar shards
         (`a.tar`, `shard-{000..009}.tar`, `shards/*.tar`, several of these joined by commas or in a
         list, or a folder that holds them), or a folder of torchvision_layouts.LAYOUTS.
     split: "train" or "val". In a folder: `<path>/train`, or `<path>/val` or else `<path>/test`, in
@@ -99,6 +100,8 @@ def open_dataset(
         from .torchvision_layouts import open_layout
 
         source, labels, classes, normalisation = open_layout(folder, split, flag, normalisation)
+    elif annotated := _annotated_source(folder, split, data_root, label_column, flag):
+        source = annotated
     elif os.path.isdir(folder):
         folder, train = find_split(folder, split, flag)
         source = FolderSource(folder)
@@ -151,11 +154,20 @@ def _is_of_torchvision(folder):
     return is_layout(folder)
 
 
+def _annotated_source(folder, split, data_root, label_column, flag):
+    """The images of a folder of Places205 or iNaturalist 2018, None for another."""
+    from .annotations import find_annotations
+    from .lists import ListSource
+
+    paths = os.path.isdir(folder) and find_annotations(folder, split, flag)
+    return ListSource(paths[0], split, data_root or paths[1], label_column, flag) if paths else None
+
+
 def _no_images_at(path, folder, flag):
     """The error of a path that is none of what open_dataset takes."""
     if os.path.exists(folder):
         return ValueError(
-            f"{flag} {path} is a file: give a folder of images, a list of files (.txt, .csv), or tar shards"
+            f"{flag} {path} is a file: give a folder of images, a list (.txt, .csv, .json), or tar shards"
         )
     return FileNotFoundError(
         f"{flag} {path} does not exist: give a folder of images, a list of files, tar shards, or one of "

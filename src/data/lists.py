@@ -2,7 +2,8 @@
 
 images.txt has a path in each line; where every line ends in a number behind the file's name
 (`cats/1.jpg 3`), that is its label. images.csv (separated by commas, semicolons or tabs) has a header
-with a column `path`, and may have labels, the split of each image, and further columns, its metadata.
+with a column `path`, and may have labels, the split of each image, and further columns, its metadata; or
+it has a path and a number in each line, the first included. images.json is in COCO's format.
 """
 
 import csv
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import printable
+from .annotations import read_coco
 from .folders import SPLITS, SPLITS_IN_PLACE_OF, FileSource
 from .images import IMAGE_SUFFIXES
 
@@ -44,11 +46,11 @@ class ListSource(FileSource):
         if data_root and not os.path.isdir(data_root):
             raise ValueError(f"--data_root {data_root} is no folder")
         self.unlabelled_since = ""
-        is_table = not path.lower().endswith(".txt")
-        if label_column and not is_table:
+        suffix = os.path.splitext(path)[1].lower()
+        if label_column and suffix in (".txt", ".json"):
             raise ValueError(f"--label_column {label_column} is for a table, not for {path}")
         try:
-            columns = read_table(path, flag) if is_table else read_lines(path)
+            columns = READERS.get(suffix, read_table)(path, flag)
         except OSError as error:
             raise ValueError(f"{flag} {path} cannot be read ({error.strerror})") from None
         columns = rows_of_split(columns, split, path, flag)
@@ -80,7 +82,7 @@ class ListSource(FileSource):
 
 
 # ============ reading ============
-def read_lines(path: str) -> dict[str, list[str]]:
+def read_lines(path: str, flag: str = "--data_path") -> dict[str, list[str]]:
     """Columns `path`, and `label` where each line ends in one, of a text with a path a line."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -98,6 +100,9 @@ def read_table(path: str, flag: str) -> dict[str, list[str]]:
         file.seek(0)
         rows = csv.reader(file, delimiter=separator)
         names = [name.strip() for name in next(rows, [])]
+        if len(names) == 2 and _is_image(names[0]) and names[1].isdecimal():
+            file.seek(0)  # the first line is an image too, as in the lists of Places205
+            rows, names = csv.reader(file, delimiter=separator), ["path", "label"]
         if len(set(names)) < len(names):
             raise ValueError(f"{flag} {path}: two columns of its header have one name")
         if _name_of_column(names, PATH_COLUMNS) is None:
@@ -117,6 +122,14 @@ def read_table(path: str, flag: str) -> dict[str, list[str]]:
             for column, value in zip(columns, row, strict=True):
                 column.append(value.strip())
     return dict(zip(names, columns, strict=True))
+
+
+def _is_image(name):
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+# By the suffix of the list; others are tables.
+READERS = {".txt": read_lines, ".json": read_coco}
 
 
 def rows_of_split(

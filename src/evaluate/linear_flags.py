@@ -2,6 +2,10 @@
 
 import argparse
 import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .. import dist
 from ..data.datasets import ImageDataset
@@ -9,6 +13,8 @@ from ..nets.backbones import is_transformer
 from ..nets.pretrained import is_dino
 from ..run import flags
 from . import flags as eval_flags
+from .label_subsets import draw, read_list
+from .logistic_search import PENALTIES
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +26,14 @@ PROTOCOLS = {
     "deepcluster": {"lr": 0.01, "wd": 1e-4, "epochs": 90},
     "deepercluster": {"lr": 0.05, "wd": 1e-5},  # of a convolution as below
 }
+# SwAV's appendix A.5: the learning rate falls by 10 three times, every 8 and every 24 epochs as VISSL's.
+TRANSFER = {
+    "places205": {"epochs": 28, "decay_epochs": [8, 16, 24]},
+    "inat18": {"epochs": 84, "decay_epochs": [24, 48, 72]},
+}
+for name, schedule in TRANSFER.items():
+    PROTOCOLS[name] = {"lr": 0.01, "wd": 1e-4, "interpolation": "bilinear", **schedule}
+    PROTOCOLS[name]["scheduler_type"] = "step"
 for name in ("deepcluster", "deepercluster"):
     PROTOCOLS[name] |= {"interpolation": "bilinear", "scheduler_type": "inverse_sqrt"}
 # On ImageNet, by convolution; for Places205 others were chosen.
@@ -35,6 +49,25 @@ PRESETS = {
     "cifar": {**SMALL, "workers": 2},
     "tiny": {**SMALL, "no_flip": True, "workers": 0},
 }
+# Logistic regression sees the features of k-NN: one block's class token, centre crops.
+LBFGS = {"interpolation": "bicubic", "n_last_blocks": 1, "avgpool_patchtokens": False}
+# Flags of each solver alone.
+OF_LBFGS = ("label_fractions", "label_lists", "penalties", "intercept")
+OF_SGD = (
+    *(
+        "protocol",
+        "use_bn",
+        "cache_features",
+        "flip",
+        "no_flip",
+        "cross_valid",
+        "kfold",
+        "tencrops",
+    ),
+    *("evaluate", "linear_weights", "epochs", "epoch", "start_iter", "lr", "lrs", "wd", "momentum"),
+    *("nesterov", "scheduler_type", "decay_epochs", "gamma", "final_lr", "val_freq", "log_freq"),
+    "verbose",
+)
 SMALL_DINO = {"lr": 0.1}  # fewer iterations need a larger one than DINO's
 
 
@@ -63,9 +96,12 @@ def parse_args(
         defaults |= SMALL_DINO
     if args.protocol == "deepercluster" and args.conv in DEEPERCLUSTER_LR:
         defaults["lr"] = DEEPERCLUSTER_LR[args.conv]
+    if args.solver == "lbfgs":
+        defaults |= LBFGS
     for name, value in defaults.items():
         if name not in args.given:
             setattr(args, name, value)
+    args.penalties = args.penalties or PENALTIES
     is_base = args.arch == "vit_base"
     if args.avgpool_patchtokens is None:
         args.avgpool_patchtokens = is_base and args.n_last_blocks is None
@@ -82,6 +118,45 @@ def _protocol(args, run_args):
         return "deepcluster" if args.arch == "alexnet" else "deepercluster"
     as_dino = is_transformer(args.arch) or is_dino(run_args)
     return "dino" if as_dino or args.checkpoint_key in ("student", "teacher") else "swav"
+
+
+def share_of_labels(text: str) -> float:
+    """An argparse type: a share above 0, at most 1."""
+    value = flags.positive(float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: 0.01 for 1 %, 1 for all")
+    return value
+
+
+def check_solver(args: argparse.Namespace) -> None:
+    """Raise ValueError on flags of the other solver."""
+    other, names = ("sgd", OF_SGD) if args.solver == "lbfgs" else ("lbfgs", OF_LBFGS)
+    for name in names:
+        if name in args.given:
+            raise ValueError(f"--{name} is for --solver {other}: leave it out")
+
+
+def labelled_sets(args: argparse.Namespace, train: ImageDataset) -> dict[str, Tensor]:
+    """The images (n,) whose labels are used, by what people call the set.
+
+    Raises ValueError and FileNotFoundError for lists that do not fit, and for images of several classes.
+    """
+    if train.labels.ndim != 1:
+        raise ValueError(
+            f"--solver lbfgs is for images of one class each, and {train.name} has several labels an "
+            "image: use eval_voc07.py --protocol svm, or --solver sgd"
+        )
+    fractions = args.label_fractions or ([] if args.label_lists else [1.0])
+    sets = {}
+    for fraction in fractions:
+        name = f"{100 * fraction:g} %"
+        every = torch.arange(len(train))
+        sets[name] = (
+            every if fraction == 1 else draw(train.labels, fraction=fraction, seed=args.seed)
+        )
+    for path in args.label_lists or ():
+        sets[Path(path).name] = read_list(path, train, "--label_lists")
+    return sets
 
 
 def fill_in_batch(args: argparse.Namespace, world_size: int, num_images: int) -> None:

@@ -154,3 +154,32 @@ def log_progress(
         f"{rates['images_per_second']:.0f} img/s data {100 * rates['data_share']:.0f}% "
         f"eta {duration(rates['eta_seconds'])}"
     )
+
+
+def report_logistic(rows: list[dict], settings: dict, path: Path, untrained: bool) -> None:
+    """Log the results of logistic regression, a table and a line of JSON, and write them to `path`.
+
+    rows: `labels`, `images`, `top1`, `top5`, `penalty` and `held_out` of each set of labelled images.
+    One process does it.
+    """
+    if not dist.is_main():
+        return
+    path.write_text(json.dumps({"results": rows, "settings": settings}, indent=1) + "\n")
+    logger.info("| labels | images | top-1 | top-5 | penalty |")
+    logger.info("|---|---|---|---|---|")
+    for row in rows:
+        logger.info(
+            f"| {row['labels']} | {row['images']:,} | {row['top1']:.2f} | {row['top5']:.2f} | "
+            f"{row['penalty']:g} |"
+        )
+        tried = [fit["penalty"] for fit in row["held_out"]]
+        if tried and row["penalty"] in (tried[0], tried[-1]):
+            logger.info(
+                f"note: of {row['labels']} of the labels the penalty {row['penalty']:g} is at the end of "
+                "those tried: more --penalties may do better"
+            )
+    short = [{name: row[name] for name in ("labels", "images", "top1", "penalty")} for row in rows]
+    logger.info(json.dumps({"evaluation": path.stem, "results": short}))
+    if untrained:
+        logger.warning("WARNING: no --pretrained: the network is UNTRAINED, a mere baseline")
+    logger.info(f"written to {path}")

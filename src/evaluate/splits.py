@@ -1,5 +1,6 @@
 """Labelled images to fit and to validate a classifier on: splits, held-out parts, folds."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,11 @@ class Part:
         """The file of an image, as its dataset has it."""
         return self.dataset.file_name(self.indices[index])
 
+    def digest(self) -> str:
+        """What tells these images from others, see ImageDataset.digest."""
+        chosen = torch.tensor(self.indices).numpy().tobytes()
+        return f"{self.dataset.digest()}-{hashlib.blake2b(chosen, digest_size=4).hexdigest()}"
+
 
 class Joined:
     """Two datasets, one after the other; the classes of the second are numbered as the first's."""
@@ -213,6 +219,10 @@ class Joined:
         """The file of an image, as its dataset has it."""
         part, index = self._part_of(index)
         return part.file_name(index)
+
+    def digest(self) -> str:
+        """What tells these images from others, see ImageDataset.digest."""
+        return "+".join(part.digest() for part in self.parts)
 
     def _part_of(self, index):
         first, second = self.parts
