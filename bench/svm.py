@@ -8,8 +8,10 @@ classes of a group and all folds at once, from one cost to the next, to the mini
 Both sides fit --classes classes: 11 costs, of three folds and of all rows, 44 SVMs a class.
 
 Floor: one Newton step of an SVM with m active rows is m^3 / 3 operations; with 3 steps of 1,000 rows for
-each of 44 SVMs 44 GFLOP a class, 0.7 s at 60 GFLOP/s of float64 (2 CPU cores). Held by ours: the rows in
-float64 and their products, 82 + 201 MB. Target: 3 times faster, at objectives that are not higher.
+each of 44 SVMs 44 GFLOP a class, 0.7 s at 60 GFLOP/s of float64 (2 CPU cores); small costs, of which most
+rows are active, take more. Held by ours: the rows in float64 and their products, 82 + 201 MB.
+Targets on one thread: 2 times faster for one class, 4 times for a group of five, at objectives that are
+not higher.
 """
 
 import warnings
