@@ -1,9 +1,11 @@
 """Run a function in several gloo processes, or a script's main in one: cheap forks of one server."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import tempfile
 import traceback
@@ -15,6 +17,7 @@ import torch.distributed as dist
 
 from src import dist as distributed
 from src.run import flags
+from tests.runs import children_of
 
 # The fork server imports once what test modules import; each rank is then a cheap fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,6 +28,9 @@ CONTEXT.set_forkserver_preload(
         *("eval_semisup", "eval_finetune", "eval_image_retrieval", "eval_copy_detection"),
         "eval_video_segmentation",
         *("matplotlib.pyplot", "sklearn.datasets"),
+        *("main_deepcluster", "main_deepclusterv2", "main_selav2", "main_simclr", "main_rotnet"),
+        *("main_clusterfit", "matplotlib.pyplot", "sklearn.datasets", "sklearn.metrics"),
+        "tests.faults.methods",
     ]
 )
 TIMEOUT = 120  # seconds
@@ -124,12 +130,12 @@ class Main:
     def send_signal(self, number):
         os.kill(self.pid, number)
 
-    def wait(self):
+    def wait(self, timeout=TIMEOUT):
         """Its exit status, minus the signal if one killed it."""
-        self.process.join(TIMEOUT)
+        self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
-            raise RuntimeError(f"it ran for {TIMEOUT} s more:\n{self.read()}")
+            raise RuntimeError(f"it ran for {timeout} s more:\n{self.read()}")
         return self.process.exitcode
 
 
@@ -144,9 +150,29 @@ def start_mains(script, folder, argv, world_size):
     return [Main(script, folder, argv, environ) for environ in environs]
 
 
+def run_mains(script, folder, argv, world_size):
+    """main(argv) of a script in so many processes, which must end well; what they have said."""
+    ranks = start_mains(script, folder, argv, world_size)
+    statuses = [rank.wait(5 * TIMEOUT) for rank in ranks]
+    said = "\n".join(rank.read() for rank in ranks)
+    assert statuses == [0] * world_size, said
+    return said
+
+
+def kill_mains(ranks):
+    """Kill -9 all ranks, and the loaders that they have started."""
+    for rank in ranks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            for pid in [*children_of(rank), rank.pid]:
+                os.kill(pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
 def load_script(script, log, environ):
     """In a fork of the server, set its environment and a file in place of its screen, and load a script."""
     settle()
+    multiprocessing.set_start_method(None, force=True)  # the fork has that of its server
     os.environ.update(environ)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):

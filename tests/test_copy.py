@@ -14,6 +14,7 @@ import pytest
 
 from scripts import copy_method
 from tests import runs
+from tests.gloo import Main
 from tests.runs import ROOT, losses
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("main_*.py"))
@@ -58,11 +59,10 @@ def start(folder, script, *argv):
 def check_same_run(tmp_path, script, name, argv):
     """Run a copy and the original at the same time; both logs must hold the same numbers."""
     flags = [*FLAGS, *argv]
-    processes = [
-        start(tmp_path / "copy", f"main_{name}.py", "--dump_path", "run", *flags),
-        runs.start(script, tmp_path / "original", *flags),
-    ]
-    output, _ = map(runs.finish, processes)
+    copied = start(tmp_path / "copy", f"main_{name}.py", "--dump_path", "run", *flags)
+    original = Main(script.removesuffix(".py"), tmp_path / "original", flags)
+    output = runs.finish(copied)
+    assert original.wait(600) == 0, original.read()
     copied = losses(tmp_path / "copy" / "run")
     assert copied and copied == losses(tmp_path / "original")
     files = json.loads((tmp_path / "copy" / "files.json").read_text())

@@ -20,9 +20,8 @@ from src.labels.assignment_files import check_clusters, read_clusters, write_clu
 from src.labels.features import raw_pixels
 from src.nets.convnets import build_convnet
 from src.run.log import read_log
-from tests import runs
-from tests.gloo import start_mains
-from tests.runs import finish, images, losses, signal_handlers
+from tests.gloo import run_mains, start_mains
+from tests.runs import images, losses, signal_handlers
 from tests.test_launch import load, run_recipe, sbatch_lines
 from tests.test_main_dino import few_label_accuracy
 
@@ -40,11 +39,6 @@ def train(folder, *argv):
     """Run main in this process: its status and the log by iteration."""
     status = main_clusterfit.main([*SMALL, "--dump_path", str(folder), *map(str, argv)])
     return status, losses(folder) if (Path(folder) / "log.jsonl").exists() else {}
-
-
-def start(folder, *argv, **options):
-    """Run the script as a user does, in a process group of its own."""
-    return runs.start("main_clusterfit.py", folder, *SMALL, *argv, **options)
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +244,9 @@ def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path)
     """Small steps, as float32 alone moves a gradient; without photometry, which is drawn by rank."""
     argv = ["--lr", 0.01, "--epochs", 2, "--color_jitter", 0]
     _, expected = train(tmp_path / "one", *argv)
-    finish(start(tmp_path / "two", *argv, "--batch_size", 64, processes=2))
-    finish(start(tmp_path / "mixed", *argv, "--batch_size", 64, "--epochs", 1, processes=2))
+    half = [*SMALL, *argv, "--batch_size", 64]
+    run_mains("main_clusterfit", tmp_path / "two", half, 2)
+    run_mains("main_clusterfit", tmp_path / "mixed", [*half, "--epochs", 1], 2)
     assert train(tmp_path / "mixed", *argv)[0] == 0
     for name in ("two", "mixed"):
         assert losses(tmp_path / name) == pytest.approx(expected, abs=2e-3)
@@ -353,9 +348,8 @@ def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, caps
 
 @pytest.mark.slow
 def test_digits_are_learned_without_labels(tmp_path):
-    """The bare command, a minute or two on two cores."""
-    finish(runs.start("main_clusterfit.py", tmp_path))
-    trained, untrained = few_label_accuracy(tmp_path)
+    """A sixth of the bare command's epochs."""
+    trained, untrained = few_label_accuracy(main_clusterfit.main, tmp_path, "--epochs", 10)
     assert trained > untrained + 10, (trained, untrained)
 
 

@@ -14,8 +14,8 @@ from src.labels import memory_bank
 from src.nets import resnet
 from src.run import flags
 from src.run.log import read_log
-from tests import runs
-from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.gloo import kill_mains, run_mains, start_mains
+from tests.runs import images, losses, signal_handlers, wait_for_lines
 from tests.test_main_dino import few_label_accuracy
 
 pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
@@ -37,10 +37,6 @@ def train(method, folder, *argv):
     """Run main in this process: its status and the log by iteration."""
     argv = [*SMALL, "--dump_path", str(folder), *map(str, argv)]
     return script(method).main(argv), losses(folder)
-
-
-def start(method, folder, *argv, **options):
-    return runs.start(f"main_{method}.py", folder, *SMALL, *argv, **options)
 
 
 def assignments(folder):
@@ -165,13 +161,11 @@ NO_DRAWS = (
 def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path, method):
     flags = [*NO_DRAWS, *(["--kmeans_iters", "1"] if method == "deepclusterv2" else [])]
     _, expected = train(method, tmp_path / "one", *flags)
-    argv = (*flags, "--batch_size", 64, "--checkpoint_iters", 1)
-    finish(start(method, tmp_path / "two", *argv, processes=2))
-    mixed = start(method, tmp_path / "mixed", *argv, processes=2)
-    wait_for_lines(tmp_path / "mixed", mixed, 5)
-    for pid in [*children_of(mixed), mixed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    mixed.communicate()
+    argv = (*SMALL, *flags, "--batch_size", 64, "--checkpoint_iters", 1)
+    run_mains(f"main_{method}", tmp_path / "two", argv, 2)
+    mixed = start_mains(f"main_{method}", tmp_path / "mixed", argv, 2)
+    wait_for_lines(tmp_path / "mixed", mixed[0], 5)
+    kill_mains(mixed)
     assert train(method, tmp_path / "mixed", *flags)[0] == 0
     text = (tmp_path / "mixed" / "train.log").read_text()
     assert re.search(r"continues from epoch \d, iteration [1-9]", text)
@@ -271,9 +265,11 @@ def test_bad_options_of_a_method_are_named(capsys, method, argv):
 @pytest.mark.slow
 @both
 def test_digits_are_learned_without_labels(tmp_path, method):
-    """Half of the bare command."""
-    finish(runs.start(f"main_{method}.py", tmp_path, "--epochs", 30))
-    trained, untrained = few_label_accuracy(tmp_path)
+    """A sixth of the bare command's epochs or more, of large crops alone, half the prototypes for two
+    heads, and with twice the steps."""
+    argv = shlex.split("--nmb_crops 2 --size_crops 16 --nmb_prototypes 30 30 --batch_size 64")
+    argv += ["--epochs", {"deepclusterv2": 10, "selav2": 15}[method]]
+    trained, untrained = few_label_accuracy(script(method).main, tmp_path, *argv)
     assert trained > untrained + 5, (trained, untrained)
 
 

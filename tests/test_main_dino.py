@@ -20,9 +20,8 @@ from src.evaluate import probe
 from src.evaluate.splits import Part
 from src.pictures.curves import series_of
 from src.run.log import read_log
-from tests import runs
-from tests.gloo import Main
-from tests.runs import ROOT, children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.gloo import Main, kill_mains, run_mains, start_mains
+from tests.runs import ROOT, images, losses, signal_handlers, wait_for_lines
 
 pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
 
@@ -39,10 +38,6 @@ def train(folder, *argv):
     """Run main in this process: its status and the log by iteration."""
     status = main_dino.main([*SMALL, "--dump_path", str(folder), *map(str, argv)])
     return status, losses(folder)
-
-
-def start(folder, *argv, **options):
-    return runs.start("main_dino.py", folder, *SMALL, *argv, **options)
 
 
 def saved(folder):
@@ -142,25 +137,23 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, few, processes):
     argv += ("--workers", processes - 1)
     if processes == 1:
         train(tmp_path / "whole", *argv)
-        killed = Main("main_dino", tmp_path / "killed", [*SMALL, *argv])
+        killed = [Main("main_dino", tmp_path / "killed", [*SMALL, *argv])]
     else:
-        finish(start(tmp_path / "whole", *argv, processes=processes))
-        killed = start(tmp_path / "killed", *argv, processes=processes)
-    wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
-    for pid in [*children_of(killed), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.wait()
+        run_mains("main_dino", tmp_path / "whole", [*SMALL, *argv], 2)
+        killed = start_mains("main_dino", tmp_path / "killed", [*SMALL, *argv], 2)
+    wait_for_lines(tmp_path / "killed", killed[0], random.randint(4, 14))
+    kill_mains(killed)
     if processes == 1:
         train(tmp_path / "killed", *argv)
     else:
-        finish(start(tmp_path / "killed", *argv, processes=processes))
+        run_mains("main_dino", tmp_path / "killed", [*SMALL, *argv], 2)
     assert "continues from epoch" in (tmp_path / "killed" / "train.log").read_text()
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_another_number_of_processes_takes_the_run_over(tmp_path):
-    finish(start(tmp_path, "--batch_size", 64, "--epochs", 1, processes=2))
+    run_mains("main_dino", tmp_path, [*SMALL, "--batch_size", 64, "--epochs", 1], 2)
     assert train(tmp_path, "--batch_size", 128, "--epochs", 2)[0] == 0
     assert sorted(line["iteration"] for line in read_log(tmp_path)) == list(range(20))
 
@@ -242,8 +235,15 @@ def test_the_evaluation_takes_the_teacher_and_the_runs_own_arguments(whole, tmp_
     assert "UNTRAINED" not in found and logged > 20
 
 
-def few_label_accuracy(folder):
-    """k-NN on digits with 5 labels a class, in percent: of the run and of its untrained network."""
+def few_label_accuracy(main, folder, *argv):
+    """k-NN on digits with 5 labels a class, in percent: of a run of main and of its untrained network.
+
+    The run has a digits preset and what argv says, and draws no curves, which take a second an epoch.
+    """
+    flags = ["--data_path", "digits", "--dump_path", folder, "--knn_freq", 0, "--no-tensorboard"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_dino.Run, "plot", lambda *_: None)
+        assert main([str(word) for word in [*flags, *argv]]) == 0
     argv = ["--pretrained", str(folder), "--dump_path", str(folder / "knn"), "--untrained"]
     assert eval_knn.main([*argv, "--labels_per_class", "5", "--nb_knn", "5"]) == 0
     rows = json.loads((folder / "knn" / "eval_knn.json").read_text())["results"]
@@ -253,10 +253,10 @@ def few_label_accuracy(folder):
 
 @pytest.mark.slow
 def test_a_small_vision_transformer_learns_digits_without_labels(tmp_path):
-    """Half of the bare command."""
-    argv = ["--epochs", "20", "--dump_path", str(tmp_path), "--no-tensorboard"]
-    assert main_dino.main(argv) == 0
-    trained, untrained = few_label_accuracy(tmp_path)
+    """A third of the bare command, at half the width."""
+    trained, untrained = few_label_accuracy(
+        main_dino.main, tmp_path, "--epochs", 12, "--width", 0.5
+    )
     assert trained > untrained + 10, (trained, untrained)
 
 

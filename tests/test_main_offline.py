@@ -15,9 +15,8 @@ import torch
 from src.labels import two_level
 from src.run import flags
 from src.run.log import read_log
-from tests import runs
-from tests.gloo import start_mains
-from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.gloo import kill_mains, run_mains, start_mains
+from tests.runs import images, losses, signal_handlers, wait_for_lines
 from tests.test_main_dino import few_label_accuracy
 
 pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
@@ -47,10 +46,6 @@ def train(method, folder, *argv):
     """Run main in this process: its status and the losses by iteration."""
     argv = arguments(method, "--dump_path", folder, *argv)
     return script(method).main(argv), losses(folder)
-
-
-def start(method, folder, *argv, **options):
-    return runs.start(f"main_{method}.py", folder, *arguments(method, *argv), **options)
 
 
 def assignments(folder):
@@ -215,8 +210,7 @@ NO_DRAWS = ("--no_flip", "--lr", "0.001", "--syncbn_process_group_size", "0")
 
 def on_several(method, folder, processes, *argv):
     argv = arguments(method, *argv, "--batch_size", 128 // processes)
-    ranks = start_mains(f"main_{method}", folder, argv, processes)
-    assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].read()
+    run_mains(f"main_{method}", folder, argv, processes)
     return losses(folder)
 
 
@@ -245,13 +239,10 @@ def test_several_processes_make_the_assignments_and_losses_of_one(tmp_path, meth
 def test_another_number_of_processes_takes_over_classifiers_and_momentum(tmp_path):
     _, expected = train("deepercluster", tmp_path / "one", *NO_DRAWS)
     folder = tmp_path / "mixed"
-    mixed = start(
-        "deepercluster", folder, *NO_DRAWS, "--batch_size", 32, "--checkpoint_iters", 1, processes=4
-    )
-    wait_for_lines(folder, mixed, 6)
-    for pid in [*children_of(mixed), mixed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    mixed.communicate()
+    argv = arguments("deepercluster", *NO_DRAWS, "--batch_size", 32, "--checkpoint_iters", 1)
+    mixed = start_mains("main_deepercluster", folder, argv, 4)
+    wait_for_lines(folder, mixed[0], 6)
+    kill_mains(mixed)
     assert train("deepercluster", folder, *NO_DRAWS)[0] == 0
     assert losses(folder) == pytest.approx(expected, rel=2e-2)
 
@@ -429,9 +420,9 @@ def test_a_run_whose_loss_is_not_finite_keeps_its_last_good_state(tmp_path, caps
 @pytest.mark.slow
 @both
 def test_digits_are_learned_without_labels(tmp_path, method):
-    """The bare command, two minutes on two cores."""
-    finish(runs.start(f"main_{method}.py", tmp_path))
-    trained, untrained = few_label_accuracy(tmp_path)
+    """Half of the bare command's epochs, and a fifth."""
+    epochs = {"deepcluster": 3, "deepercluster": 12}[method]
+    trained, untrained = few_label_accuracy(script(method).main, tmp_path, "--epochs", epochs)
     assert trained > untrained + 10, (trained, untrained)
     if method == "deepcluster":  # clusters become classes, and settle
         nmi = [line["nmi_labels"] for line in assignments(tmp_path)]

@@ -16,8 +16,8 @@ import eval_knn
 import main_rotnet
 from src.nets.convnets import build_convnet
 from src.run.log import read_log
-from tests import runs
-from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.gloo import kill_mains, run_mains, start_mains
+from tests.runs import images, losses, signal_handlers, wait_for_lines
 from tests.test_launch import checked_arguments, sbatch_lines
 from tests.test_main_dino import few_label_accuracy
 
@@ -34,11 +34,6 @@ def train(folder, *argv):
     """Run main in this process: its status and the log by iteration."""
     status = main_rotnet.main([*SMALL, "--dump_path", str(folder), *map(str, argv)])
     return status, losses(folder)
-
-
-def start(folder, *argv, **options):
-    """Run the script as a user does, in a process group of its own."""
-    return runs.start("main_rotnet.py", folder, *SMALL, *argv, **options)
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +112,17 @@ def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2])
-def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, processes):
+def test_a_killed_run_of_two_processes_goes_on_to_the_last_bit(tmp_path):
     """With dropout, whose draws depend on the iteration too."""
     argv = shlex.split(
         "--arch alexnet --width 0.05 --size_crops 64 --epochs 2 --checkpoint_iters 3"
     )
-    argv += ["--batch_size", 128 // processes, "--workers", processes - 1]
-    finish(start(tmp_path / "whole", *argv, processes=processes))
-    killed = start(tmp_path / "killed", *argv, processes=processes)
-    wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
-    for pid in [*children_of(killed), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
-    output = finish(start(tmp_path / "killed", *argv, processes=processes))
+    argv = [*SMALL, *argv, "--batch_size", 64, "--workers", 1]
+    run_mains("main_rotnet", tmp_path / "whole", argv, 2)
+    killed = start_mains("main_rotnet", tmp_path / "killed", argv, 2)
+    wait_for_lines(tmp_path / "killed", killed[0], random.randint(4, 14))
+    kill_mains(killed)
+    output = run_mains("main_rotnet", tmp_path / "killed", argv, 2)
     assert "continues from epoch" in output
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
@@ -140,8 +132,9 @@ def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path)
     """Small steps, as float32 alone moves a gradient; without photometry, which is drawn by rank."""
     argv = ["--lr", 0.005, "--epochs", 2, "--color_jitter", 0]
     _, expected = train(tmp_path / "one", *argv)
-    finish(start(tmp_path / "two", *argv, "--batch_size", 64, processes=2))
-    finish(start(tmp_path / "mixed", *argv, "--batch_size", 64, "--epochs", 1, processes=2))
+    half = [*SMALL, *argv, "--batch_size", 64]
+    run_mains("main_rotnet", tmp_path / "two", half, 2)
+    run_mains("main_rotnet", tmp_path / "mixed", [*half, "--epochs", 1], 2)
     assert train(tmp_path / "mixed", *argv)[0] == 0
     for name in ("two", "mixed"):
         assert losses(tmp_path / name) == pytest.approx(expected, abs=2e-3)
@@ -212,11 +205,11 @@ def test_the_evaluation_takes_the_runs_own_arguments(whole, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_digits_are_learned_without_labels(tmp_path):
-    """The bare command, a minute or two on two cores."""
-    finish(runs.start("main_rotnet.py", tmp_path))
-    trained, untrained = few_label_accuracy(tmp_path)
+    """Two thirds of the bare command's epochs, at half the width."""
+    argv = ["--epochs", 20, "--width", 0.125]
+    trained, untrained = few_label_accuracy(main_rotnet.main, tmp_path, *argv)
     assert trained > untrained + 8, (trained, untrained)
-    assert read_log(tmp_path)[-2]["accuracy"] > 75  # by chance 25
+    assert read_log(tmp_path)[-1]["accuracy"] > 75  # by chance 25
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 import main_swav
 from src.run.log import read_log
 from tests import runs
-from tests.gloo import Main, start_mains
+from tests.gloo import Main, kill_mains, run_mains, start_mains
 from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
 
 pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
@@ -209,7 +209,7 @@ def test_a_signal_finishes_the_iteration_saves_and_leaves(tmp_path, name, proces
 @pytest.mark.slow
 def test_another_number_of_processes_takes_the_run_over(tmp_path):
     argv = ("--queue_length", "256", "--epoch_queue_starts", "0")
-    finish(start(tmp_path, *argv, "--batch_size", 64, "--epochs", 1, processes=2))
+    run_mains("main_swav", tmp_path, [*SMALL, *argv, "--batch_size", 64, "--epochs", 1], 2)
     assert train(tmp_path, *argv, "--batch_size", 128, "--epochs", 2)[0] == 0
     assert sorted(line["iteration"] for line in read_log(tmp_path)) == list(range(20))
 
@@ -254,7 +254,7 @@ def test_training_goes_on_from_given_weights(whole, few, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "count, processes", [(300, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)]
+    "count, processes", [(300, 1), pytest.param(2_000, 2, marks=pytest.mark.slow)]
 )
 def test_a_folder_with_one_percent_of_broken_files_trains_through(
     tmp_path, count, processes, capfd
@@ -266,7 +266,7 @@ def test_a_folder_with_one_percent_of_broken_files_trains_through(
         assert train(tmp_path / "run", *argv)[0] == 0
         output = capfd.readouterr().out
     else:
-        output = finish(start(tmp_path / "run", *argv, processes=processes))
+        output = run_mains("main_swav", tmp_path / "run", [*SMALL, *argv], 2)
     assert f"{count:,} images" in output and "has no labels" in output
     named = set(re.findall(r"cannot read \S*/(\d{5}).jpg", output))
     assert named == {f"{i:05}" for i in range(0, count, 100)}
@@ -343,15 +343,13 @@ def test_the_weight_decay_of_a_resumed_run_is_that_of_the_command_line(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_trunk_that_draws_random_numbers_goes_on_to_the_last_bit(tmp_path):
-    argv = (
-        "--arch efficientnet_b0 --width 1 --stem imagenet --epochs 1 --checkpoint_iters 4".split()
-    )
+def test_a_trunk_that_draws_random_numbers_goes_on_to_the_last_bit(tmp_path, few):
+    argv = shlex.split("--arch efficientnet_b0 --width 1 --stem imagenet --checkpoint_iters 4")
+    argv = [*few, *argv, "--epochs", 1, "--batch_size", 9]
     _, values = train(tmp_path / "whole", *argv)  # stochastic depth
-    process = start(tmp_path / "killed", *argv)
+    process = Main("main_swav", tmp_path / "killed", [*SMALL, *argv])
     wait_for_lines(tmp_path / "killed", process, 6)
-    process.kill()
-    process.communicate()
+    kill_mains([process])
     assert train(tmp_path / "killed", *argv)[1] == values
 
 

@@ -107,8 +107,9 @@ def fill(folder: str, full_at: int | None, notes: str | None = None) -> None:
 
 
 def places(notes: Path) -> list[str]:
-    """What each use of the disk was, by its number, without numbers of processes."""
-    return [re.sub(r"tmp-.*?\d+$", "tmp", line) for line in notes.read_text().splitlines()]
+    """What each use of the disk was, by its number, without numbers of processes and of clusterings."""
+    lines = notes.read_text().splitlines()
+    return [re.sub(r"tmp-[^/]*\d", "tmp", re.sub(r"-\d+\.part", ".part", line)) for line in lines]
 
 
 def first_of_each(kinds: list[str]) -> list[int]:

@@ -8,9 +8,9 @@ log.jsonl but for times and memory, the newest checkpoint and the picture of the
 import atexit
 import contextlib
 import json
-import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from src.run import flags
+from src.run import flags, signals
 from tests.faults import harness
 from tests.gloo import CONTEXT, load_script
 
@@ -180,7 +180,6 @@ class _Fork:
 def _call_main(script, argv, screen, prepare, environ):
     """What a fresh process does from `flags.run(main)` on."""
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # the fork has that of its server
     module = load_script(script, screen, environ)
     if prepare is not None:
         prepare()
@@ -193,6 +192,20 @@ def _call_main(script, argv, screen, prepare, environ):
         flags.run(main)
     finally:
         atexit._run_exitfuncs()  # which a fork leaves out
+
+
+def start_forks(script: str, folder: Path, argv: list[str], processes: int) -> list[harness.Script]:
+    """Start main(argv) of a script in a fork for each rank, to be hurt as a script of a user."""
+    return [
+        start_fork(script, folder, argv, prepare=as_a_script, environ=environ)
+        for environ in (harness.environments_of_ranks(processes) if processes > 1 else [{}])
+    ]
+
+
+def as_a_script() -> None:
+    """Have signals do what they do in a script that a terminal has started."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals.catch()
 
 
 def few_panels() -> None:
