@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.pictures import curves
 from src.run.log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,14 @@ def signal_handlers():
     yield
     for name, handler in zip(names, before, strict=True):
         signal.signal(name, handler)
+
+
+@pytest.fixture(scope="module")
+def one_panel():
+    """Have curves.png show the loss alone: the other panels take a second a picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "PANELS", curves.PANELS[:1])
+        yield
 
 
 def images(folder, count, broken_every=0, size=16):

@@ -21,11 +21,11 @@ from src.labels.features import raw_pixels
 from src.nets.convnets import build_convnet
 from src.run.log import read_log
 from tests.gloo import run_mains, start_mains
-from tests.runs import images, losses, signal_handlers
+from tests.runs import images, losses, one_panel, signal_handlers
 from tests.test_launch import load, run_recipe, sbatch_lines
 from tests.test_main_dino import few_label_accuracy
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(

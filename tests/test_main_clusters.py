@@ -15,10 +15,10 @@ from src.nets import resnet
 from src.run import flags
 from src.run.log import read_log
 from tests.gloo import kill_mains, run_mains, start_mains
-from tests.runs import images, losses, signal_handlers, wait_for_lines
+from tests.runs import images, losses, one_panel, signal_handlers, wait_for_lines
 from tests.test_main_dino import few_label_accuracy
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 METHODS = ["deepclusterv2", "selav2"]
 SMALL = shlex.split(
@@ -233,17 +233,14 @@ def test_data_without_labels_and_broken_files_train_through(tmp_path, method):
         ("--batch_size 5000", "--batch_size 5000"),
         ("--data_path /nowhere", "--data_path /nowhere"),
         ("--dump_path {file}", "--dump_path"),
-        ("--dump_path {swav}", "another method (swav"),
+        ("--dump_path {other}", "another method ("),
         ("--unknown 3", "--unknown"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, method, argv, words):
+def test_bad_input_is_one_sentence_and_status_2(whole, tmp_path, capsys, method, argv, words):
     (tmp_path / "file").write_text("")
-    if "swav" in argv:
-        head = ["--nmb_prototypes", "10", "12", "--epochs", "1", "--log_freq", "100"]
-        script("swav").main([*SMALL, *head, "--dump_path", str(tmp_path / "swav")])
-        capsys.readouterr()
-    argv = argv.format(file=tmp_path / "file", swav=tmp_path / "swav").split()
+    other = whole[METHODS[METHODS[0] == method]][0]
+    argv = argv.format(file=tmp_path / "file", other=other).split()
     with pytest.raises(SystemExit) as stop:
         flags.run(
             lambda: script(method).main([*SMALL, "--dump_path", str(tmp_path / "run"), *argv])

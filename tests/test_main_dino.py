@@ -21,9 +21,9 @@ from src.evaluate.splits import Part
 from src.pictures.curves import series_of
 from src.run.log import read_log
 from tests.gloo import Main, kill_mains, run_mains, start_mains
-from tests.runs import ROOT, images, losses, signal_handlers, wait_for_lines
+from tests.runs import ROOT, images, losses, one_panel, signal_handlers, wait_for_lines
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 SMALL = shlex.split(
     "--arch vit_micro --width 0.25 --patch_size 4 --out_dim 64 --hidden_dim 32 "

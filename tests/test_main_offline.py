@@ -16,10 +16,10 @@ from src.labels import two_level
 from src.run import flags
 from src.run.log import read_log
 from tests.gloo import kill_mains, run_mains, start_mains
-from tests.runs import images, losses, signal_handlers, wait_for_lines
+from tests.runs import images, losses, one_panel, signal_handlers, wait_for_lines
 from tests.test_main_dino import few_label_accuracy
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 METHODS = ["deepcluster", "deepercluster"]
 SMALL = shlex.split(

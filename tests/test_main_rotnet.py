@@ -17,11 +17,11 @@ import main_rotnet
 from src.nets.convnets import build_convnet
 from src.run.log import read_log
 from tests.gloo import kill_mains, run_mains, start_mains
-from tests.runs import images, losses, signal_handlers, wait_for_lines
+from tests.runs import images, losses, one_panel, signal_handlers, wait_for_lines
 from tests.test_launch import checked_arguments, sbatch_lines
 from tests.test_main_dino import few_label_accuracy
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -205,9 +205,8 @@ def test_the_evaluation_takes_the_runs_own_arguments(whole, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_digits_are_learned_without_labels(tmp_path):
-    """Two thirds of the bare command's epochs, at half the width."""
-    argv = ["--epochs", 20, "--width", 0.125]
-    trained, untrained = few_label_accuracy(main_rotnet.main, tmp_path, *argv)
+    """The bare command: with fewer epochs, or a narrower network, the margin is that of the seeds."""
+    trained, untrained = few_label_accuracy(main_rotnet.main, tmp_path)
     assert trained > untrained + 8, (trained, untrained)
     assert read_log(tmp_path)[-1]["accuracy"] > 75  # by chance 25
 

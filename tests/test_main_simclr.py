@@ -11,10 +11,10 @@ import eval_knn
 import main_simclr
 from src.run.log import read_log
 from tests.gloo import run_mains
-from tests.runs import losses, signal_handlers
+from tests.runs import losses, one_panel, signal_handlers
 from tests.test_main_dino import few_label_accuracy
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 SMALL = shlex.split(
     "--arch resnet10 --width 0.125 --stem small --hidden_mlp 32 --feat_dim 16 --nmb_crops 2 1 "

@@ -14,9 +14,17 @@ import main_swav
 from src.run.log import read_log
 from tests import runs
 from tests.gloo import Main, kill_mains, run_mains, start_mains
-from tests.runs import children_of, finish, images, losses, signal_handlers, wait_for_lines
+from tests.runs import (
+    children_of,
+    finish,
+    images,
+    losses,
+    one_panel,
+    signal_handlers,
+    wait_for_lines,
+)
 
-pytestmark = pytest.mark.usefixtures(signal_handlers.__name__)
+pytestmark = pytest.mark.usefixtures(signal_handlers.__name__, one_panel.__name__)
 
 SMALL = shlex.split(
     "--arch resnet10 --width 0.125 --stem small --hidden_mlp 32 --feat_dim 16 --nmb_crops 2 1 "
