@@ -54,7 +54,7 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6450),
+    "main_swav": (27, 6500),
     "main_simclr": (26, 6350),
     "main_selav2": (31, 7250),
     "main_deepclusterv2": (32, 7450),

@@ -121,11 +121,7 @@ def open_dataset(
     else:
         raise _no_images_at(path, folder, flag)
     if len(source) == 0:
-        left_out = getattr(source, "left_out", "")
-        left_out = f"; left out: {left_out}" if left_out else ""
-        raise FileNotFoundError(
-            f"{flag} {folder} has no image in it, nor in its subfolders{left_out}"
-        )
+        raise _empty(source, folder, flag)
     if getattr(source, "labels", None) is not None:  # of shards and lists
         labels, classes = _number_labels(source.labels)
     unlabelled_since = unlabelled_since or getattr(source, "unlabelled_since", "")
@@ -161,6 +157,13 @@ def _annotated_source(folder, split, data_root, label_column, flag):
 
     paths = os.path.isdir(folder) and find_annotations(folder, split, flag)
     return ListSource(paths[0], split, data_root or paths[1], label_column, flag) if paths else None
+
+
+def _empty(source, folder, flag):
+    """The error of a folder without images; says what else is in it."""
+    left_out = getattr(source, "left_out", "")
+    left_out = f"; left out: {left_out}" if left_out else ""
+    return FileNotFoundError(f"{flag} {folder} has no image in it, nor in its subfolders{left_out}")
 
 
 def _no_images_at(path, folder, flag):
