@@ -236,7 +236,7 @@ print(failures)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # half a minute on a machine that has nothing else to do
+@pytest.mark.timeout(1800)  # a minute on a machine that has nothing else to do
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_the_first_exponential_of_1000_processes_on_two_threads_is_right():
     """Without settle_vector_functions it is wrong by 1.5e-4 in up to 1 of 300, on some processors: in
