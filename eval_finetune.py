@@ -46,6 +46,7 @@ from src.evaluate.finetuning import (
     report,
 )
 from src.evaluate.splits import count_classes
+from src.evaluate.stored_features import labelled_digest
 from src.nets.backbones import is_transformer
 from src.nets.pretrained import MODEL_FLAGS
 from src.nets.weights import fingerprint
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     train, val = finetuning_flags.open_parts(args)
     train = val if args.debug else train
     num_classes = count_classes(None, train, val)
+    if "batch_size" not in args.given and args.batch_size:  # the protocol's
+        args.batch_size = min(args.batch_size, max(1, len(train) // launch.world_size))
     finetuning_flags.fill_in_batch(args, launch.world_size, len(train), args.batch)
     total = args.batch_size * launch.world_size
     network = open_network(args)
@@ -124,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         "weights": fingerprint(network.model, network.head),
         "batch": total,
         "images": [len(train), len(val), num_classes],
+        "content": [labelled_digest(train), labelled_digest(val)],
     }
     if args.sobel2RGB:
         fold_sobel(network.model)
@@ -414,6 +418,12 @@ def check_args(args) -> None:
     for name in unused:
         if name in args.given:
             raise ValueError(f"--{name} is not for --scheduler {args.scheduler}: leave it out")
+    is_given = args.drop_path_rate and "drop_path_rate" in args.given
+    if is_given and not is_transformer(args.arch):
+        raise ValueError(
+            f"--drop_path_rate {args.drop_path_rate} is for vision transformers, which --arch {args.arch} is "
+            "not: leave it out"
+        )
     if args.layer_decay > 1:
         raise ValueError(f"--layer_decay {args.layer_decay} must be at most 1")
 

@@ -126,6 +126,7 @@ def deepcluster_features(files, network, images, targets, args):
         return rmac.descriptors(last_map(x), args.L, whitening)
 
     found, width = {}, (len(whitening.components),)
+    of_whitening = f"{learnt_on} {rmac.digest(whitening)}"
     for name, dataset in images.items():
         if not includes(args.stage, name):
             continue
@@ -133,7 +134,7 @@ def deepcluster_features(files, network, images, targets, args):
         total = 0
         for side in RESOLUTIONS if args.multires else (args.S,):
             resize = functools.partial(longer_side, side=side if side > 0 else None, boxes=boxes)
-            rows = files.rows(name, dataset, resize, forward, width, side=side, pca=learnt_on)
+            rows = files.rows(name, dataset, resize, forward, width, side=side, pca=of_whitening)
             total = total + rows.read()
         found[name] = total
     return found
@@ -145,7 +146,9 @@ def learn(files, last_map, dim, dataset, args, data):
     dim: channels of the map. data: what tells these images from others.
     """
     path = whitening_path(files, data)
-    if dist.broadcast_object(path.is_file()):
+    learnt_on = path.with_suffix(".txt")  # the digest of its images
+    is_there = path.is_file() and learnt_on.is_file()
+    if dist.broadcast_object(is_there and learnt_on.read_text() == dataset.digest()):
         logger.info(f"the PCA is in {path} already")
         return rmac.broadcast_whitening(load_tensors(path) if dist.is_main() else None)
     resize = functools.partial(longer_side, side=args.S if args.S > 0 else None)
@@ -158,6 +161,7 @@ def learn(files, last_map, dim, dataset, args, data):
     device = files.device
     whitening = rmac.learn_whitening(file.read()[own.start : own.stop], args.n_pca, device)
     checkpoint.by_main(lambda: write_tensors(path, rmac.as_tensors(whitening)), "save the PCA")
+    checkpoint.by_main(lambda: write_whole(learnt_on, dataset.digest()), "save the PCA")
     logger.info(f"PCA of {len(dataset):,} images to {len(whitening.components)}: {path}")
     file.remove()  # the largest file of all
     return whitening
@@ -278,7 +282,12 @@ def main(argv: list[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"arch": network.arch, "weights": fingerprint(network.model)}
     settings |= {"mean": mean, "std": std, "precision": precision}
-    of_pca = {name: value for name, value in settings.items() if name != "whitening_path"}
+    # Neither the PCA nor the features at a resolution depend on these.
+    of_pca = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("whitening_path", "multires")
+    }
     files = FeatureFolder(
         folder,
         of_pca,
@@ -408,6 +417,11 @@ def check_args(args) -> None:
     if args.protocol == "dino" and args.stage in ("extract_train", "train_pca"):
         raise ValueError(
             f"--stage {args.stage} is for --protocol deepcluster: --protocol dino learns nothing"
+        )
+    if args.whitening_path and args.stage in ("extract_train", "train_pca"):
+        raise ValueError(
+            f"--stage {args.stage} learns a PCA of the images of --dataset, and --whitening_path names other "
+            "ones: leave one of them out"
         )
     if args.S < 1 and args.S != -1:
         raise ValueError(f"--S {args.S} must be a number of pixels, or -1 for images as they are")

@@ -84,7 +84,7 @@ from src.evaluate.splits import (
     open_splits,
     split_folds,
 )
-from src.evaluate.stored_features import images_digest, stored_features
+from src.evaluate.stored_features import labelled_digest, stored_features
 from src.evaluate.ten_crops import VIEWS
 from src.evaluate.voc import TESTED_ON
 from src.labels.features import share
@@ -336,7 +336,11 @@ def evaluate_logistic(network, train, val, num_classes, args):
             labels=train.labels,
             num_classes=num_classes,
             folder=folder,
-            settings={**settings, "images": images_digest(train, indices)},
+            settings={
+                **settings,
+                "images": labelled_digest(train, indices),
+                "classes": num_classes,
+            },
             device=process.device,
             penalties=args.penalties,
             intercept=args.intercept,

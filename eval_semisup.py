@@ -45,6 +45,7 @@ from src.evaluate.finetuning import (
 from src.evaluate.finetuning_flags import FEW_LABELS
 from src.evaluate.linear_features import ONLY_FLIP
 from src.evaluate.splits import count_classes
+from src.evaluate.stored_features import labelled_digest
 from src.nets.pretrained import MODEL_FLAGS
 from src.nets.weights import fingerprint
 from src.optim import step_lr
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         "labelled": digest,
         "batch": total,
         "images": [len(train), len(val), num_classes],
+        "content": [labelled_digest(train), labelled_digest(val)],
     }
     module = FineTunedNetwork(network.model, num_classes, args.seed)
     finetuning_flags.check_network(module, args, [args.size])

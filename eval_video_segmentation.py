@@ -195,7 +195,9 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopSignal()
 
     # ============ the videos that are not done ============
-    missing = [video for video in videos if read_done(folder, video, settings) is None]
+    settings["precision"] = precision
+    of_video = {video.name: {**settings, "video": davis.digest(video)} for video in videos}
+    missing = [v for v in videos if read_done(folder, v, of_video[v.name]) is None]
     missing = dist.broadcast_object(missing)  # as the main process sees the folder
     log_plan(args, videos, missing, stride, process)
     rounds = -(-len(missing) // process.world_size)
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             video = own[place]
             measures = segment(video, tracker, folder / video.name, stop, progress)
             if measures is not None:
-                contents = {**measures, "settings": settings}
+                contents = {**measures, "settings": of_video[video.name]}
                 write_whole(folder / f"{video.name}.json", json.dumps(contents) + "\n")
         if stop.agreed():
             return leave(stop)
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # ============ results ============
     if process.rank == 0:
-        done = [read_done(folder, video, settings) for video in videos]
+        done = [read_done(folder, video, of_video[video.name]) for video in videos]
         named = {name: getattr(args, name) for name in NAMED}
         report(videos, done, settings | named, out / "eval_video_segmentation.json")
         files = [(video.name, video.frames, folder / video.name) for video in videos]
@@ -236,9 +238,12 @@ def read_done(folder, video, settings):
     done = json.loads(path.read_text())
     for name, value in settings.items():
         if done["settings"].get(name) != value:
+            found = f"with {name} {done['settings'].get(name)}, not {value}"
+            if name == "video":
+                found = f"of another video named {video.name}, or with other frames or masks"
             raise ValueError(
-                f"{folder} holds masks with {name} {done['settings'].get(name)}, not {value}: use another "
-                "--dump_path, or remove that folder to start afresh"
+                f"{folder} holds masks {found}: use another --dump_path, or remove that folder to start "
+                "afresh"
             )
     return done
 

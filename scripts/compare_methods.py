@@ -16,6 +16,7 @@ the others go on, and the exit status is 1.
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import shlex
@@ -98,13 +99,26 @@ class Comparison:
         self.done = {}
         if self.file.exists():
             for line in self.file.read_text().splitlines():
-                result = json.loads(line)
-                self.done[result["method"], result["seed"], result["step"]] = result
+                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+                    result = json.loads(line)
+                    self.done[result["method"], result["seed"], result["step"]] = result
         self.chains = [
             (method, seed) for seed in range(args.seeds) for method in [*args.methods, UNTRAINED]
         ]
         self.num_steps = sum(len(self.steps_of(*chain)) for chain in self.chains)
+        self.check_commands()
         self.failed = 0
+
+    def check_commands(self):
+        """ValueError where --out holds a result of another command: other settings are not one table."""
+        for method, seed in self.chains:
+            for name, command, _ in self.steps_of(method, seed):
+                found = self.done.get((method, seed, name))
+                if found and found["command"] != command:
+                    raise ValueError(
+                        f"--out {self.out} holds {name} of {method} by another command "
+                        f"({found['command']}): use another --out"
+                    )
 
     def steps_of(self, method, seed):
         """(name, command, file of the result) of each step of a chain, in order."""
@@ -243,14 +257,18 @@ def mean_and_spread(values, wanted):
 def main(argv=None):
     """Run what is left; returns 0, 1 where a step failed, or 130 after a signal."""
     args = parse_args(argv)
-    comparison = Comparison(args)
+    try:
+        comparison = Comparison(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), comparison.stop)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         chains = [pool.submit(comparison.run_chain, *chain) for chain in comparison.chains]
         for chain in chains:
             chain.result()
-    print((comparison.out / "results.md").read_text() if comparison.done else "nothing is done")
+    print(table(comparison.done, args))
     if comparison.stopped:
         print("stopped; the same command goes on")
         return 130

@@ -8,9 +8,9 @@ eval_linear.py with the protocol of that name, voc07 by eval_voc07.py --protocol
 eval_linear.py as it is. Other flags, such as --checkpoint_key teacher --workers 4, go to all of them.
 
 Each evaluation has a folder of its own below --dump_path, by default transfer/ in the run's folder. The
-table is in transfer.md there, and transfer.jsonl has a line for each set. The same command again goes on
-where it stopped. With --nproc_per_node torchrun starts as many processes. Exit status: that of the first
-evaluation that fails or is stopped.
+table, of the last epoch of each training, is in transfer.md there, and transfer.jsonl has a line for
+each set. The same command again goes on where it stopped. With --nproc_per_node torchrun starts as many
+processes. Exit status: that of the first evaluation that fails or is stopped.
 """
 
 import argparse
@@ -108,8 +108,12 @@ def result(name, path, folder):
         found = json.loads((folder / "eval_linear.json").read_text())
         metric = "top-1" if "top1" in found else "mAP"
         second = "top5" if "top1" in found else "map_11points"
-        figures = {"metric": metric, "value": found["best_top1" if "top1" in found else "best_map"]}
-        figures["second"] = f"{second.replace('top5', 'top-5')} {found[f'best_{second}']:.2f}"
+        first = "top1" if "top1" in found else "map"
+        figures = {"metric": metric, "value": found[first]}
+        best = found[f"best_{first}"]
+        figures["second"] = (
+            f"{second.replace('top5', 'top-5')} {found[second]:.2f}, best epoch {best:.2f}"
+        )
     return {"data": name, "path": path, "protocol": found["settings"]["protocol"], **figures}
 
 

@@ -42,6 +42,28 @@ def test_the_table_has_mean_and_spread_and_says_how_many_are_missing(tmp_path):
     ]
 
 
+def test_results_of_another_command_are_not_taken_over(tmp_path, capsys):
+    argv = [
+        "--data_path",
+        "digits",
+        "--out",
+        str(tmp_path),
+        "--methods",
+        "swav",
+        "--evaluations",
+        "knn",
+    ]
+    args = compare_methods.parse_args(argv)
+    comparison = compare_methods.Comparison(args)
+    _, (name, command, _) = comparison.steps_of("swav", 0)
+    result = {"method": "swav", "seed": 0, "step": name, "value": 50.0, "command": command}
+    (tmp_path / "results.jsonl").write_text(json.dumps(result) + '\n{"method": "sw')
+    again = compare_methods.Comparison(args)
+    assert again.done["swav", 0, "knn"]["value"] == 50.0  # the line that was cut short is none
+    assert compare_methods.main([*argv, "--data_path", "cifar10"]) == 2
+    assert "holds knn of swav by another command" in capsys.readouterr().err
+
+
 def test_full_is_other_defaults_and_flags_win_over_it(tmp_path):
     args = arguments(tmp_path, "--full", "--epochs", 7)
     assert (args.epochs, args.finetune_epochs, args.width) == (7, 50, 1.0)

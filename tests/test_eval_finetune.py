@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -110,6 +111,23 @@ def test_several_crops_are_those_of_the_training_scripts():
 
 
 # ============ whole evaluations ============
+def test_results_of_other_images_or_labels_are_not_taken_over(images, tmp_path):
+    run(tmp_path / "out", images, "--epochs", 1)
+    shutil.copytree(images, tmp_path / "renamed")
+    first = sorted((tmp_path / "renamed" / "train").rglob("*.*"))[0]
+    first.rename(first.with_stem("another"))
+    shutil.copytree(images, tmp_path / "labelled")
+    for part in ("train", "val"):
+        folder = tmp_path / "labelled" / part
+        first, second = sorted(path for path in folder.iterdir() if path.is_dir())
+        first.rename(folder / "moved")
+        second.rename(first)
+        (folder / "moved").rename(second)
+    for other in ("renamed", "labelled"):
+        with pytest.raises(OSError, match="holds an evaluation with content"):
+            run(tmp_path / "out", tmp_path / other, "--epochs", 1)
+
+
 def test_red_and_blue_are_told_apart_and_everything_is_written(images, tmp_path, capsys):
     found = run(tmp_path, images, "--epochs", 12, "--checkpoint_freq", 6)
     assert found["best_top1"] == 100.0 and found["epoch"] == 12 and len(found["history"]) == 12

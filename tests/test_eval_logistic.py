@@ -91,6 +91,28 @@ def test_one_penalty_is_not_searched_and_an_intercept_may_be_added(whole, tmp_pa
     assert (scores.argmax(1).numpy() == theirs.predict(rows)).mean() > 0.999
 
 
+def test_other_penalties_and_other_labels_are_fitted_anew_from_the_same_features(
+    whole, tmp_path, monkeypatch
+):
+    shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(stored_features, "extract_features", None)  # would be called
+    (row,) = evaluate(tmp_path / "out", "--penalties", 0.1)
+    assert row["penalty"] == 0.1
+    again, opened = json.loads((whole / "eval_logistic.json").read_text())["results"][1], []
+    original = eval_linear.open_splits
+
+    def with_other_labels(*arguments, **options):
+        parts = original(*arguments, **options)
+        opened.extend(parts)
+        for part in parts:
+            part.labels = 9 - part.labels
+        return parts
+
+    monkeypatch.setattr(eval_linear, "open_splits", with_other_labels)
+    (other,) = evaluate(tmp_path / "out")
+    assert opened and abs(other["top1"] - again["top1"]) < 2  # 0 % by the fits that are there
+
+
 def test_subsets_use_the_features_of_all_or_have_a_file_of_their_own(whole, tmp_path, monkeypatch):
     (alone,) = evaluate(tmp_path, "--label_fractions", 0.1)
     (file,) = (tmp_path / "logistic").glob("train_*.npy")

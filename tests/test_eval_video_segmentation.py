@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -185,6 +186,15 @@ def test_masks_made_with_other_settings_are_not_gone_on_with(tmp_path, data):
     run(tmp_path, data)
     with pytest.raises(ValueError, match="holds masks with topk 5, not 4: use another --dump_path"):
         run(tmp_path, data, "--topk", 4)
+
+
+def test_masks_of_other_videos_with_the_same_names_are_not_gone_on_with(tmp_path, data):
+    run(tmp_path, data)
+    shutil.copytree(data, tmp_path / "other")
+    mask = next((tmp_path / "other" / "Annotations").rglob("*.png"))
+    mask.write_bytes(mask.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="holds masks of another video named .*: use another"):
+        run(tmp_path, tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Pont-Tuset et al. 2017, arXiv:1704.00675. JPEGImages/480p/<video>/00000.jpg, ...
 Annotations/480p/<video>/00000.png, ..., of which the first one is given; ImageSets/2017/<split>.txt.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,16 @@ class Video:
     name: str
     frames: list[Path]
     masks: list[Path | None]
+
+
+def digest(video: Video) -> str:
+    """What tells a video from others of its name: its frames by name, the first by content, its masks."""
+    found = hashlib.blake2b(digest_size=8)
+    for path in video.frames:
+        found.update(path.name.encode(errors="surrogateescape") + b"\0")
+    for path in (video.frames[0], *(mask for mask in video.masks if mask is not None)):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def open_davis(path: str, split: str, flag: str = "--data_path") -> list[Video]:

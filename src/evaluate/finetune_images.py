@@ -74,9 +74,11 @@ class RandAugmentedCrops(MultiCropDataset):
 
 
 class RepeatingSampler(EpochSampler):
-    """Triples (epoch, index, place): each image `repeats` times in a row, as many rows as images.
+    """Triples (epoch, index, place): each image `repeats` times in a batch, as many rows as images.
 
-    An epoch has the first 1 / repeats of the images in its order. See EpochSampler for the rest.
+    An epoch has the first 1 / repeats of the images in its order. The copies of an image lie apart, a b c
+    a b c, so that mixup and CutMix, which mix neighbours, mix different images. See EpochSampler for the
+    rest.
     """
 
     def __init__(self, *args, repeats: int, **options):
@@ -87,10 +89,13 @@ class RepeatingSampler(EpochSampler):
         order = epoch_permutation(self.num_samples, self.seed, self.epoch, self.groups)
         order = order.repeat(self.repeats)[: self.num_samples]
         batches = self.num_samples // (self.batch_size * self.world_size)
+        total = self.batch_size * self.world_size
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for batch in range(self.start_iteration, batches):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            for place in range(start, start + self.batch_size):
-                yield self.epoch, int(order[place]), place
+            places = np.arange(batch * total, (batch + 1) * total)
+            apart = np.concatenate([order[places[i :: self.repeats]] for i in range(self.repeats)])
+            for index, place in zip(apart[own], places[own], strict=True):
+                yield self.epoch, int(index), int(place)
 
 
 class TrainingImages:

@@ -192,6 +192,12 @@ def stored_images(
     return f"train_{hashlib.blake2b(union.numpy().tobytes(), digest_size=4).hexdigest()}", union
 
 
+def _digest_of(settings):
+    """A few letters that tell settings from others: fits with other penalties have a file of their own."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def open_search(
     name: str,
     indices: Tensor,
@@ -225,7 +231,7 @@ def open_search(
     settings = {**settings, "penalties": penalties, "intercept": intercept, "seed": seed}
     return Search(
         name,
-        folder / f"fits_{settings['images']}.pth",
+        folder / f"fits_{_digest_of(settings)}.pth",
         settings,
         features=unit_rows(matrix[rows[own]], device),
         labels=labels[indices[own]].to(device),

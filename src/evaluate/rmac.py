@@ -4,6 +4,8 @@ Tolias, Sicre and Jegou 2016, arXiv:1511.05879, section 3.2. DeepCluster (arXiv:
 evaluate instance retrieval with it.
 """
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,6 +94,14 @@ def descriptors(maps: Tensor, levels: int, whitening: Whitening) -> Tensor:
 def as_tensors(whitening: Whitening) -> dict[str, Tensor]:
     """What is to be saved of a whitening, on the CPU."""
     return {name: value.cpu() for name, value in vars(whitening).items()}
+
+
+def digest(whitening: Whitening) -> str:
+    """A few letters that tell a whitening from others."""
+    found = hashlib.blake2b(digest_size=8)
+    for _, value in sorted(as_tensors(whitening).items()):
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def broadcast_whitening(tensors: dict[str, Tensor] | None) -> Whitening:

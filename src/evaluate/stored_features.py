@@ -75,6 +75,13 @@ def images_digest(dataset: ImageDataset, indices: Tensor | None = None) -> str:
     return f"{digest}-{hashlib.blake2b(indices.numpy().tobytes(), digest_size=8).hexdigest()}"
 
 
+def labelled_digest(dataset: ImageDataset, indices: Tensor | None = None) -> str:
+    """The same, of the images and their labels: others where a class of an image is another."""
+    labels = dataset.labels if indices is None else dataset.labels[indices]
+    digest = hashlib.blake2b(labels.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    return f"{images_digest(dataset, indices)}-{digest}"
+
+
 def _is_complete(path, settings):
     """Whether all features are there, None where none are. Raises CheckpointError for others' features."""
     if not path.is_file() or not path.with_suffix(".npy").is_file():

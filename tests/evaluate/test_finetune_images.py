@@ -127,7 +127,11 @@ def test_an_epoch_of_repeats_has_a_third_of_the_images_three_times_with_other_dr
     assert len({index for _, index, _ in rows}) == 8 and len(rows) == 24
     assert [place for *_, place in rows] == list(range(24))
     crops, targets = next(images(0, 0))
-    assert targets[0] == targets[1] == targets[2] and not torch.equal(crops[0][0], crops[0][1])
+    indices = [index for _, index, _ in rows[:6]]
+    assert (
+        indices[:2] == indices[2:4] == indices[4:] and indices[0] != indices[1]
+    )  # neighbours differ
+    assert targets[0] == targets[2] == targets[4] and not torch.equal(crops[0][0], crops[0][2])
 
 
 def test_randaugment_is_torchvisions_and_leaves_the_random_state():
