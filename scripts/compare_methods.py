@@ -216,13 +216,9 @@ class Comparison:
 def figure(name, path):
     """The figure in per cent of an evaluation's file."""
     result = json.loads(path.read_text())
-    if name == "knn":
+    if name in ("knn", "logistic"):
         return result["results"][0]["top1"]
-    if name == "clusters":
-        return 100 * result["accuracy"]
-    if name == "logistic":
-        return result["results"][0]["top1"]
-    return result["top1"]
+    return 100 * result["accuracy"] if name == "clusters" else result["top1"]
 
 
 # ============ the table ============

@@ -83,3 +83,16 @@ def images(folder, count, broken_every=0, size=16):
         if broken_every and i % broken_every == 0:
             path.write_bytes(path.read_bytes()[:200])
     return folder
+
+
+def write_noise(folder, counts, names=("blue", "red"), suffix=".png"):
+    """A folder of class folders with noise of two colours: counts: of the images of each class, by split."""
+    draws = np.random.default_rng(0)
+    for split, numbers in counts.items():
+        for name, channel, count in zip(names, (2, 0), numbers, strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draws.integers(0, 100, (10, 12, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 100
+                Image.fromarray(pixels).save(folder / split / name / f"{name}_{i}{suffix}")
+    return folder

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval_finetune
 from src import dist
@@ -20,7 +19,7 @@ from src.nets.pretrained import open_pretrained
 from src.nets.resnet import build_model
 from src.run import flags
 from tests.gloo import run_ranks
-from tests.runs import signal_handlers  # noqa: F401, used by name
+from tests.runs import signal_handlers, write_noise  # noqa: F401, used by name
 
 NETWORK = shlex.split("--arch resnet10 --stem small --width 0.125 --size 8")
 QUICK = shlex.split("--workers 0 --device cpu --epochs 2 --log_freq 2 --lr 0.05 --batch_size 8")
@@ -39,15 +38,8 @@ def handlers(signal_handlers):  # noqa: F811
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """train/ with 12 + 12 and val/ with 5 + 4 images: blue and red noise."""
-    folder, draws = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, counts in (("train", (12, 12)), ("val", (5, 4))):
-        for name, channel, count in (("blue", 2, counts[0]), ("red", 0, counts[1])):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = draws.integers(0, 100, (10, 12, 3), dtype=np.uint8)
-                pixels[:, :, channel] += 100
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
-    return folder
+    folder = tmp_path_factory.mktemp("images")
+    return write_noise(folder, {"train": (12, 12), "val": (5, 4)})
 
 
 def run(folder, images, *argv, network=NETWORK, name="eval_finetune"):

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval_semisup
 import main_swav
@@ -20,7 +19,7 @@ from src.nets.pretrained import open_pretrained
 from src.nets.resnet import build_model
 from src.run import checkpoint, flags
 from tests.gloo import run_ranks
-from tests.runs import signal_handlers  # noqa: F401, used by name
+from tests.runs import signal_handlers, write_noise  # noqa: F401, used by name
 
 NETWORK = shlex.split("--arch resnet10 --stem small --width 0.125 --size 8")
 QUICK = shlex.split(
@@ -36,15 +35,9 @@ def handlers(signal_handlers):  # noqa: F811
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """train/ with 20 + 20 and val/ with 5 + 4 images, called as ImageNet's: blue and red noise."""
-    folder, draws = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, counts in (("train", (20, 20)), ("val", (5, 4))):
-        for name, channel, count in (("n01", 2, counts[0]), ("n02", 0, counts[1])):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = draws.integers(0, 100, (10, 12, 3), dtype=np.uint8)
-                pixels[:, :, channel] += 100
-                Image.fromarray(pixels).save(folder / split / name / f"{name}_{i}.JPEG")
-    return folder
+    folder = tmp_path_factory.mktemp("images")
+    counts = {"train": (20, 20), "val": (5, 4)}
+    return write_noise(folder, counts, names=("n01", "n02"), suffix=".JPEG")
 
 
 def run(folder, images, *argv):
