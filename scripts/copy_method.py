@@ -17,6 +17,7 @@ one sentence where the script, the name or the folder will not do.
 
 import argparse
 import ast
+import functools
 import keyword
 import re
 import subprocess
@@ -53,9 +54,15 @@ def import_statements(tree: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.s
             yield node, lazy
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        else:
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        elif not isinstance(node, ast.expr):  # which holds no statements
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             yield from import_statements(node, lazy or is_function)
+
+
+@functools.cache
+def imports_in(text: str) -> list[tuple[ast.stmt, bool]]:
+    """The same of the text of a file, which is read once however many modules need it."""
+    return list(import_statements(ast.parse(text)))
 
 
 def imported_modules(statement: ast.stmt, module: str, root: Path) -> list[str]:
@@ -75,8 +82,7 @@ def imported_modules(statement: ast.stmt, module: str, root: Path) -> list[str]:
 def imports_of(module: str, root: Path) -> tuple[list[str], list[str]]:
     """What a module of `root` imports: (when it is loaded, when a function of it is called)."""
     loaded, lazy = [], []
-    tree = ast.parse(file_of(module, root).read_text(encoding="utf-8"))
-    for statement, waits in import_statements(tree):
+    for statement, waits in imports_in(file_of(module, root).read_text(encoding="utf-8")):
         (lazy if waits else loaded).extend(imported_modules(statement, module, root))
     return loaded, lazy
 

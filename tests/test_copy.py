@@ -130,6 +130,7 @@ def test_what_was_not_copied_is_refused_before_anything_is_trained(tmp_path, arg
 
 
 # ============ what is in it ============
+@pytest.mark.slow
 def test_a_copy_has_what_is_needed_and_no_evaluation_and_pictures(tmp_path):
     files = copy("main_simclr.py", tmp_path / "new" / "copy")
     assert {"main_simclr.py", "README.md", "LICENSE", "src/nets/resnet.py"} <= set(files)

@@ -52,6 +52,7 @@ def _clusters(rank, world_size, method):
     return dist.all_gather_rows(labels.cpu()).tolist(), number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["Kmeans", "PIC"])
 def test_clusters_are_those_of_one_process_and_find_what_is_there(method):
     (labels, number), *others = run_ranks(_clusters, 1, method)

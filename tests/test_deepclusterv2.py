@@ -159,6 +159,7 @@ def _assigned(rank, world_size, start):
     return [p.numpy() for p in prototypes], labels.labels.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_clusters_are_the_same_on_any_number_of_processes(world_size):
     for start in ("random", "k-means++"):

@@ -184,6 +184,7 @@ def test_classifiers_learn_the_mean_of_their_super_class_on_any_number_of_proces
         assert np.abs(saved[f"{s}.momentum_weight"]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_saved_classifiers_go_on_with_their_momentum_on_another_number_of_processes():
     alone = run_ranks(_steps, 1)[0]
     twice = run_ranks(_steps, 1, alone)[0]

@@ -248,6 +248,7 @@ def test_each_kind_of_collapse_is_named_with_the_flags_that_help(change, words):
     assert main_dino.diagnose([HEALTHY, *bad[1:]], 1024) is None
 
 
+@pytest.mark.slow
 def test_the_students_kl_in_the_log_is_that_of_the_targets_it_learned(tmp_path):
     """Before any step student and teacher are equal but for temperatures: the KL cannot be negative."""
     argv = "--arch vit_micro --width 0.25 --out_dim 64 --epochs 1 --warmup_epochs 0 --log_freq 1 --knn_freq 0"

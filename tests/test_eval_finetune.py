@@ -120,6 +120,7 @@ def test_results_of_other_images_or_labels_are_not_taken_over(images, tmp_path):
             run(tmp_path / "out", tmp_path / other, "--epochs", 1)
 
 
+@pytest.mark.slow
 def test_red_and_blue_are_told_apart_and_everything_is_written(images, tmp_path, capsys):
     found = run(tmp_path, images, "--epochs", 12, "--checkpoint_freq", 6)
     assert found["best_top1"] == 100.0 and found["epoch"] == 12 and len(found["history"]) == 12
@@ -151,6 +152,7 @@ def test_from_scratch_starts_where_the_pre_training_of_a_run_began(images, tmp_p
     assert torch.equal(scratch, none) and not torch.allclose(scratch, trained)
 
 
+@pytest.mark.slow
 def test_the_supervised_baseline_with_multi_crop_can_be_evaluated_as_the_methods_are(
     images, tmp_path
 ):
@@ -224,6 +226,7 @@ def _whole_run(rank, world_size, folder, argv):
     return found, {name: x.numpy() for name, x in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet", "vit"])
 def test_two_processes_equal_one(images, tmp_path, network):
     """At a rate that does not make much of what float32 rounds, and without stochastic depth."""

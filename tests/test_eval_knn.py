@@ -260,6 +260,7 @@ def test_the_published_command_of_dino_takes_the_class_token_of_the_teacher(tmp_
         evaluate(tmp_path, *argv, "--checkpoint_key", "momentum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet10"])
 def test_a_run_of_dino_needs_no_other_flag_than_where_it_is(tmp_path, arch):
     flags = {"arch": arch, "width": 0.125, "in_chans": 3, "stem": "imagenet"}
@@ -387,6 +388,7 @@ def test_features_of_a_released_classifier_are_its_own(tmp_path, images, body):
         evaluate(tmp_path, *argv, "--size", 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "sobel"), [("resnet10", True), ("resnet10", False), ("vgg16", False)]
 )

@@ -181,6 +181,7 @@ def _on_my_rows(rank, world_size, shares, channels):
     return found, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [0, 4])
 @pytest.mark.parametrize("half", [0.3, 0.0])
 def test_two_processes_with_uneven_rows_or_none_equal_one(channels, half):
@@ -344,6 +345,7 @@ def test_the_learning_rate_changes_by_epoch(images, tmp_path, options, expected)
     ]
 
 
+@pytest.mark.slow
 def test_one_that_diverges_leaves_the_others_alone_and_all_stop_the_run(images, tmp_path):
     argv = [*NETWORK, "--data_path", images, "--wd", "1"]
     found = evaluate(tmp_path / "a", *argv, "--epochs", "30", "--lrs", "0.1", "1e20")
@@ -425,6 +427,7 @@ def _whole_evaluation(rank, world_size, folder, argv):
     return found, {name: x.numpy() for name, x in trained(Path(folder)).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--cache_features", "--use_bn", "true"]])
 def test_two_processes_equal_one(images, tmp_path, options):
     argv = [*NETWORK, "--data_path", str(images), *options]
@@ -499,6 +502,7 @@ def test_a_run_keeps_its_checkpoint_and_log_and_needs_no_other_flag(tmp_path):
     assert fingerprint(opened.model, opened.head) == fingerprint(model) == settings["weights"]
 
 
+@pytest.mark.slow
 def test_a_run_of_dino_is_evaluated_by_its_protocol_with_its_teacher(tmp_path):
     networks = dino_run(tmp_path)
     for key, options in (("teacher", []), ("student", ["--checkpoint_key", "student"])):
@@ -701,6 +705,7 @@ def test_of_the_protocols_deepcluster_alone_does_not_scale_its_crops(images, tmp
     assert unscaled == [True, False, False]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_ten_crops_of_a_convolution(images, tmp_path):
     argv = [*VGG, "--data_path", str(images), "--conv", "5", "--tencrops", "--cache_features"]
     one, weights = _whole_evaluation(0, 1, tmp_path / "one", [*argv, "--batch_size", "16"])
@@ -770,6 +775,7 @@ def test_the_larger_of_two_numbers_is_that_of_the_folds():
             chosen_folds(*wrong)
 
 
+@pytest.mark.slow
 def test_all_folds_are_evaluated_one_after_the_other(images, tmp_path, capsys):
     argv = [*NETWORK, "--data_path", images, "--lrs", "0.01", "0.1", "--cache_features"]
     single = evaluate(
@@ -824,6 +830,7 @@ def test_trainval_joins_two_splits_and_is_validated_on_the_third(images, tmp_pat
     assert found["settings"]["images"] == [75, 2, 2] and found["settings"]["split"] == "trainval"
 
 
+@pytest.mark.slow
 def test_a_folder_of_voc_is_classified_by_20_binary_classifiers(tmp_path, capsys):
     folder = write_voc(tmp_path / "VOC2007", difficult=(3, 23))
     argv = [*NETWORK, "--data_path", folder, "--lrs", "0.001", "1", "--epochs", "30"]

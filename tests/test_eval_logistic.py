@@ -79,6 +79,7 @@ def test_the_penalty_is_the_best_of_a_held_out_fifth(whole):
         assert row["penalty"] == best["penalty"]
 
 
+@pytest.mark.slow
 def test_one_penalty_is_not_searched_and_an_intercept_may_be_added(whole, tmp_path):
     labels = open_dataset("digits", "train").labels
     features = np.load(whole / "logistic" / "train.npy")
@@ -91,6 +92,7 @@ def test_one_penalty_is_not_searched_and_an_intercept_may_be_added(whole, tmp_pa
     assert (scores.argmax(1).numpy() == theirs.predict(rows)).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_other_penalties_and_other_labels_are_fitted_anew_from_the_same_features(
     whole, tmp_path, monkeypatch
 ):
@@ -113,6 +115,7 @@ def test_other_penalties_and_other_labels_are_fitted_anew_from_the_same_features
     assert opened and abs(other["top1"] - again["top1"]) < 2  # 0 % by the fits that are there
 
 
+@pytest.mark.slow
 def test_subsets_use_the_features_of_all_or_have_a_file_of_their_own(whole, tmp_path, monkeypatch):
     (alone,) = evaluate(tmp_path, "--label_fractions", 0.1)
     (file,) = (tmp_path / "logistic").glob("train_*.npy")
@@ -136,6 +139,7 @@ def test_a_published_list_names_the_labelled_images(tmp_path):
     assert row["top1"] > 50
 
 
+@pytest.mark.slow
 def test_a_search_stopped_anywhere_goes_on_to_the_last_bit(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(logistic, "STEPS", 4)
     monkeypatch.setattr(row_file, "CHUNK", 256)
@@ -174,6 +178,7 @@ def _in_a_group(rank, world_size, folder, argv):
         assert eval_linear.main([*argv, "--dump_path", folder]) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(whole, tmp_path):
     run_ranks(_in_a_group, 2, str(tmp_path), [*QUICK, "--label_fractions", "0.1", "1"])
     one, two = (

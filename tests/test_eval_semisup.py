@@ -185,6 +185,7 @@ def _whole_run(rank, world_size, folder, argv):
     return found, {name: x.numpy() for name, x in state["model"].items()}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(images, tmp_path):
     """At a rate that does not make much of what float32 rounds."""
     argv = ["--data_path", str(images), "--labels_per_class", "9", "--lr", "0.001", "--epochs", "2"]

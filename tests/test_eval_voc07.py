@@ -156,6 +156,7 @@ def _share_of_scores(rank, world_size, shares):
     return mean_average_precision(scores[first:last], labels[first:last])
 
 
+@pytest.mark.slow
 def test_precisions_are_of_the_rows_of_all_processes_without_difficult_ones():
     one = _share_of_scores(0, 1, [(0, 20)])
     draws = torch.Generator().manual_seed(0)
@@ -235,6 +236,7 @@ def test_scores_are_of_the_relu_of_the_features_and_batch_norms_keep_their_stati
 # ============ whole runs ============
 
 
+@pytest.mark.slow
 def test_red_and_blue_are_told_apart_and_everything_is_written(voc, tmp_path, capsys):
     found = run(tmp_path, voc, "--fc6_8", "false", "--nit", "60")
     assert found["map"] > 90 and found["map_11points"] > 90
@@ -297,6 +299,7 @@ def test_the_network_of_a_file_is_fine_tuned(voc, tmp_path):
             assert torch.equal(state[f"backbone.{name}"], value), name
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_last_bit(voc, tmp_path, monkeypatch):
     argv = ["--arch", "alexnet", "--width", "0.04", "--size", "63", "--batch_size", "4"]
     argv += ["--checkpoint_iters", "5", "--fc6_8", "false"]
@@ -342,6 +345,7 @@ def _whole_run(rank, world_size, folder, argv):
     return found, {name: x.numpy() for name, x in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fc6_8", ["true", "false"])
 def test_two_processes_equal_one(voc, tmp_path, fc6_8):
     """At a rate that does not diverge, which would make much of what float32 rounds."""
@@ -574,6 +578,7 @@ def test_a_second_call_computes_nothing_and_other_costs_only_svms(svm_folder, vo
         run_svm(svm_folder, voc, "--size", 10)
 
 
+@pytest.mark.slow
 def test_svms_of_two_processes_stopped_in_the_middle_end_at_the_bits_of_one(
     svm_folder, voc, tmp_path
 ):

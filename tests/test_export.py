@@ -58,6 +58,7 @@ def records(folder):
 
 
 # ============ files ============
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_run_is_exported_beside_itself_in_several_formats_at_once(run, network, capsys):
     expected = network.forward_backbone(IMAGES)
@@ -110,6 +111,7 @@ def test_a_run_of_dino_goes_to_timm_by_the_name_in_the_log(dino_run, capsys):
     assert (said["mean"], said["std"]) == (list(mean), list(std))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_safetensors_say_what_images_are_like_and_are_read_by_the_evaluations(run, network):
     safetensors = pytest.importorskip("safetensors")
@@ -172,6 +174,7 @@ def test_an_onnx_file_that_is_wrong_at_other_sizes_is_written_for_one(tmp_path, 
 
 
 # ============ where files lie ============
+@pytest.mark.slow
 def test_a_file_is_exported_to_the_folder_export_here_or_to_output(tmp_path, network, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(network.state_dict(), "file.pth")
@@ -182,6 +185,7 @@ def test_a_file_is_exported_to_the_folder_export_here_or_to_output(tmp_path, net
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.pth", "export.json"}
 
 
+@pytest.mark.slow
 def test_what_export_json_says_of_other_files_stays_while_they_are_there(run):
     for kind in ("torchvision", "detr"):
         assert export.main(f"--pretrained {run} --format {kind}".split()) == 0

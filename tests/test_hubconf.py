@@ -139,6 +139,7 @@ def test_every_published_name_is_listed_with_help_and_nothing_else(downloaded):
         assert torch.hub.load(downloaded, "dino_vits8", False, trust_repo=True).patch_size == 8
 
 
+@pytest.mark.slow
 def test_what_the_entries_build_is_what_their_help_says(downloaded):
     with torch.device("meta"):  # shapes alone: the widest network has half a billion weights
         for entry in (*DINO, "dino_resnet50", *SWAV):
@@ -184,6 +185,7 @@ def test_the_released_weights_are_asked_for_where_they_were_published(
     assert asked == [f"https://dl.fbaipublicfiles.com/{address}"]
 
 
+@pytest.mark.slow
 def test_a_released_vit_is_loaded_and_takes_the_options_of_the_network(vit, released_vit):
     torch.testing.assert_close(
         features(load("dino_vits16", pretrained=released_vit)), features(vit)
@@ -210,6 +212,7 @@ def test_the_teacher_of_a_run_is_loaded_whatever_its_crops_and_registers(tmp_pat
         torch.testing.assert_close(features(model), features(networks[name].backbone))
 
 
+@pytest.mark.slow
 def test_swav_is_a_trunk_without_a_random_classifier(swav, released_swav):
     for entry in ("resnet50", "swav_resnet50", "dino_resnet50"):
         found = features(load(entry, pretrained=released_swav))
@@ -247,6 +250,7 @@ def test_classifiers_of_clusters_come_from_a_file_and_take_rgb_images(tmp_path, 
             load(entry, pretrained=missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [True, False], ids=["published names", "names of timm"])
 def test_xcit_takes_the_published_names_and_those_of_a_run(tmp_path, published):
     torch.manual_seed(3)
@@ -326,6 +330,7 @@ def test_the_trunk_of_a_run_of_any_method_is_loaded(tmp_path, method):
     assert (model.mean, model.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_trunk_of_a_released_file_is_known_by_its_tensors(
     vit, swav, released_vit, released_swav
@@ -362,6 +367,7 @@ def test_a_loaded_network_can_be_compiled():
     torch.testing.assert_close(features(compiled), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_stop_the_loading(released_vit, released_swav, tmp_path):
     for entry in ("dino_vits8", "dino_resnet50"):
         with pytest.raises(OSError, match="vits16.pth"):

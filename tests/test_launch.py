@@ -279,6 +279,7 @@ def batch_environment(slurm):
     return os.environ | step | job | path | {"MASTER_PORT": str(20000 + os.getpid() % 9000)}
 
 
+@pytest.mark.slow
 @submitit
 def test_what_is_submitted_to_slurm(task, tmp_path, slurm):
     run = launch(
@@ -441,6 +442,7 @@ def test_a_job_in_this_process_gives_the_status_and_the_error_of_its_script(tmp_
         assert error == ("error: --status 2 is wrong\n" if status == 2 else "")
 
 
+@pytest.mark.slow
 @submitit
 def test_a_job_that_slurm_refuses_is_one_sentence(task, tmp_path, slurm):
     fake_program(slurm, "sbatch", "echo sbatch: error: invalid partition specified: x >&2; exit 1")

@@ -117,6 +117,7 @@ def test_the_loss_is_the_cross_entropy_of_every_crop():
     assert main_clusterfit.clusterfit_loss(scores, labels).item() == pytest.approx(expected.item())
 
 
+@pytest.mark.slow
 def test_the_steps_one_after_the_other_equal_both(whole, tmp_path):
     assert train(tmp_path / "a", "cluster") == (0, {})
     assert not (tmp_path / "a" / "checkpoint.pth").exists()
@@ -130,6 +131,7 @@ def test_the_steps_one_after_the_other_equal_both(whole, tmp_path):
     assert values == {i: loss for i, loss in whole[1].items() if i < 10}
 
 
+@pytest.mark.slow
 def test_clusters_that_are_there_are_used_again_and_not_with_other_settings(few, tmp_path):
     train(tmp_path, "cluster", *few)
     path = tmp_path / "clusters" / "assignments.npy"
@@ -143,6 +145,7 @@ def test_clusters_that_are_there_are_used_again_and_not_with_other_settings(few,
         train(tmp_path, "fit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_several_processes_make_the_clusters_that_one_makes(tmp_path, world_size):
     argv = [*SMALL, "cluster", "--niter", "20"]
@@ -183,6 +186,7 @@ def test_any_method_and_torchvision_can_teach(few, tmp_path):
 
 
 # ============ going on ============
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     whole, tmp_path, monkeypatch
 ):
@@ -207,6 +211,7 @@ def test_a_run_goes_on_to_the_last_bit_from_the_middle_and_the_end_of_an_epoch(
     assert text.count("clusters 12 of 1,297 images in") == 1
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_clustering_leaves_nothing_half_done(few, tmp_path, monkeypatch):
     before, compute = signal.getsignal(signal.SIGUSR1), main_clusterfit.initial_centroids
 
@@ -223,6 +228,7 @@ def test_a_signal_during_the_clustering_leaves_nothing_half_done(few, tmp_path, 
     assert train(tmp_path, *few)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_features_means_what_it_meant_before(few, tmp_path, monkeypatch):
     def handler(*_):
         raise SystemExit(99)
@@ -254,6 +260,7 @@ def test_two_processes_equal_one_and_another_number_takes_the_run_over(tmp_path)
         assert torch.equal(*read)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_clusters(few, tmp_path):
     train(tmp_path, *few)
     train(tmp_path / "b", "cluster", *few, "--seed", 5)
@@ -281,6 +288,7 @@ def test_clusters_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["clusters"]
 
 
+@pytest.mark.slow
 def test_clusters_of_images_with_other_names_are_refused(tmp_path, few):
     folder = images(tmp_path / "images", 20)
     argv = [*few, "--data_path", folder, "--clusters", tmp_path / "clusters"]
@@ -309,6 +317,7 @@ def test_damaged_files_are_named(tmp_path, damage):
 
 
 # ============ options, and what can go wrong ============
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -328,12 +337,14 @@ def test_faiss_makes_clusters_too(few, tmp_path):
     assert train(tmp_path, "cluster", *few, "--kmeans_backend", "faiss")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_evaluation_takes_the_runs_own_arguments(whole, tmp_path, capsys):
     assert eval_knn.main(["--pretrained", str(whole[0]), "--dump_path", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "missing: none; left over: top_layer.bias, top_layer.weight; wrong shape: none" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_is_named_while_it_happens(few, tmp_path, capsys):
     weights = build_convnet("resnet10", 4, stem="small", width=0.125).state_dict()
     weights["top_layer.weight"].zero_()

@@ -92,6 +92,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert 1e-5 < moved < 1
 
 
+@pytest.mark.slow
 def test_the_last_layer_stays_frozen_for_as_long_as_asked_and_its_norms_stay_one(
     whole, few, tmp_path
 ):
@@ -210,6 +211,7 @@ def test_the_published_command_line_is_understood_and_means_the_published_values
     assert (args.norm_last_layer, args.precision, args.checkpoint_freq) == (False, "auto", 20)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_given_weights(whole, few, tmp_path):
     frozen = (*few, "--epochs", 1, "--lr", 1e-12, "--min_lr", 0, "--momentum_teacher", 1)
     train(tmp_path / "both", *frozen, "--init_from", whole[0])
@@ -228,6 +230,7 @@ def test_training_goes_on_from_given_weights(whole, few, tmp_path):
             torch.testing.assert_close(after[section][name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_evaluation_takes_the_teacher_and_the_runs_own_arguments(whole, tmp_path, capsys):
     assert eval_knn.main(["--pretrained", str(whole[0]), "--dump_path", str(tmp_path)]) == 0
     found = capsys.readouterr().out
@@ -295,6 +298,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_network_or_method_is_refused_and_left_as_it_is(whole, tmp_path):
     before = (whole[0] / "checkpoint.pth").read_bytes()
     with pytest.raises(OSError, match="--out_dim"):
@@ -323,6 +327,7 @@ def test_a_folder_of_images_without_labels_trains(tmp_path):
     assert arguments["std"] == [0.229, 0.224, 0.225]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoint(tmp_path, few):
     train(tmp_path, *few, "--epochs", "1")
     before = (tmp_path / "checkpoint.pth").read_bytes()
@@ -331,6 +336,7 @@ def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoi
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_help_reads_without_a_gpu_or_network_and_shows_the_published_defaults():
     text = subprocess.run(
         [sys.executable, "main_dino.py", "--help"],
@@ -369,6 +375,7 @@ def few_digits(monkeypatch):
     monkeypatch.setattr(probe, "open_probe_set", lambda *_: parts)
 
 
+@pytest.mark.slow
 def test_student_and_teacher_are_evaluated_by_name_and_training_is_the_same(
     few, few_digits, tmp_path
 ):

@@ -430,6 +430,7 @@ def test_digits_are_learned_without_labels(tmp_path, method):
 
 
 # ============ what is learned from ============
+@pytest.mark.slow
 def test_labels_follow_the_images_through_rotation_and_draws(tmp_path, monkeypatch):
     """A batch of deepercluster: its places have their super-class' cluster and rotation."""
     deeper, seen = script("deepercluster"), []

@@ -124,6 +124,7 @@ def test_options_train(tmp_path, argv):
     assert all(0 < loss < 400 for loss in values.values())
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_given_weights(whole, tmp_path):
     train(tmp_path, *FEW, "--base_lr", 1e-9, "--final_lr", 0, "--init_from", whole[0])
     states = [

@@ -187,6 +187,7 @@ def check_stopped(folder, name, output):
     assert saved["epoch"] * 10 + saved["samples_done"] // 128 == last + 1
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_of_two_stops_both_at_the_same_iteration(tmp_path):
     folder, argv = tmp_path / "run", [*SMALL, "--batch_size", 64, "--epochs", 400]
     processes = start_mains("main_swav", folder, argv, 2)
@@ -222,6 +223,7 @@ def test_another_number_of_processes_takes_the_run_over(tmp_path):
     assert sorted(line["iteration"] for line in read_log(tmp_path)) == list(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -361,6 +363,7 @@ def test_a_trunk_that_draws_random_numbers_goes_on_to_the_last_bit(tmp_path, few
     assert train(tmp_path / "killed", *argv)[1] == values
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_kills(tmp_path):
     process = Main("main_swav", tmp_path / "run", [*SMALL, "--epochs", 400])
     wait_for_lines(tmp_path / "run", process, 3)
@@ -369,6 +372,7 @@ def test_ctrl_c_saves_and_a_second_one_kills(tmp_path):
     assert (tmp_path / "run" / "checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, few, capsys):
     _, values = train(tmp_path, *few)
     newest = tmp_path / "checkpoint.pth"
@@ -379,6 +383,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, few, capsys):
     assert "the checkpoint before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoint(tmp_path, few):
     train(tmp_path, *few, "--epochs", "1")
     before = (tmp_path / "checkpoint.pth").read_bytes()
@@ -399,6 +404,7 @@ def test_a_loss_that_is_not_finite_stops_without_touching_the_last_good_checkpoi
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_collapse_is_named_while_it_happens(tmp_path, capsys):
     train(tmp_path, "--epsilon", "100", "--log_freq", "1")
     assert "WARNING: the codes are uniform" in capsys.readouterr().out

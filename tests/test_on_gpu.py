@@ -151,6 +151,7 @@ def test_minutes_are_for_all_sections_and_what_one_leaves_is_for_the_next(
 
 
 # ============ parts ============
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(on_gpu, monkeypatch, tmp_path):
     commands = [
         """-c 'raise RuntimeError("no such kernel")'""",
@@ -453,6 +454,7 @@ def test_a_network_or_crops_that_cannot_be_read_are_one_sentence(flags, words, c
     assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     tried = []
 

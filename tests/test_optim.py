@@ -68,6 +68,7 @@ def network():
     return resnet18(output_dim=16, hidden_mlp=32, nmb_prototypes=20, stem="small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_larc_on_a_resnet_equals_the_plain_loop(network, channels_last):
     model = copy.deepcopy(network)

@@ -148,6 +148,7 @@ def test_a_docstring_says_what_the_paper_is_and_what_differs_on_one_screen(scrip
     assert "Deviations" in doc and "arXiv:" in doc and doc.count("\n") <= 30
 
 
+@pytest.mark.slow
 def test_importing_a_script_does_nothing():
     names = sorted(path.stem for path in ROOT.glob("*.py"))
     code = "import importlib, torch\nbefore = torch.random.get_rng_state()\n"

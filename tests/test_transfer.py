@@ -88,6 +88,7 @@ def test_the_protocols_are_those_of_swavs_appendix(protocol, epochs, steps):
     assert (given.epochs, given.lr) == (3, 1.0)
 
 
+@pytest.mark.slow
 def test_the_distributed_files_are_classified_and_one_table_has_all_sets(
     tmp_path, monkeypatch, capsys
 ):

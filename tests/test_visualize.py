@@ -322,6 +322,7 @@ def test_a_folder_gives_a_folder_an_image_a_sheet_and_an_animation(tmp_path, fol
     assert (out / "sheet.png").is_file()
 
 
+@pytest.mark.slow
 def test_every_image_has_its_own_attention_whatever_the_batch(tmp_path, folder, monkeypatch):
     out = attend(tmp_path / "together", *SMALL, "--image_path", folder)
     monkeypatch.setattr(attention_maps, "MOST_IMAGES", 1)
@@ -540,6 +541,7 @@ def test_the_crops_of_a_folder_are_those_of_its_training(
     assert one.size_crops == sides[:1]
 
 
+@pytest.mark.slow
 def test_the_crops_of_a_run_of_dino_are_its_global_and_local_ones(tmp_path, drawn):
     make_run(tmp_path / "run")
     argv = ["crops", "--pretrained", str(tmp_path / "run")]
@@ -607,6 +609,7 @@ def test_every_flag_is_read_and_explained(picture):
         assert re.search(rf'args\.{action.dest}\b|"{action.dest}"[,\])]', text), action.dest
 
 
+@pytest.mark.slow
 def test_help_is_there_without_doing_anything_and_a_picture_must_be_named():
     code = (
         "import sys, visualize; assert 'matplotlib' not in sys.modules and 'av' not in sys.modules"

@@ -128,6 +128,7 @@ def test_the_csv_has_each_image_once_in_the_order_of_the_data(run, tmp_path):
     assert [summary[f"size_{name}"] for name in ("min", "median", "max")] == expected
 
 
+@pytest.mark.slow
 def test_each_of_several_heads_has_its_clusters(tmp_path):
     make_images(tmp_path / "images")
     model = make_run(tmp_path / "run", tmp_path / "images", (6, 9))
@@ -145,6 +146,7 @@ def test_each_of_several_heads_has_its_clusters(tmp_path):
     assert "assignments_heads" not in load(tmp_path / "run" / "plots" / "clusters")[1]
 
 
+@pytest.mark.slow
 def test_a_file_without_a_run_is_known_by_its_prototypes(run, tmp_path):
     folder, model = run
     weights = {f"module.{name}": x for name, x in model.state_dict().items()}
@@ -158,6 +160,7 @@ def test_a_file_without_a_run_is_known_by_its_prototypes(run, tmp_path):
     assert np.array_equal(there["assignments"], here["assignments"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head",
     [
@@ -209,6 +212,7 @@ def test_the_cluster_of_dino_is_the_largest_output_of_the_teacher(tmp_path, head
     np.testing.assert_allclose(arrays["similarities"], cosines, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", ["backbone", "embedding"])
 def test_features_without_prototypes_are_clustered_by_k_means(tmp_path, feature):
     make_images(tmp_path / "images")
@@ -232,6 +236,7 @@ def test_features_without_prototypes_are_clustered_by_k_means(tmp_path, feature)
     )
 
 
+@pytest.mark.slow
 def test_the_digits_of_an_untrained_network_are_clustered_with_a_warning(
     tmp_path, monkeypatch, capsys
 ):
@@ -281,6 +286,7 @@ def test_purity_and_nmi_of_a_hand_made_case():
     assert found.cosines.isnan().tolist() == [False] * 7 + [True]
 
 
+@pytest.mark.slow
 def test_purity_is_counted_as_it_is_said(run, capsys):
     folder, _ = run
     cluster("--pretrained", folder)
@@ -295,6 +301,7 @@ def test_purity_is_counted_as_it_is_said(run, capsys):
     assert f"purity {summary['purity']:.1%}, NMI {summary['nmi']:.3f}" in said
 
 
+@pytest.mark.slow
 def test_images_without_labels_have_neither_label_nor_purity(tmp_path, capsys):
     make_images(tmp_path / "images", classes=0)
     make_run(tmp_path / "run", tmp_path / "images")
@@ -310,6 +317,7 @@ def test_images_without_labels_have_neither_label_nor_purity(tmp_path, capsys):
 
 
 # ============ what clusters know ============
+@pytest.mark.slow
 def test_measures_of_agreement_are_in_the_summary_and_are_said(run, tmp_path, capsys):
     folder, model = run
     cluster("--pretrained", folder, "--neighbours", 3)
@@ -336,6 +344,7 @@ def test_measures_of_agreement_are_in_the_summary_and_are_said(run, tmp_path, ca
     assert "same_class_edges" not in load(folder / "plots" / "clusters")[2]
 
 
+@pytest.mark.slow
 def test_metadata_of_a_list_are_compared_with_clusters_and_shown(
     run, tmp_path, capsys, monkeypatch
 ):
@@ -369,6 +378,7 @@ def test_metadata_of_a_list_are_compared_with_clusters_and_shown(
     assert list(load(folder / "plots" / "clusters")[2]["metadata"]) == ["who"]
 
 
+@pytest.mark.slow
 def test_prototypes_that_repeat_each_other_are_counted_with_a_warning(run, capsys):
     folder, model = run
     weight = model.prototypes.weight.data
@@ -384,6 +394,7 @@ def test_prototypes_that_repeat_each_other_are_counted_with_a_warning(run, capsy
 
 
 # ============ folders ============
+@pytest.mark.slow
 def test_the_links_are_the_files_of_each_cluster(run, tmp_path, monkeypatch):
     folder, _ = run
     monkeypatch.chdir(tmp_path)  # links are absolute, --data_path is not
@@ -399,6 +410,7 @@ def test_the_links_are_the_files_of_each_cluster(run, tmp_path, monkeypatch):
         assert Image.open(link).size == (8, 8)
 
 
+@pytest.mark.slow
 def test_folders_of_an_earlier_call_are_not_mixed_with_new_ones(run, capsys):
     folder, _ = run
     cluster("--pretrained", folder, "--folders")
@@ -410,6 +422,7 @@ def test_folders_of_an_earlier_call_are_not_mixed_with_new_ones(run, capsys):
     assert sorted((folder / "plots/clusters/folders").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_in_no_cluster(run, tmp_path):
     folder, _ = run
     (tmp_path / "images" / "class 2" / "broken.png").write_bytes(b"no image")
@@ -423,6 +436,7 @@ def test_a_broken_file_is_in_no_cluster(run, tmp_path):
     assert not list((folder / "plots/clusters/folders").glob("*/*broken*"))
 
 
+@pytest.mark.slow
 def test_images_of_tar_shards_are_written_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run", tmp_path / "a.tar")
@@ -442,6 +456,7 @@ def test_images_of_tar_shards_are_written_out(tmp_path, monkeypatch):
 
 
 # ============ pictures ============
+@pytest.mark.slow
 def test_the_sheet_has_a_row_for_each_cluster_and_its_images(run, tmp_path, drawn):
     folder, _ = run
     out = folder / "plots" / "clusters"
@@ -497,6 +512,7 @@ def test_an_image_of_another_class_has_a_red_frame(run, tmp_path, drawn):
     assert [(corner == clusters.OTHER).all() for corner in corners] == [False] * 3 + [True]
 
 
+@pytest.mark.slow
 def test_an_empty_cluster_a_long_name_and_an_old_pillow_are_drawn(
     run, tmp_path, monkeypatch, drawn
 ):

@@ -197,6 +197,7 @@ def make_run(folder, **changes):
     return model
 
 
+@pytest.mark.slow
 def test_the_table_of_a_run_has_the_best_images_of_every_filter(tmp_path, digits, drawn):
     model = make_run(tmp_path)
     command = ["activations", *QUICK, "--pretrained", str(tmp_path), "--batch_size", "100"]
@@ -225,6 +226,7 @@ def test_the_table_of_a_run_has_the_best_images_of_every_filter(tmp_path, digits
     assert {(right - left, bottom - top) for left, top, right, bottom in rows[0][0]} == {(96, 96)}
 
 
+@pytest.mark.slow
 def test_only_the_filters_that_were_asked_for_are_listed_in_their_order(tmp_path, capsys, drawn):
     folder = draw("activations", tmp_path, *SMALL, "--filters", "7", "2", "7", "--top", "3")
     assert [int(row["filter"]) for row in table(folder)] == [7, 7, 7, 2, 2, 2]
@@ -251,6 +253,7 @@ def test_an_image_that_cannot_be_read_is_in_no_row(tmp_path, workers, drawn):
 
 
 # ============ gradient ascent ============
+@pytest.mark.slow
 def test_ascent_finds_more_than_noise_and_than_any_digit(digits):
     model = small_resnet()
     for layer in (layer_of(model), layer_of(model, 4)):
@@ -342,6 +345,7 @@ def test_grey_data_has_grey_images_and_progress_is_told(tmp_path, monkeypatch, c
 
 
 # ============ pictures ============
+@pytest.mark.slow
 def test_the_sheet_has_each_filter_and_its_images_to_the_right(tmp_path, drawn):
     options = [*SMALL, "--conv", "5", "--steps", "3", "--num_filters", "3"]
     folder = draw("filters", tmp_path / "a", *options)
@@ -420,6 +424,7 @@ def test_other_numbers_of_channels_have_a_grid_each(tmp_path, drawn):
 
 
 # ============ the command line ============
+@pytest.mark.slow
 def test_a_released_file_of_deepcluster_says_what_it_is(tmp_path, drawn):
     torch.manual_seed(0)
     model = AlexNet(10, sobel=True, width=0.05)
@@ -439,6 +444,7 @@ def test_a_released_file_of_deepcluster_says_what_it_is(tmp_path, drawn):
     assert read(folder / "filters_conv2" / "filter_0003.png").shape == (64, 64, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", ["filters", "activations"])
 def test_the_bare_command_draws_digits_and_says_that_the_network_is_untrained(
     tmp_path, monkeypatch, capsys, picture

@@ -48,6 +48,7 @@ def test_evaluations_are_the_best_of_the_network_itself_with_all_labels(tmp_path
     assert run_curves.results_of_run(write_run(tmp_path / "b")) == {}
 
 
+@pytest.mark.slow
 def test_every_run_is_a_line_of_every_panel_in_its_own_colour(tmp_path, monkeypatch):
     from matplotlib import pyplot
 

@@ -114,6 +114,7 @@ def test_attention_on_the_objects_beats_random_places(tmp_path, voc, monkeypatch
     assert Image.open(tmp_path / "attention_voc.png").width > 900
 
 
+@pytest.mark.slow
 def test_a_baseline_is_measured_as_if_it_were_alone(tmp_path, voc):
     model = build_backbone("vit_tiny", depth=2, patch_size=4, img_size=32)
     torch.save(model.state_dict(), tmp_path / "other.pth")

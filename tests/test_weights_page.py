@@ -86,6 +86,7 @@ def test_every_snippet_is_executed_or_excused():
             compile(code, title, "exec")
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_by_torch_hub_and_by_torch_load(execute, folder):
     names = execute("A trained network by its folder")
     assert_same(names["features"], folder[1])

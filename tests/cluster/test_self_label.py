@@ -422,6 +422,7 @@ def label_my_rows(rank, world_size, splits):
     return results, len(said.buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [[(60, 60), (120, 0)], [(30, 0, 77, 13)]], ids=str)
 def test_processes_with_their_rows_equal_one_process_with_all(monkeypatch, splits):
     monkeypatch.setattr(self_label, "NEAR", self_label.NEAR)  # to be restored

@@ -212,6 +212,7 @@ def read_through(folder, num_images, num_broken):
     assert names == {f"{i:05d}.jpg" for i in broken}
 
 
+@pytest.mark.slow
 def test_folder_with_one_percent_of_broken_files_reads_through(tmp_path):
     read_through(tmp_path, 1000, 10)
 

@@ -493,6 +493,7 @@ def _wait_for_main(rank, world_size, limit, seconds):
     return result, type(error.value).__name__, str(error.value), total
 
 
+@pytest.mark.slow
 def test_work_of_the_main_process_may_take_longer_than_a_collective():
     first, second = run_ranks(_wait_for_main, 2, 1.0, 1.5)
     assert first == ("done", "KeyError", "'no such cluster'", 2.0)

@@ -1,12 +1,14 @@
 """Batch normalisation over processes equals that of one process on the whole batch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 from src import dist
-from src.dist import Process
+from src.dist import Process, syncbn
 from src.dist.syncbn import CrossProcessBatchNorm, sync_batchnorm
 from tests.gloo import run_ranks
 
@@ -123,6 +125,125 @@ def test_groups_of_two_normalise_apart():
         np.testing.assert_allclose(together, expected, rtol=1e-9, atol=1e-9)
         for rank in ranks:
             np.testing.assert_allclose(results[rank][1], alone[1].running_mean, rtol=1e-9)
+
+
+# ------------ on a GPU, by kernels that torch has for it: what they do, in plain operations
+def _stats(x, eps):
+    var, mean = torch.var_mean(x.float(), syncbn._all_but_channels(x), correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def _gather_stats_with_counts(x, means, scales, running_mean, running_var, momentum, eps, counts):
+    mean, squares, total = torch.zeros_like(means[0]), torch.zeros_like(means[0]), 0
+    for other, scale, count in zip(means, scales, counts, strict=True):
+        factor = 1 / (total + count)  # not finite where the first processes have no values
+        own = (1 / scale**2 - eps) * count
+        squares = squares + own + (mean - other) ** 2 * total * count * factor
+        mean = total * factor * mean + count * factor * other
+        total = int(total + count)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(squares / (total - 1), momentum)
+    return mean, (squares / total + eps).rsqrt()
+
+
+def _elemt(x, weight, bias, mean, scale, eps):
+    normal = (x - syncbn._beside(mean, x)) * syncbn._beside(scale, x)
+    y = normal if weight is None else normal * syncbn._beside(weight, x) + syncbn._beside(bias, x)
+    return y.to(x.dtype)
+
+
+def _backward_reduce(grad, x, mean, scale, weight, *wanted):
+    dims = syncbn._all_but_channels(x)
+    sum_dy = grad.sum(dims)
+    sum_dy_xmu = (grad * (x - syncbn._beside(mean, x))).sum(dims)
+    assert wanted == (True, weight is not None, weight is not None)
+    affine = weight is not None
+    return sum_dy, sum_dy_xmu, sum_dy_xmu * scale if affine else None, sum_dy if affine else None
+
+
+def _backward_elemt(grad, x, mean, scale, weight, sum_dy, sum_dy_xmu, counts):
+    assert counts.dtype == torch.int32
+    beside, total = partial(syncbn._beside, x=x), counts.sum()
+    from_mean = (x - beside(mean)) * beside(scale**2 * sum_dy_xmu / total)
+    factor = scale if weight is None else scale * weight
+    return (grad - beside(sum_dy / total) - from_mean) * beside(factor)
+
+
+def _all_gather_into(whole, own, group):
+    torch.distributed.all_gather(list(whole.unbind(0)), own, group=group)
+
+
+KERNELS = {
+    "batch_norm_stats": _stats,
+    "batch_norm_gather_stats_with_counts": _gather_stats_with_counts,
+    "batch_norm_elemt": _elemt,
+    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_elemt": _backward_elemt,
+}
+
+
+def _both_ways(rank, world_size, sizes, affine, shape):
+    """What the two ways to normalise return for the same samples, and their gradients."""
+    generator = torch.Generator().manual_seed(rank)
+    x, grad = (torch.randn(sizes[rank], 3, *shape, generator=generator) + 2 for _ in range(2))
+    weight, bias = (torch.tensor([1.5, -0.5, 1.0]) if affine else None for _ in range(2))
+    y, statistics, scale, count = syncbn.normalise(x, weight, bias, 1e-5, syncbn.ALL)
+    plain = [y, statistics, scale, count]
+    plain += syncbn.normalise_backward(grad, x, weight, statistics, scale, count, syncbn.ALL)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernel in KERNELS.items():
+            patch.setattr(torch, name, kernel)
+        patch.setattr(syncbn, "all_gather_into", _all_gather_into)
+        found = list(syncbn._normalise_on_gpu(x, weight, bias, 1e-5, syncbn.ALL))
+        y, statistics, scale, counts = found
+        found += syncbn._normalise_backward_on_gpu(
+            grad, x, weight, statistics, scale, counts, syncbn.ALL
+        )
+    found[3] = counts.sum()
+    if not affine:  # gradients of what is not there
+        plain, found = plain[:5], found[:5]
+    return [value.numpy() for value in plain], [value.numpy() for value in found]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "affine", "shape"),
+    [
+        ([4, 3], True, (5, 4)),
+        ([0, 6], True, (2, 2)),
+        ([3, 0], False, ()),
+        ([0, 2, 0, 1], True, (3,)),
+    ],
+)
+def test_kernels_of_a_gpu_are_put_together_as_on_a_cpu(sizes, affine, shape):
+    for plain, found in run_ranks(_both_ways, len(sizes), sizes, affine, shape):
+        for expected, value in zip(plain, found, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def _graphs(rank, world_size):
+    """Graphs that torch.compile divides a training step of three layers into, and the output."""
+    model = sync_batchnorm(network().float(), "pytorch", 0, process_of(rank, world_size))
+    images = batches([4, 4])[1][rank][0][0].float()
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)(images)
+    compiled.sum().backward()
+    gradient, mean = model[0].weight.grad, model[1].running_mean
+    plain = sync_batchnorm(network().float(), "pytorch", 0, process_of(rank, world_size))
+    expected = plain(images)
+    expected.sum().backward()
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(gradient, plain[0].weight.grad)
+    torch.testing.assert_close(mean, plain[1].running_mean)
+    return len(graphs)
+
+
+def test_torch_compile_makes_one_graph_of_a_network_over_processes():
+    assert run_ranks(_graphs, 2) == [1, 1]
 
 
 def _half_precision(rank, world_size):

@@ -114,6 +114,7 @@ def test_any_number_of_processes_finds_the_clusters_of_two_plain_kmeans(
     assert run_ranks(_clustered, world_size, str(tmp_path), num_super) == [expected] * world_size
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_moment_loses_nothing_but_time():
     expected = plain()
     stops = 0
@@ -159,6 +160,7 @@ def _stopped_then_whole(rank, world_size, folder, after):
     return "whole"
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_another_number_of_them_goes_on(tmp_path):
     assert run_ranks(_stopped_then_whole, 2, str(tmp_path), 3) == ["stopped"] * 2
     assert (tmp_path / "clustering" / "features.npy").exists()

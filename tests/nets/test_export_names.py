@@ -140,6 +140,7 @@ def test_timm_has_names_for_the_usual_vision_transformers(arch, patch_size, name
     assert shapes == {name: x.shape for name, x in target.state_dict().items()}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timm_takes_resnets_of_any_number_of_channels_and_its_own_xcit(tmp_path):
     timm = pytest.importorskip("timm")

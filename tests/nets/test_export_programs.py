@@ -55,6 +55,7 @@ def test_tracing_leaves_the_network_as_it_is():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_table_of_positions_that_is_not_square_is_its_own_at_its_size():
     model = network("vit_tiny", width=0.25, depth=1, img_size=(32, 64))
     program, any_size = trace(model, in_chans=3, image_size=64)

@@ -231,6 +231,7 @@ def test_files_of_torchvision_fit_its_trunks_and_ours(tmp_path, arch):
     assert_same(found.model, outputs[0].flatten(1), images)
 
 
+@pytest.mark.slow
 def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, monkeypatch):
     models = pytest.importorskip("torchvision.models")
     fetched, theirs = [], models.get_model("resnet18").state_dict()

@@ -131,6 +131,7 @@ def test_eval_mode_gives_the_golden_map(model, arrays, crops):
     assert relative(featmap[:, ::32], arrays["hash_featmap_eval_mode_c64"]) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_prototype_sets_give_the_golden_scores(arrays, crops):
     model = fill(resnet50(**SWAV, nmb_prototypes=[30, 30, 30]), "hash").eval()
@@ -160,6 +161,7 @@ def test_trunks_have_the_layout_of_torchvision(arch):
     assert sorted(strides[0]) == sorted(strides[1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
 def test_trunks_compute_what_torchvision_computes(arch):
@@ -346,6 +348,7 @@ def test_batch_statistics_are_those_of_all_crops_of_a_size(small):
 # ============ layouts, precision, compilation, processes ============
 
 
+@pytest.mark.slow
 def test_channels_last_gives_the_same_numbers_and_gradients(small):
     model = copy.deepcopy(small).double().eval()
     crops = [torch.randn(2, 3, size, size, dtype=torch.float64) for size in (32, 16)]
@@ -379,6 +382,7 @@ def test_a_model_cast_to_bfloat16_runs():
     assert scores.dtype == torch.bfloat16 and torch.isfinite(embedding).all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_forward_compiles_to_one_graph(small):
     crops = [torch.randn(2, 3, 32, 32)] * 2 + [torch.randn(2, 3, 16, 16)]
@@ -403,6 +407,7 @@ def gradients_of_rank(rank, world_size):
     return [p.grad.flatten()[:: max(1, p.numel() // 8)].numpy() for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes_equal_those_of_one():
     (single,) = run_ranks(gradients_of_rank, 1)
     for gradients in run_ranks(gradients_of_rank, 2):
@@ -500,6 +505,7 @@ def test_a_vision_transformer_says_which_size_it_takes():
         model(torch.zeros(1, 3, 96, 96))
 
 
+@pytest.mark.slow
 def test_no_two_depths_share_a_size():
     with torch.device("meta"):
         sizes = [

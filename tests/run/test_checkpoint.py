@@ -214,6 +214,7 @@ def _load_torn(rank, world_size, folder):
     return load_checkpoint(folder)["epoch"]
 
 
+@pytest.mark.slow
 def test_all_processes_fall_back_together(tmp_path):
     save_checkpoint(tmp_path, state_of(1))
     save_checkpoint(tmp_path, state_of(2))
@@ -287,6 +288,7 @@ def network(width=4, num_prototypes=5):
     )
 
 
+@pytest.mark.slow
 def test_a_state_is_loaded_with_and_without_wrappers():
     source, target = network(), network()
     nn.init.constant_(source["conv1"].weight, 3.0)

@@ -43,6 +43,7 @@ def few(monkeypatch):
     monkeypatch.setattr(probe, "open_probe_set", open_few)
 
 
+@pytest.mark.slow
 def test_labelled_sets_are_evaluated_beside_images_without_labels(tmp_path, unlabelled, few):
     argv = ["--data_path", unlabelled, "--epochs", 2]
     status, lines = train(tmp_path / "run", *argv, "--probe_data", "a=digits", "b=digits")
@@ -56,6 +57,7 @@ def test_labelled_sets_are_evaluated_beside_images_without_labels(tmp_path, unla
     assert "a: 20-NN" in text and "has no labels: no k-NN" not in text
 
 
+@pytest.mark.slow
 def test_a_fall_of_k_nn_stops_the_run_and_goes_back_to_the_best_state(
     tmp_path, unlabelled, few, monkeypatch
 ):
@@ -71,6 +73,7 @@ def test_a_fall_of_k_nn_stops_the_run_and_goes_back_to_the_best_state(
     assert (state["epoch"], before["epoch"]) == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_fall_within_the_guard_is_borne_and_a_run_that_goes_on_knows_its_best(
     tmp_path, unlabelled, few, monkeypatch
 ):

@@ -126,6 +126,7 @@ def test_where_nothing_can_be_locked_a_dead_process_is_told_from_a_living_one(
     lock.FolderLock(tmp_path, "run").release()
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_keep_the_lock(tmp_path, holder):
     """Loader workers outlive a killed run for a moment."""
     code = HOLD.replace("print(", "if os.fork(): print(")

@@ -146,6 +146,7 @@ def test_skipping_costs_a_run_without_such_batches_no_bit(tmp_path):
 
 
 # ============ the limit ============
+@pytest.mark.slow
 def test_one_step_more_than_the_limit_stops_the_run_over_resumes_too(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, (0, 1, 0), (1, 2, 0))
     argv = ("--epochs", 2, "--checkpoint_iters", 0)
@@ -269,6 +270,7 @@ def run_two(folder, method, *argv):
     return [process.wait() for process in processes], [process.read() for process in processes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["swav", "rotnet"])
 def test_two_processes_skip_together_what_is_bad_on_one(tmp_path, method):
     argv = ["--sync_bn", "none"] if method == "rotnet" else []
@@ -295,6 +297,7 @@ def test_two_processes_skip_together_what_is_bad_on_one(tmp_path, method):
     assert all(x.isfinite().all() for x in states[0, 0]["model"].values())
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_at_what_is_bad_on_one(tmp_path):
     status, output = run_two(tmp_path / "run", "swav")
     assert status == [1, 1], output

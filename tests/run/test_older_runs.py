@@ -19,6 +19,7 @@ RUNS = json.loads((GOLDEN / "runs.json").read_text())
 pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(RUNS))
 def test_a_run_of_an_older_version_goes_on_with_the_losses_of_that_version(
     method, tmp_path, monkeypatch

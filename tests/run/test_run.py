@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
 
 
 # ============ owed ============
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_knn_and_curves_makes_up_for_them(
     tmp_path, monkeypatch, trained, signal_handlers
 ):
@@ -65,6 +66,7 @@ def test_a_run_that_was_killed_before_its_knn_and_curves_makes_up_for_them(
     assert (tmp_path / "plots" / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_curves_take_a_small_part_of_the_time_and_are_there_at_the_end(tmp_path, monkeypatch):
     clock, drawn = [0.0], []
 

@@ -86,6 +86,7 @@ SAVING = """
     """
 
 
+@pytest.mark.slow
 def test_signals_are_left_to_what_saves_a_run_but_for_the_second_ctrl_c():
     sent = ["SIGTERM", "SIGUSR1", "SIGTERM", "SIGINT"]
     assert run_code(SAVING.format(sent=sent))[:2] == (0, "4\n")
