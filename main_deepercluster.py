@@ -194,14 +194,13 @@ def log_progress(run, scores, supers, features, sub_scores, targets, heads):
     agreeing = 0
     for s, labels in zip(sub_scores, targets, strict=True):
         agreeing += (s.argmax(1) == labels.repeat(len(s) // len(labels))).sum()
-    sub_accuracy = run.mean_over_processes(100 * agreeing / len(scores))
     report_predictions(
         run,
         logits=scores,
         labels=supers,
         embedding=features,
         ceiling=loss_of_nothing(num_super=scores.shape[1], num_sub=sub_scores[0].shape[1]),
-        percentages={"sub_accuracy": sub_accuracy},
+        percentages={"sub_accuracy": 100 * agreeing / len(scores)},
         prototypes=heads.prototypes(),
         holders=heads.num_holders(),
         lr="--lr",

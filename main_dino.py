@@ -221,18 +221,21 @@ def train_one_epoch(run, teacher, criterion, loader, schedules, epoch, start, ar
 def log_progress(run, probabilities, features, center, last_layer):
     """Write a log line with the health of the teacher: its output (N, K), features (N, D), prototypes."""
     num_outputs, features = probabilities.shape[1], nn.functional.normalize(features.float(), dim=1)
-    entropy = run.mean_over_processes(health.code_entropy(probabilities))
-    values = {
-        "teacher_entropy": entropy,
-        "student_kl": run.mean_over_processes(run.loss) - entropy,
-        "kl_to_uniform": kl_to_uniform(probabilities).item(),
-        "center_norm": center.norm().item(),
-        "prototypes_used": health.prototype_usage(probabilities).item(),
-        "embedding_std": run.mean_over_processes(health.embedding_std(features)),
-        "rankme": health.rankme(features).item(),
-    }
+    values = run.read(
+        means={
+            "teacher_entropy": health.code_entropy(probabilities),
+            "embedding_std": health.embedding_std(features),
+        },
+        own={
+            "kl_to_uniform": kl_to_uniform(probabilities),
+            "center_norm": center.norm(),
+            "prototypes_used": health.prototype_usage(probabilities),
+            "rankme": health.rankme(features),
+        },
+    )
+    values["student_kl"] = values["loss"] - values["teacher_entropy"]
     text = (
-        f"teacher H {entropy:.2f} of {math.log(num_outputs):.2f}, "
+        f"teacher H {values['teacher_entropy']:.2f} of {math.log(num_outputs):.2f}, "
         f"KL to uniform {values['kl_to_uniform']:.2f}, center {values['center_norm']:.2f}, "
         f"{values['prototypes_used']:.0f} of {num_outputs} in use, "
         f"std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
@@ -249,9 +252,9 @@ def kl_to_uniform(probabilities: torch.Tensor) -> torch.Tensor:
 
     0 when all outputs are equally likely over the batch, ln(K) when one of them takes all.
     """
-    mean = probabilities.mean(0, dtype=torch.float32).cpu().double()  # (K,)
+    mean = health.in_float64(probabilities.mean(0, dtype=torch.float32))  # (K,)
     mean = dist.all_reduce_sum(mean) / dist.world_size()
-    return (math.log(len(mean)) - torch.special.entr(mean).sum()).clamp(min=0)
+    return (math.log(len(mean)) - health.entropy(mean)).clamp(min=0)
 
 
 def diagnose(history: list[dict], num_outputs: int) -> health.Trouble | None:

@@ -121,35 +121,38 @@ def log_progress(run, embedding, args):
     """Write a log line with the health of the embeddings (V, B, D)."""
     largest = embedding[: args.nmb_crops[0]].flatten(0, 1)  # crops of the first resolution
     positive, negative = pair_cosines(embedding)
-    values = {
-        "positive_cosine": positive,
-        "negative_cosine": negative,
-        "embedding_std": run.mean_over_processes(health.embedding_std(largest)),
-        "rankme": health.rankme(largest).item(),
-    }
+    values = run.read(
+        means={"embedding_std": health.embedding_std(largest)},
+        own={
+            "positive_cosine": positive,
+            "negative_cosine": negative,
+            "rankme": health.rankme(largest),
+        },
+    )
     num_negatives = count_negatives(args, run.global_batch)
     text = (
-        f"at most {math.log(1 + num_negatives):.2f}, positives {positive:.2f}, "
-        f"negatives {negative:.2f}, std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
+        f"at most {math.log(1 + num_negatives):.2f}, positives {values['positive_cosine']:.2f}, "
+        f"negatives {values['negative_cosine']:.2f}, "
+        f"std {values['embedding_std']:.2f}, rank {values['rankme']:.0f}"
     )
     line = run.report(values, text)
     run.diagnose(line, lambda lines: diagnose(lines, num_negatives))
 
 
 @torch.no_grad()
-def pair_cosines(embedding: torch.Tensor) -> tuple[float, float]:
+def pair_cosines(embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cosine of pairs of crops of one image, and of pairs of crops of different images.
 
     embedding: (M, B, D), M >= 2 crops of B images, L2-normalised; with a process group, this process's
     images, the same number on each. All pairs of all processes count; there must be two images. From
     sums of embeddings alone: the cosines of all pairs of a set add up to |sum of the set|^2.
     """
-    z = embedding.cpu().double()
+    z = health.in_float64(embedding)
     images = z.sum(0)  # (B, D)
     # of all pairs in an image, of every crop with itself
     squares = torch.stack([images.square().sum(), z.square().sum()])
-    within, selves = dist.all_reduce_sum(squares).tolist()
-    everything = dist.all_reduce_sum(images.sum(0)).square().sum().item()
+    within, selves = dist.all_reduce_sum(squares)
+    everything = dist.all_reduce_sum(images.sum(0)).square().sum()
     num_crops, crops_of_image = z[..., 0].numel() * dist.world_size(), len(z)
     positive = (within - selves) / (num_crops * (crops_of_image - 1))
     negative = (everything - within) / (num_crops * (num_crops - crops_of_image))

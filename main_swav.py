@@ -227,12 +227,16 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
 def log_progress(run, codes, embedding):
     """Write a log line with the health of the codes (B, K) and of the embeddings (N, D)."""
     num_prototypes = codes.shape[1]
-    values = {
-        "code_entropy": run.mean_over_processes(health.code_entropy(codes)),
-        "prototypes_used": health.prototype_usage(codes).item(),
-        "embedding_std": run.mean_over_processes(health.embedding_std(embedding)),
-        "rankme": health.rankme(embedding).item(),
-    }
+    values = run.read(
+        means={
+            "code_entropy": health.code_entropy(codes),
+            "embedding_std": health.embedding_std(embedding),
+        },
+        own={
+            "prototypes_used": health.prototype_usage(codes),
+            "rankme": health.rankme(embedding),
+        },
+    )
     text = (
         f"codes H {values['code_entropy']:.2f} of {math.log(num_prototypes):.2f}, "
         f"{values['prototypes_used']:.0f} of {num_prototypes} in use, "

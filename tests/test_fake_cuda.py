@@ -48,13 +48,14 @@ from src.data.augment import Augment
 from src.dist import collectives, syncbn
 from src.dist.syncbn import sync_batchnorm
 from src.evaluate import knn
+from src.labels.health import prediction_health
 from src.labels.memory_bank import MemoryBank
 from src.labels.pseudo_labels import PseudoLabels
 from src.labels.super_classes import Places, SubClassifiers
 from src.nets.convnets import build_convnet
 from src.nets.resnet import build_model
 from src.optim import build_optimizer, clip_gradients, grad_norm, parameter_groups
-from src.run import convnet_flags, flags, image_flags
+from src.run import convnet_flags, flags, health, image_flags
 from src.run.nonfinite import FiniteSteps, Iteration
 
 # The most that one call may ask of a GPU: launches, and copies from memory that is not pinned.
@@ -97,6 +98,10 @@ CEILINGS = {
     "sela_first_step": (106, 0),
     "knn_search": (118, 0),
     "knn_votes": (24, 0),
+    "health_of_codes": (23, 0),
+    "health_of_teacher": (27, 0),
+    "health_of_predictions": (18, 0),
+    "health_of_embeddings": (21, 0),  # and torch asks whether eigenvalues were found
     "network of main_swav": (540, 0),
     "network of main_deepclusterv2": (540, 0),
     "network of main_selav2": (540, 0),
@@ -123,7 +128,7 @@ CEILINGS_OF_TWO = {
 # Where the host does wait for a GPU, and why. The test of what no longer waits fails, until it is
 # taken from this list and has a ceiling.
 WAITS = {
-    "step_judged_at_once": ("nonfinite.py: _are_bad", "with --max_nonfinite: may it be taken?"),
+    "step_judged_at_once": ("nonfinite.py: admits", "with --max_nonfinite: may it be taken?"),
     "larc_step_in_fp16": ("grad_scaler.py: _maybe_opt_step", "torch's: did a gradient overflow?"),
     "deepercluster_overflow": (
         "super_classes.py: overflowed",
@@ -494,6 +499,43 @@ def dino_teacher():
 def dino_clipped_gradients():
     parameters = list(with_gradients(network(main_dino)).parameters())
     return lambda: clip_gradients(parameters, 3.0)
+
+
+# ------------ log lines
+@case
+def health_of_codes():
+    codes, embedding = empty(BATCH, PROTOTYPES), empty(2 * BATCH, DIM)
+
+    def call():
+        health.code_entropy(codes)
+        health.prototype_usage(codes)
+        health.embedding_std(embedding)
+
+    return call
+
+
+@case
+def health_of_teacher():
+    probabilities = empty(LARGE * BATCH, 65536)
+
+    def call():
+        health.code_entropy(probabilities)
+        health.prototype_usage(probabilities)
+        main_dino.kl_to_uniform(probabilities)
+
+    return call
+
+
+@case
+def health_of_predictions():
+    logits, labels = empty(VIEWS * BATCH, 1000), empty(BATCH, dtype=torch.int64)
+    return lambda: prediction_health(logits, labels, -1)
+
+
+@case
+def health_of_embeddings():
+    embedding = empty(2 * BATCH, DIM)
+    return lambda: health.rankme(embedding)
 
 
 # ------------ the other methods

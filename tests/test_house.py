@@ -55,14 +55,14 @@ ORDER = [
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
     "main_swav": (27, 6500),
-    "main_simclr": (26, 6350),
-    "main_selav2": (31, 7250),
-    "main_deepclusterv2": (32, 7450),
-    "main_rotnet": (32, 7100),
-    "main_dino": (31, 7100),
-    "main_deepcluster": (39, 8350),
-    "main_deepercluster": (42, 9200),
-    "main_clusterfit": (37, 8050),
+    "main_simclr": (26, 6400),
+    "main_selav2": (31, 7300),
+    "main_deepclusterv2": (32, 7500),
+    "main_rotnet": (32, 7150),
+    "main_dino": (31, 7150),
+    "main_deepcluster": (39, 8400),
+    "main_deepercluster": (42, 9250),
+    "main_clusterfit": (37, 8100),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line.

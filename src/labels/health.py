@@ -18,10 +18,10 @@ def prediction_health(
     """
     logits = logits.float()
     known = (labels != ignored).repeat(len(logits) // len(labels))  # (V * B,)
-    agree = (logits.argmax(1) == labels.repeat(len(logits) // len(labels)))[known]
+    agree = (logits.argmax(1) == labels.repeat(len(logits) // len(labels))) & known
     return {
         "prediction_entropy": code_entropy(torch.softmax(logits, 1)),
-        "accuracy": 100 * agree.float().mean(),
+        "accuracy": 100 * (agree.sum().float() / known.sum().float()),
     }
 
 

@@ -73,7 +73,7 @@ def report_predictions(
     embedding: Tensor,
     *,
     ceiling: float | None = None,
-    percentages: dict[str, float] | None = None,
+    percentages: dict[str, Tensor] | None = None,
     prototypes: Sequence[Tensor] = (),
     holders: Sequence[int] | None = None,
     lr: str = "--base_lr",
@@ -82,18 +82,23 @@ def report_predictions(
     """Write a log line with the health of the predictions and of the embeddings (N, D).
 
     logits (V * B, K), before the softmax, and labels (B,): of the first head. ceiling: the loss of
-    predicting nothing, ln(K) unless the heads differ. percentages: more of them by name, of all
-    processes. prototypes, holders: whose unique ones are counted, see Run.count_unique. lr, clusters:
+    predicting nothing, ln(K) unless the heads differ. percentages: more of them by name, 0-d, of
+    this process. prototypes, holders: whose unique ones are counted, see Run.count_unique. lr, clusters:
     flags, see diagnose_clusters. All processes call it.
     """
     logits, embedding = logits.detach(), F.normalize(embedding.detach().float(), dim=1)
-    predictions = prediction_health(logits, labels, IGNORED)
-    values = {name: run.mean_over_processes(x) for name, x in predictions.items()}
-    values["prototypes_used"] = health.prototype_usage(logits).item()
-    values["embedding_std"] = run.mean_over_processes(health.embedding_std(embedding))
-    values["rankme"] = health.rankme(embedding).item()
     percentages = percentages or {}
-    values |= percentages
+    values = run.read(
+        means={
+            **prediction_health(logits, labels, IGNORED),
+            "embedding_std": health.embedding_std(embedding),
+            **percentages,
+        },
+        own={
+            "prototypes_used": health.prototype_usage(logits),
+            "rankme": health.rankme(embedding),
+        },
+    )
     num_prototypes = logits.shape[1]
     texts = [
         f"predictions H {values['prediction_entropy']:.2f} of {math.log(num_prototypes):.2f}",
@@ -101,7 +106,7 @@ def report_predictions(
         f"{values['prototypes_used']:.0f} of {num_prototypes} in use",
         f"std {values['embedding_std']:.2f}",
         f"rank {values['rankme']:.0f}",
-        *(f"{name.replace('_', ' ')} {value:.0f}%" for name, value in percentages.items()),
+        *(f"{name.replace('_', ' ')} {values[name]:.0f}%" for name in percentages),
     ]
     unique, unique_text = {}, ""
     if len(prototypes):

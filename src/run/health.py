@@ -22,10 +22,22 @@ class Trouble(NamedTuple):
     sentence: str
 
 
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """The same in float64, on its device where that has such numbers, else on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def entropy(shares: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of the last dimension of (..., K) shares; a share of 0 adds nothing."""
+    if shares.is_cpu:
+        return torch.special.entr(shares).sum(-1)
+    return -torch.xlogy(shares, shares).sum(-1)  # CUDA compiles entr when it is first called
+
+
 @torch.no_grad()
 def code_entropy(assignments: torch.Tensor) -> torch.Tensor:
     """Mean entropy in nats of the rows of (B, K) assignments: 0 one-hot, ln(K) says nothing."""
-    return torch.special.entr(assignments.cpu().double()).sum(1).mean()
+    return entropy(in_float64(assignments)).mean()
 
 
 @torch.no_grad()
@@ -36,9 +48,12 @@ def prototype_usage(assignments: torch.Tensor) -> torch.Tensor:
     samples choose the same one, at most min(K, B). The hard choice is counted, because Sinkhorn's
     soft codes use all prototypes equally by construction (Eq. 4).
     """
-    counts = torch.bincount(assignments.argmax(1).cpu(), minlength=assignments.shape[1]).double()
+    chosen = assignments.argmax(1)
+    counts = in_float64(assignments.new_zeros(assignments.shape[1], dtype=torch.float32))
+    # Not bincount, for which the host waits.
+    counts.scatter_add_(0, chosen.to(counts.device), torch.ones_like(chosen).to(counts))
     counts = dist.all_reduce_sum(counts)  # (K,)
-    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
+    return entropy(counts / counts.sum().clamp(min=1)).exp()
 
 
 @torch.no_grad()
@@ -69,7 +84,7 @@ def embedding_std(embeddings: torch.Tensor) -> torch.Tensor:
 
     Standard deviation over the batch, averaged over dimensions, times sqrt(D).
     """
-    z = embeddings.cpu().double()  # on the CPU: some devices have no float64
+    z = in_float64(embeddings)
     return z.std(0, unbiased=False).mean() * math.sqrt(z.shape[1])
 
 
@@ -77,13 +92,17 @@ def embedding_std(embeddings: torch.Tensor) -> torch.Tensor:
 def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     """Effective rank of (B, D) embeddings (RankMe, Garrido et al., 2023, arXiv:2210.02885, Eq. 1-2).
 
-    Exponential of the entropy of the normalised singular values: between 1 and min(B, D).
+    Exponential of the entropy of the normalised singular values: between 1 and min(B, D). They are
+    the roots of the eigenvalues of the smaller Gram matrix, which is much faster than the decomposition.
+    NaN where an embedding is not finite.
     """
-    if not torch.isfinite(embeddings).all():
-        return torch.tensor(math.nan)
-    singular_values = torch.linalg.svdvals(embeddings.cpu().double())
+    z = in_float64(embeddings)
+    z = z if len(z) <= z.shape[1] else z.t()
+    gram = (z @ z.t()).nan_to_num(0.0, 0.0, 0.0)
+    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular_values / singular_values.sum().clamp(min=eps) + eps
-    return torch.special.entr(p).sum().exp()
+    rank = entropy(p).exp()
+    return torch.where(z.isfinite().all(), rank, math.nan)
 
 
 def same_embedding(recent: list[dict], remedies: str) -> Trouble | None:

@@ -66,7 +66,7 @@ class FiniteSteps:
             iteration.indices = iteration.indices.clone()
             self._unchecked.append(iteration)
             return True
-        if not self._are_bad([iteration])[0]:
+        if not self._are_bad([iteration]).item():
             return True
         for copies, kind in zip(self._copies, self._touched, strict=True):
             torch._foreach_copy_([x.detach() for x in kind], copies)
@@ -85,14 +85,16 @@ class FiniteSteps:
             )
         return False
 
-    def check(self) -> None:
+    def check(self, are_bad: list[bool] | None = None) -> None:
         """Stop the run if its latest iteration is not finite, and list the samples of the first such.
 
-        The first is that after which all were so. Raises RunError. All processes call it.
+        The first is that after which all were so. are_bad: of unchecked(), where they were fetched with
+        other values. Raises RunError. All processes call it.
         """
+        if are_bad is None:
+            are_bad = self.unchecked().tolist()
         iterations, self._unchecked = self._unchecked, []
-        are_bad = self._are_bad(iterations) if iterations else [False]
-        if not are_bad[-1]:
+        if not iterations or not are_bad[-1]:
             return
         first = len(are_bad) - 1
         while first > 0 and are_bad[first - 1]:
@@ -103,15 +105,21 @@ class FiniteSteps:
             "--max_nonfinite 10"
         )
 
+    def unchecked(self) -> Tensor:
+        """Of each iteration since the last check whether it is not finite, on the device. All call it."""
+        return (
+            self._are_bad(self._unchecked) if self._unchecked else torch.zeros(0, dtype=torch.bool)
+        )
+
     def _are_bad(self, iterations):
-        """Of each whether it is not finite on any process."""
+        """Of each whether it is not finite on any process, on the device."""
         device = iterations[0].loss.device
         values = [iteration.loss for iteration in iterations]
         if not self.scaled:
             values += [iteration.gradient_norm for iteration in iterations]
         values = torch.stack([value.detach().to(device, torch.float32) for value in values])
         are_bad = (~values.isfinite()).view(-1, len(iterations)).any(0)
-        return dist.all_reduce_max(are_bad).tolist()
+        return dist.all_reduce_max(are_bad)
 
     def _write(self, iteration, skipped):
         """A line with the samples of all processes, and with what came out on each."""

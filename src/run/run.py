@@ -10,7 +10,7 @@ The loop is the script's. It calls the methods of Run, in this order, and none c
         if run.step():
             ...                             # what keeps something of the batch: a queue, a teacher
         if run.is_log_step():
-            run.report(health, text)
+            run.report(run.read(means, own), text)
         if run.save_or_stop():
             return
 """
@@ -37,7 +37,7 @@ from ..data.multicrop import MultiCropDataset, generator
 from ..errors import RunError
 from ..optim import LARC, grad_norm, norms, same_kind
 from . import checkpoint
-from .health import UNIQUE_DISTANCE, Trouble, count_unique
+from .health import UNIQUE_DISTANCE, Trouble, count_unique, in_float64
 from .lock import hold_folder
 from .log import RunLog, Stopwatch, describe_run, duration
 from .nonfinite import REMEDIES, FiniteSteps, Iteration
@@ -418,17 +418,37 @@ class Run:
         return leave(self.stop, "the same command continues the run")
 
     # ============ the log ============
-    def report(self, health: dict, text: str) -> dict:
-        """Write a log line, for people with `text` behind it; returns it. All processes call it."""
-        self.steps.check()
+    def read(self, means: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, float]:
+        """What a log line says, brought from the device at once: the host waits for nothing else of it.
+
+        means: 0-d tensors of this process, whose means over all are wanted, NaN where one is not finite.
+        own: 0-d tensors that are taken as they are. Beside them come `loss`, a mean, and `gradient_norm`.
+        Raises RunError where the latest iteration is not finite. All processes call it.
+        """
+        means = {"loss": self.loss, **means}
+        own = {"gradient_norm": self.gradient_norm, **own}
+        are_bad = self.steps.unchecked()
+        sums = dist.all_reduce_sum(_stacked(means.values()))
+        parts = [sums / self.process.world_size, _stacked(own.values())]
+        numbers = torch.cat([*parts, are_bad.to(sums)]).tolist()
+        self.steps.check([number > 0 for number in numbers[len(means) + len(own) :]])
+        values = dict(zip([*means, *own], numbers, strict=False))
+        finite = {name: values[name] if math.isfinite(values[name]) else math.nan for name in means}
+        return values | finite
+
+    def report(self, health: dict[str, float], text: str) -> dict:
+        """Write a log line of what read() gave, for people with `text` behind it; returns it.
+
+        All processes call it.
+        """
         rates = self.stopwatch.rates(self.global_batch, self.num_iterations - self.iteration - 1)
         line = {
             "epoch": self.epoch,
             "epoch_float": (self.iteration + 1) / self.iters_per_epoch,
             "iteration": self.iteration,
-            "loss": self.mean_over_processes(self.loss),
+            "loss": health["loss"],
             "lr": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": self.gradient_norm.item(),
+            "gradient_norm": health["gradient_norm"],
             "peak_memory_mb": dist.peak_memory_mb(self.process.device),
             "broken_images": self.dataset.share_broken(),
             "skipped_steps": self.steps.skipped,
@@ -490,11 +510,6 @@ class Run:
             )
         self.repeats = repeats
         return {"unique": unique}, f", {unique} of {total} unique"
-
-    def mean_over_processes(self, value: Tensor) -> float:
-        """Mean over processes of a 0-d tensor."""
-        mean = dist.all_reduce_sum(value.cpu().double()) / self.process.world_size
-        return mean.item() if math.isfinite(mean.item()) else math.nan
 
     # ============ k-NN and pictures, whose rooms are opened where they are used ============
     def probe(self, epoch: int) -> None:
@@ -664,6 +679,11 @@ def share_buffers(module: nn.Module) -> None:
 
 
 # ============ the guard ============
+def _stacked(values):
+    """0-d tensors as one, in float64."""
+    return torch.stack([in_float64(value.detach()) for value in values])
+
+
 def guarded_key(probe_data: list[tuple[str, str]]) -> str:
     """What of a log line --guard_knn looks at: k-NN on the first of --probe_data, else on the data."""
     return f"knn_{probe_data[0][0]}" if probe_data else "knn"
