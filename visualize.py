@@ -9,6 +9,7 @@ clusters: which cluster each image is in, by prototypes or k-means, and what clu
 classes: a map of the classes by t-SNE or PCA of the means of their features, with an image of each.
 curves: the curves of several runs in one picture, with what their evaluations say.
 report: several runs side by side on one HTML page, without a network.
+sobel: what Sobel filters leave of images, and what the first layer makes of it (thesis, Figure 3.5).
 filters: weights of the first layer; or images that maximise the response of filters, by gradient
 ascent (Yosinski et al., arXiv:1506.06579), beside those of the data that activate them most.
 activations: the latter alone, with a table. Both are figures of DeepCluster, arXiv:1807.05520.
@@ -18,7 +19,6 @@ activations: the latter alone, with a table. Both are figures of DeepCluster, ar
   python visualize.py attention --pretrained runs/dino --voc VOCdevkit --baseline deit_small.pth
   python visualize.py neighbours --pretrained runs/swav --data_path my_images --queries a.jpg b.jpg
   python visualize.py clusters --pretrained resnet50.pth --num_clusters 100 --data_path my_images
-  python visualize.py curves --runs runs/swav runs/dino --curves loss knn
   python visualize.py report runs/swav runs/dino --output report.html
   python visualize.py filters --pretrained runs/deepcluster --conv 13 --filters 3 17 99
 
@@ -48,6 +48,7 @@ from src.pictures.filters_command import ACTIVATIONS, FILTERS
 from src.pictures.neighbours_command import NEIGHBOURS
 from src.pictures.patches_command import PATCHES
 from src.pictures.report_command import REPORT
+from src.pictures.sobel_command import SOBEL
 from src.run import flags
 from src.run.lock import release_folders
 from src.run.log import setup_logging
@@ -61,6 +62,7 @@ COMMANDS = {
     "report": REPORT,
     "crops": CROPS,
     "clusters": CLUSTERS,
+    "sobel": SOBEL,
     "filters": FILTERS,
     "activations": ACTIVATIONS,
 }

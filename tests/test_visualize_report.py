@@ -76,6 +76,7 @@ def data(tmp_path_factory):
 
 
 # ============ in a browser ============
+@pytest.mark.slow
 def test_in_a_browser_the_page_asks_for_nothing_and_overflows_nowhere(tmp_path, data):
     runs = [
         write_run(tmp_path / "a_run_with_a_rather_long_name_for_a_telephone_in_a_hand", data),
@@ -241,7 +242,9 @@ def test_names_and_values_are_only_text(tmp_path, data):
     log = (run / "train.log").read_text()
     (run / "train.log").write_text(log.replace("mine: 60", "<h1>mine: 60"))
     other = write_run(tmp_path / os.fsdecode(b"caf\xe9"), data)
-    page = read(tmp_path, run, other)
+    write_sheets(run)
+    page = read(tmp_path, run, other, draw_images=0)
+    assert page.count("<img ") == 3
     assert not re.search(r"<(script|b|i|u)>|<h1>mine|<img src=x|\x1b", page)
     for text in ("&lt;script&gt;alert(1)", "&lt;b&gt;flag", "&lt;i&gt;", "&lt;u&gt;x", r"caf\xe9"):
         assert text in page, text
@@ -285,6 +288,7 @@ def test_a_file_that_is_no_picture_is_a_sentence(tmp_path):
     assert third.uri.startswith("data:image/png") and (third.width, third.height) == (5, 4)
 
 
+@pytest.mark.slow
 def test_a_page_is_never_larger_than_it_may_be(tmp_path, data):
     folders = [write_run(tmp_path / name, data) for name in "abc"]
     runs = report_runs.open_runs([str(folder) for folder in folders])
