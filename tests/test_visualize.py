@@ -21,9 +21,10 @@ from src.data.multicrop import MultiCropDataset, crop_and_resize
 from src.nets.backbones import build_backbone
 from src.nets.dino_head import DINOHead, MultiCropWrapper
 from src.pictures import attention as attention_maps
+from src.pictures import attention_command, frames, sheets
 from src.pictures import crops as crop_pictures
-from src.pictures import frames, sheets
-from src.run import checkpoint
+from src.pictures import flags as picture_flags
+from src.run import checkpoint, image_flags
 from src.run import flags as cli
 
 ROOT = Path(__file__).parent.parent
@@ -336,7 +337,7 @@ def test_every_image_has_its_own_attention_whatever_the_batch(tmp_path, folder, 
 
 
 def test_frames_can_be_left_out_and_limited_and_progress_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(visualize, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(attention_command, "LOG_SECONDS", 0.0)
     monkeypatch.setattr(attention_maps, "MOST_IMAGES", 1)
     video = make_video(tmp_path / "walk.mp4", count=9)
     options = ["--image_path", video, "--every", "2", "--num_images", "3"]
@@ -410,11 +411,11 @@ def test_a_file_of_weights_says_what_network_it_is_for(tmp_path):
 def test_images_are_normalised_as_dino_does_unless_told_otherwise(tmp_path):
     path = photo(tmp_path / "a.png")
     args = visualize.parse_args(["attention", "--image_path", str(path)])
-    assert visualize.open_images(args)[2] == ((0.485, 0.456, 0.406), [0.229, 0.224, 0.225])
+    assert picture_flags.open_images(args)[2] == ((0.485, 0.456, 0.406), [0.229, 0.224, 0.225])
     args = visualize.parse_args(["attention", "--mean", "0", "0", "0", "--std", "1", "1", "1"])
-    assert visualize.open_images(args)[2] == ([0.0] * 3, [1.0] * 3)
+    assert picture_flags.open_images(args)[2] == ([0.0] * 3, [1.0] * 3)
     args = visualize.parse_args(["attention", "--image_path", str(path), "--in_chans", "1"])
-    (mean,), (std,) = visualize.open_images(args)[2]
+    (mean,), (std,) = picture_flags.open_images(args)[2]
     assert mean == pytest.approx(0.449) and std == pytest.approx(0.226)
     assert usual_std([0.3]) == [0.3]
 
@@ -534,10 +535,10 @@ def test_the_crops_of_a_folder_are_those_of_its_training(
     photo(tmp_path / "a.png", side, side)
     args = visualize.parse_args(["crops", "--data_path", str(tmp_path)])
     assert args.preset == preset and len(args.nmb_crops) == 2
-    visualize.image_flags.fill_in_crops(args)
+    image_flags.fill_in_crops(args)
     assert args.size_crops == sides
     one = visualize.parse_args(["crops", "--data_path", str(tmp_path), "--nmb_crops", "2"])
-    visualize.image_flags.fill_in_crops(one)
+    image_flags.fill_in_crops(one)
     assert one.size_crops == sides[:1]
 
 
@@ -596,7 +597,8 @@ def test_every_published_flag_is_taken_with_its_default():
 @pytest.mark.parametrize("picture", ["attention", "crops"])
 def test_every_flag_is_read_and_explained(picture):
     sources = (
-        "visualize.py",
+        "src/pictures/flags.py",
+        f"src/pictures/{picture}_command.py",
         "src/run/flags.py",
         "src/run/image_flags.py",
         "src/evaluate/flags.py",

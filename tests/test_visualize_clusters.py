@@ -591,8 +591,7 @@ def test_weights_that_are_not_finite_stop_the_script(run):
 
 def test_every_flag_is_read_and_explained():
     commands = next(x for x in visualize.get_parser()._actions if x.dest == "picture")
-    text = (ROOT / "visualize.py").read_text()
-    text += "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     for action in commands.choices["clusters"]._actions:
         if action.dest in ("help", "dist_url", "world_size", "rank", "local_rank", "debug_slurm"):
             continue

@@ -491,8 +491,7 @@ def test_weights_that_are_not_finite_stop_the_script(tmp_path):
 
 
 def test_every_flag_is_read_and_explained():
-    text = (ROOT / "visualize.py").read_text()
-    text += "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     commands = next(x for x in visualize.get_parser()._actions if x.dest == "picture")
     ignored = {"help", "dist_url", "world_size", "rank", "local_rank", "debug_slurm"}
     for picture in ("filters", "activations"):

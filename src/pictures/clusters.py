@@ -1,6 +1,5 @@
 """What clusters of images look like: a sheet of some, sizes and colours of all, a folder for each."""
 
-import argparse
 import logging
 import os
 import re
@@ -13,9 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.datasets import ImageDataset
-from ..evaluate import flags as eval_flags
-from ..run import flags
-from ..run.flags import at_least_zero, positive
 from .cluster_tables import UNREADABLE, Clusters
 from .sheets import (
     Group,
@@ -35,33 +31,6 @@ LEAST, MOST = 72, 128  # pixels of the longer side of an image
 OTHER = (205, 45, 45)  # the frame of an image of another class
 VALUE_LETTERS = 24
 COLUMNS_SHOWN = 3  # of metadata, beside a cluster on the sheet
-
-
-# fmt: off
-def add_cluster_args(parser: argparse.ArgumentParser) -> None:
-    """All flags of visualize.py clusters."""
-    add = parser.add_argument_group("clusters").add_argument
-    add("--num_clusters", type=positive(int), default=None,
-        help="k-means of --feature with so many clusters; default: those of the run's prototypes")
-    add("--feature", default="backbone", choices=["backbone", "embedding"],
-        help="what k-means is of: the trunk's pooled output, or that of SwAV's projection head")
-    add("--head", type=at_least_zero(int), default=0,
-        help="which of several heads; assignments_heads.npy has the clusters by all of them")
-    add("--columns", nargs="+", default=None,
-        help="columns of the list of images that clusters are compared with (default: all of its metadata)")
-    add("--neighbours", type=at_least_zero(int), default=10,
-        help="of each image, in whose graph edges between images of one class are counted; 0: none")
-    add("--folders", action="store_true", help="also a folder for each cluster, with links to files")
-    add("--num_shown", type=positive(int), default=20, help="clusters on the sheet, of all sizes")
-    add("--show", type=at_least_zero(int), nargs="+", default=None, help="which, by number")
-    add("--num_images", type=positive(int), default=8,
-        help="images of a cluster nearest to its centroid, and as many others at random")
-    eval_flags.add_network_args(parser)
-    add = eval_flags.add_image_args(parser)
-    add("--split", default="train", choices=["train", "val"], help="which images of the data")
-    add("--batch_size", type=positive(int), default=128, help="images at once")
-    flags.add_runtime_args(parser, one_process=True)
-# fmt: on
 
 
 # ============ choice ============

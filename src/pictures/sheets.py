@@ -75,6 +75,11 @@ def factor_for(pictures: Iterable[Image.Image], least: int) -> int:
     return -(-least // longest)
 
 
+def spread(total: int, number: int) -> list[int]:
+    """At most `number` indices below `total`, evenly spaced: of all classes of sorted images."""
+    return [i * total // min(number, total) for i in range(min(number, total))]
+
+
 def distinct_colours(number: int) -> list[Colour]:
     """So many colours (red, green, blue), around the circle of hues."""
     hues = (i / number for i in range(number))
