@@ -143,7 +143,7 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         # ============ deepcluster-v2 loss ============
         targets = labels.of(indices, run.process.device)  # (heads, B)
         loss = deepcluster_loss(scores, targets, args.temperature)
-        assigned = embedding[args.crops_for_assign]  # (crops, B, D)
+        assigned = torch.stack([embedding[crop] for crop in args.crops_for_assign])  # (crops, B, D)
 
         # ============ backward and optim step ============
         run.backward(loss)

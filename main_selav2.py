@@ -144,7 +144,7 @@ def train_one_epoch(run, loader, schedule, bank, labels, epoch, start, args):
         # ============ sela-v2 loss ============
         targets = labels.of(indices, run.process.device)  # (heads, B)
         loss = sela_loss(scores, targets, args.temperature)
-        assigned = embedding[args.crops_for_assign]  # (crops, B, D)
+        assigned = torch.stack([embedding[crop] for crop in args.crops_for_assign])  # (crops, B, D)
 
         # ============ backward and optim step ============
         run.backward(loss)

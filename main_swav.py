@@ -90,11 +90,10 @@ def swav_loss(
     num_crops, num_prototypes = sum(nmb_crops), scores.shape[1]
     log_p = F.log_softmax(scores.float() / temperature, dim=1)
     log_p = log_p.view(num_crops, -1, num_prototypes)  # (V, B, K)
-    loss = 0.0
+    every, loss = log_p.sum(dim=0), 0.0  # (B, K)
     for crop, q in zip(crops_for_assign, assignments, strict=True):
-        for other in range(num_crops):
-            if other != crop:
-                loss = loss - (q * log_p[other]).sum(dim=1).mean()  # Eq. 2
+        others = every - log_p[crop]  # of the code's own crop nothing is predicted
+        loss = loss - (q * others).sum(dim=1).mean()  # Eq. 2
     return loss / (len(crops_for_assign) * (num_crops - 1))
 
 
@@ -207,7 +206,7 @@ def train_one_epoch(run, loader, schedule, queue, epoch, start, args):
             codes_of_heads.append(codes)
             swapped = swav_loss(s, codes, args.nmb_crops, args.crops_for_assign, args.temperature)
             loss = loss + swapped / len(heads)
-        assigned = embedding[args.crops_for_assign]  # (crops, B, D)
+        assigned = torch.stack([embedding[crop] for crop in args.crops_for_assign])  # (crops, B, D)
 
         # ============ backward and optim step ============
         run.backward(loss)

@@ -5,12 +5,14 @@ arXiv:1708.03888). What SwAV's paper calls LARS (arXiv:2006.09882, appendix A.1)
 LARS: from the same paper, in the form that DINO's training code uses.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+SMALL = 2**18  # values up to which tensors are scaled together
 TINY = 1e-30  # keeps ratio / lr finite at lr = 0, and is nothing beside any real learning rate
 
 
@@ -29,6 +31,43 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype))
 
 
+def scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """x <- x factor in place, for n tensors of one kind and factors (n,), nothing read by the host."""
+    if tensors[0].is_cuda:
+        scale_in_few_launches(tensors, factors)
+    else:
+        torch._foreach_mul_(tensors, factors.unbind())
+
+
+def scale_in_few_launches(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """The same, where the foreach operation would launch a kernel a tensor: small ones go through a copy."""
+    is_small = [x.numel() <= SMALL and is_dense(x) for x in tensors]
+    for x, factor, small in zip(tensors, factors.unbind(), is_small, strict=True):
+        if not small:
+            x.mul_(factor)
+    pairs = list(zip(tensors, is_small, strict=True))
+    flat = [x.as_strided((x.numel(),), (1,)) for x, small in pairs if small]
+    if flat:
+        sizes = tuple(x.numel() if small else 0 for x, small in pairs)
+        factor_of_value = factors.index_select(0, owners_of(sizes, factors.device))
+        scaled = torch.cat(flat).mul_(factor_of_value)
+        torch._foreach_copy_(flat, scaled.split([len(x) for x in flat]))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the values of x lie one after the other in memory, in whatever order."""
+    layouts = (torch.contiguous_format, torch.channels_last)
+    return any(x.is_contiguous(memory_format=layout) for layout in layouts)
+
+
+@functools.lru_cache(maxsize=8)
+def owners_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """0 as often as the first of sizes says, then 1, ...: (sum of sizes,) int32, on the device."""
+    owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
+    owners = owners if device.type in ("cpu", "mps") else owners.pin_memory()
+    return owners.to(device, non_blocking=True)
+
+
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     """Scale every gradient whose norm exceeds `most` down to it, each parameter by itself, in place.
 
@@ -39,7 +78,7 @@ def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     for grads in same_kind(p.grad for p in parameters if p.grad is not None):
         before = norms(grads)  # (n,)
         if most:
-            torch._foreach_mul_(grads, (most / (before + 1e-6)).clamp(max=1).unbind())
+            scale_each(grads, (most / (before + 1e-6)).clamp(max=1))
         found.append(before.float())
     return torch.cat(found) if found else torch.zeros(0)
 
@@ -154,7 +193,7 @@ def _scale_gradients(params, *, lr, weight_decay, trust_coefficient, clip, eps):
     ratios = torch.where(grad_norms == 0, 0.0, ratios)
     if weight_decay:
         torch._foreach_add_(grads, params, alpha=weight_decay)
-    torch._foreach_mul_(grads, ratios.unbind())
+    scale_each(grads, ratios)
 
 
 class LARS(torch.optim.Optimizer):
@@ -197,7 +236,7 @@ class LARS(torch.optim.Optimizer):
                     param_norms, update_norms = norms(params), norms(updates)  # (n,)
                     scaled = (param_norms > 0) & (update_norms > 0)
                     ratios = torch.where(scaled, group["eta"] * param_norms / update_norms, 1.0)
-                    torch._foreach_mul_(updates, ratios.unbind())
+                    scale_each(updates, ratios)
                 mu = [self.state[p]["mu"] for p in params]
                 torch._foreach_mul_(mu, group["momentum"])
                 torch._foreach_add_(mu, updates)

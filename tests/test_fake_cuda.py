@@ -6,6 +6,7 @@ operation on two devices fails, as does all that needs a value on the host (`.it
 Only forward passes and optimizer steps: a backward pass needs a GPU. Nothing is about numbers.
 """
 
+import re
 import sys
 import traceback
 import types
@@ -44,6 +45,7 @@ from src import dist as distributed
 from src.cluster import exact_sums, kmeans, neighbours
 from src.cluster.self_label import Plan, self_labels
 from src.cluster.sinkhorn import sinkhorn
+from src.data import augment
 from src.data.augment import Augment
 from src.dist import collectives, syncbn
 from src.dist.syncbn import sync_batchnorm
@@ -69,10 +71,10 @@ CEILINGS = {
     "swav_hard_codes": (64, 0),
     "swav_queue": (1, 0),
     "swav_prototypes": (4, 0),
-    "swav_loss": (61, 0),  # the plain formula; the fused one of src/losses.py makes 38
+    "swav_loss": (15, 0),
     "dino_loss": (48, 0),
     "dino_teacher": (1, 0),
-    "dino_clipped_gradients": (168, 0),
+    "dino_clipped_gradients": (52, 0),
     "simclr_loss": (17, 0),
     "deepclusterv2_loss": (33, 1),
     "selav2_loss": (33, 1),
@@ -85,8 +87,8 @@ CEILINGS = {
     "deepercluster_rotations": (14, 3),
     "deepercluster_loss": (30, 1),
     "deepercluster_step_of_classifiers": (12, 0),
-    "larc_step": (190, 0),
-    "lars_step": (76, 0),
+    "larc_step": (44, 0),
+    "lars_step": (43, 0),
     "sgd_step": (4, 0),
     "adamw_step": (4, 0),
     "adamw_step_in_fp16": (19, 0),
@@ -106,7 +108,7 @@ CEILINGS = {
     "network of main_deepclusterv2": (540, 0),
     "network of main_selav2": (540, 0),
     "network of main_simclr": (540, 0),
-    "network of main_dino": (635, 0),
+    "network of main_dino": (470, 0),
     "network of main_deepcluster": (50, 0),
     "network of main_deepercluster": (100, 0),
     "network of main_rotnet": (51, 0),
@@ -277,6 +279,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(
+        augment, "triton_kernels", lambda device: None
+    )  # cannot run on fake tensors
     kinds = [*torch_optimizer._foreach_supported_types, FakeTensor]  # else tensor by tensor
     monkeypatch.setattr(torch_optimizer, "_foreach_supported_types", kinds)
     with torch.no_grad(), FAKES, FakeGPU() as fake:
@@ -912,6 +917,12 @@ def test_each_case_has_a_ceiling_or_is_known_to_wait():
     networks = {f"network of {script.__name__}" for script in NETWORKS}
     assert set(known) == set(CASES) | networks
     assert not (set(CEILINGS) | set(CEILINGS_OF_TWO)) & set(WAITS)
+
+
+def test_no_tensor_is_indexed_by_a_list_of_the_command_line():
+    """A loop is not run here; such an index is copied to the GPU, for which the host waits."""
+    for script in sorted(ROOT.glob("main_*.py")):
+        assert not re.search(r"\w\[args\.", script.read_text()), script.name
 
 
 def test_groups_of_batch_norm_wait_for_each_other_as_long_as_all_collectives(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from src import optim
 from src.nets.resnet import resnet18
 from src.optim import LARC, LARS, cosine_schedule, grad_norm, parameter_groups
 
@@ -434,3 +435,20 @@ def test_groups_of_parameters_leave_biases_and_norms_without_weight_decay():
     assert [p.shape for p in plain["params"]] == [(4,), (4,), (4,), (2,)]
     optimizer = torch.optim.AdamW([decayed, plain], weight_decay=0.04)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.04, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_scaled_together_are_those_scaled_one_by_one(dtype, monkeypatch):
+    monkeypatch.setattr(optim, "SMALL", 64)
+    shapes = [(3, 4, 2, 2), (5,), (10, 10), (), (2, 3, 4, 4), (7, 9)]
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors[5] = torch.randn(9, 7).to(dtype).t()  # in no layout that is scaled in a copy
+    factors = torch.tensor([2.0, 0.3, 1.7, -1, 0, 0.9])
+    expected = [x.clone() for x in tensors]
+    torch._foreach_mul_(expected, factors.unbind())
+    layouts = [x.stride() for x in tensors]
+    optim.scale_in_few_launches(tensors, factors)
+    assert [x.stride() for x in tensors] == layouts
+    for x, y in zip(tensors, expected, strict=True):
+        assert torch.equal(x, y) and x.dtype == dtype

@@ -4,13 +4,19 @@ Every sample has its own draw, its own order of jitter operations and its own bl
 has the operations. Source: SimCLR's transformation, as section 3.3 of the SwAV paper uses it.
 """
 
+import functools
+import logging
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
+from ..errors import cause
 from . import photometry
+
+logger = logging.getLogger(__name__)
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 # Columns of the table of values in which each operation finds its own; the blur's are the rest.
@@ -96,11 +102,17 @@ class Augment:
         if device not in self.normalisation:
             self.normalisation[device] = _normalisation(self.mean, self.std, device)
         mean, scale = self.normalisation[device]
+        kernels = triton_kernels(device) if batch[0].is_cuda and batch[0].shape[2] == 3 else None
+        if kernels is not None:
+            values = _next_to(device, kernels.table(draws, photometry.blur_kernels(draws.sigma)))
         crops, start = [], 0
         for images, count in zip(batch, counts, strict=True):
             flat = images.transpose(0, 1).flatten(0, 1)  # (n_r * B, C, S, S), crop-major
             rows = slice(start, start + len(flat))
-            out = _apply_draws(flat, draws[rows], mean, scale)
+            if kernels is not None:
+                out = kernels.apply(flat, values[rows], mean, scale)
+            else:
+                out = _apply_draws(flat, draws[rows], mean, scale)
             crops += out.view(count, -1, *out.shape[1:]).unbind(0)
             start = rows.stop
         return crops
@@ -160,6 +172,21 @@ def apply_draws(
     return _apply_draws(images, draws, mean, scale)
 
 
+@functools.cache
+def triton_kernels(device: torch.device) -> types.ModuleType | None:
+    """src.data.photometry_kernels, or None, said once, where Triton is missing or cannot compile them."""
+    try:
+        from . import photometry_kernels
+
+        black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)
+        values = torch.zeros(1, 15, device=device)
+        photometry_kernels.apply(black, values, *torch.ones(2, 3, 1, 1, device=device))
+    except Exception as error:  # of Triton, of a compiler that is not there, of the driver
+        logger.info(f"photometry by PyTorch, since Triton does not run here: {cause(error)}")
+        return None
+    return photometry_kernels
+
+
 def _normalisation(mean, std, device):
     """What to subtract and what to multiply by, on the device; the quotient is the CPU's."""
     return mean.to(device, non_blocking=True), (1 / std).to(device, non_blocking=True)
@@ -211,8 +238,8 @@ def _apply_steps(x, values, steps):
     # One transfer of all indices and one of all values, whatever the number of steps.
     rows = np.concatenate([rows for *_, rows in steps])
     sizes = [len(rows) for *_, rows in steps]
-    values = _next_to(x, values[rows])[:, :, None, None]
-    indices = _next_to(x, rows).split(sizes)
+    values = _next_to(x.device, values[rows])[:, :, None, None]
+    indices = _next_to(x.device, rows).split(sizes)
     for (name, columns, rows), index, own in zip(steps, indices, values.split(sizes), strict=True):
         if rows[-1] - rows[0] < len(rows):  # neighbours: no copy is needed
             _operate(name, x[rows[0] : rows[-1] + 1], own, columns)
@@ -222,14 +249,14 @@ def _apply_steps(x, values, steps):
             x.index_copy_(0, index, part)
 
 
-def _next_to(x, array):
-    """A numpy array on the device of x, for which the host does not wait.
+def _next_to(device, array):
+    """A numpy array on the device, for which the host does not wait.
 
     Without pinned memory, CUDA may wait with more than 64 KB until its stream has come that far.
     """
     tensor = torch.from_numpy(array)
-    tensor = tensor.pin_memory() if x.is_cuda else tensor
-    return tensor.to(x.device, non_blocking=True)
+    tensor = tensor if device.type in ("cpu", "mps") else tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _operate(name, x, values, columns):

@@ -7,6 +7,7 @@ arXiv:2103.17239). The names of parameters are those of the released checkpoints
 2021, arXiv:2104.14294) and DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
 """
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 
@@ -65,12 +66,30 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class _AddShare(torch.autograd.Function):
+    """x + share branch, in the type of x: one operation forwards and one backwards, whatever the types."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, branch: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        ctx.dtype = branch.dtype
+        with without_autocast(x):  # which would convert the branch first
+            return torch.addcmul(x, branch, share).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (share,) = ctx.saved_tensors
+        of_branch = torch.empty_like(grad, dtype=ctx.dtype)
+        return grad, torch.mul(grad, share, out=of_branch), None
+
+
 class Block(nn.Module):
     """A pre-norm encoder block (ViT, Eq. 2-3) with stochastic depth, (B, T, D) -> (B, T, D).
 
-    In training each branch of a sample is left out with probability drop_path_rate, else divided
-    by 1 - drop_path_rate. layer_scale: where the factors of the branches start, None: there are none.
-    class_only: token 0 alone, (B, 1, D); no output needs more of the last.
+    drop_path_rate: how often a branch of a sample is left out in training, see
+    VisionTransformer.draw_branches. layer_scale: where the factors of the branches start, None: there
+    are none. class_only: token 0 alone, (B, 1, D); no output needs more of the last. shares: (2, B, 1, 1),
+    of each branch of each sample what is added, None: all.
     """
 
     def __init__(
@@ -92,19 +111,15 @@ class Block(nn.Module):
         if layer_scale is not None:
             self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, class_only: bool = False, shares: Tensor | None = None) -> Tensor:
+        of_attention, of_mlp = (None, None) if shares is None else shares
         branch = self.ls1(self.attn(self.norm1(x), class_only))
-        x = self.add(x[:, :1] if class_only else x, branch)
-        return self.add(x, self.ls2(self.mlp(self.norm2(x))))
+        x = self.add(x[:, :1] if class_only else x, branch, of_attention)
+        return self.add(x, self.ls2(self.mlp(self.norm2(x))), of_mlp)
 
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Add a branch's output, left out for some images where there is stochastic depth: (B, N, D)."""
-        if not self.training or self.drop_path_rate == 0:
-            return x + branch
-        keep = 1 - self.drop_path_rate
-        dtype = torch.promote_types(x.dtype, torch.float32)  # 1 / keep is no number of bfloat16
-        kept = torch.empty(len(x), 1, 1, device=x.device, dtype=dtype).bernoulli_(keep)
-        return (x + branch * (kept / keep)).to(x.dtype)
+    def add(self, x: Tensor, branch: Tensor, share: Tensor | None) -> Tensor:
+        """Add a share (B, 1, 1) of a branch's output (B, N, D), where None is all of it."""
+        return x + branch if share is None else _AddShare.apply(x, branch, share)
 
 
 class PatchEmbedding(nn.Module):
@@ -197,8 +212,7 @@ class VisionTransformer(nn.Module):
             )
         if (rows, columns) == self.grid and (height == width or rows != columns):
             return self.pos_embed
-        kind = self.pos_embed.device.type
-        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # in float32
+        with without_autocast(self.pos_embed):  # in float32
             table = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
             patches = table[0, 1:].unflatten(0, self.grid)
             patches = bicubic_matrix(self.grid[1], columns, table) @ patches
@@ -215,17 +229,31 @@ class VisionTransformer(nn.Module):
         patches = self.patch_embed(x) + positions[:, 1:]
         return torch.cat([first.expand(x.shape[0], -1, -1), patches], dim=1)
 
-    def before_last_block(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> what enters the last block, (B, T, D)."""
+    def draw_branches(self, num_samples: int, device: torch.device) -> Sequence[Tensor | None]:
+        """Stochastic depth: what each block adds of its branches, (2, B, 1, 1), or None for all of them.
+
+        In training a branch of a sample is left out with the drop_path_rate of its block, else it is divided
+        by 1 - drop_path_rate. All are drawn at once, since on a GPU each draw would be several launches.
+        """
+        rate = self.blocks[-1].drop_path_rate
+        if not self.training or rate == 0:
+            return [None] * self.depth
+        keep = torch.linspace(1, 1 - rate, self.depth, device=device).view(-1, 1, 1, 1, 1)
+        drawn = torch.bernoulli(keep.expand(-1, 2, num_samples, 1, 1)) / keep
+        return drawn.unbind(0)
+
+    def before_last_block(self, x: Tensor, shares: Sequence[Tensor | None]) -> Tensor:
+        """Images (B, C, H, W) -> what enters the last block, (B, T, D). shares: of draw_branches."""
         x = self.tokens(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        for block, share in zip(self.blocks[:-1], shares[:-1], strict=True):
+            x = block(x, shares=share)
         return x
 
     def forward_backbone(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> the class token after the final LayerNorm, (B, D)."""
-        x = self.before_last_block(x)
-        return self.norm(self.blocks[-1](x, class_only=True)[:, 0])
+        shares = self.draw_branches(len(x), x.device)
+        x = self.before_last_block(x, shares)
+        return self.norm(self.blocks[-1](x, class_only=True, shares=shares[-1])[:, 0])
 
     forward = forward_backbone
 
@@ -234,7 +262,7 @@ class VisionTransformer(nn.Module):
 
         [:, :, 0, 1 + num_registers:] is what the class token takes from the patches, by rows.
         """
-        x = self.before_last_block(x)
+        x = self.before_last_block(x, self.draw_branches(len(x), x.device))
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
@@ -244,12 +272,19 @@ class VisionTransformer(nn.Module):
         """
         if not 1 <= n <= self.depth:
             raise ValueError(f"--n_last_blocks {n} must be from 1 to the {self.depth} blocks")
+        shares = self.draw_branches(len(x), x.device)
         x, outputs = self.tokens(x), []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
+        for i, (block, share) in enumerate(zip(self.blocks, shares, strict=True)):
+            x = block(x, shares=share)
             if i >= self.depth - n:
                 outputs.append(self.norm(x))
         return outputs
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """No autocast inside, on the device of x."""
+    kind = x.device.type
+    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
 
 
 def bicubic_matrix(
@@ -261,9 +296,26 @@ def bicubic_matrix(
     repeated, as in F.interpolate. A product has the same gradient in every run, also on a GPU. step:
     size / (new_size + 0.1), as a tensor where new_size is no number yet.
     """
+    if (
+        step is not None
+        or torch.compiler.is_compiling()
+        or type(like) not in (Tensor, nn.Parameter)
+    ):
+        return _bicubic_matrix(size, new_size, like.device, like.dtype, step)
+    return _kept_bicubic_matrix(size, new_size, like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_bicubic_matrix(size, new_size, device, dtype):
+    """The same, which on a GPU would be 27 launches of every pass."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _bicubic_matrix(size, new_size, device, dtype, None)
+
+
+def _bicubic_matrix(size, new_size, device, dtype, step):
     if step is None:
         step = size / (new_size + 0.1)
-    options = {"device": like.device, "dtype": like.dtype}
+    options = {"device": device, "dtype": dtype}
     centres = (torch.arange(new_size, **options) + 0.5) * step - 0.5
     samples = torch.arange(-2, size + 2, **options)  # two more at either end
     distance = (centres[:, None] - samples).abs()  # (new_size, size + 4)

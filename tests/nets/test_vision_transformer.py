@@ -12,7 +12,6 @@ from torch import nn
 
 from src.nets.vision_transformer import (
     ARCHITECTURES,
-    Block,
     VisionTransformer,
     bicubic_matrix,
     deit_small,
@@ -196,7 +195,8 @@ def test_the_attention_shown_is_the_attention_computed():
     model = spread(small(num_registers=2), std=1.0).eval()
     x = torch.randn(2, 3, 16, 20)
     last = model.blocks[-1]
-    tokens = last.norm1(model.before_last_block(x))  # (B, T, D)
+    shares = model.draw_branches(len(x), x.device)
+    tokens = last.norm1(model.before_last_block(x, shares))  # (B, T, D)
     values = last.attn.split(tokens)[2]
     weights = model.get_last_selfattention(x)
     assert weights.max() > 2 / weights.shape[-1]  # far from uniform
@@ -395,29 +395,52 @@ def test_the_rate_of_stochastic_depth_grows_linearly():
 
 def test_stochastic_depth_drops_branches_of_whole_samples_and_keeps_the_expectation():
     torch.manual_seed(0)
-    block = Block(8, 2, 4.0, True, 0.3)
+    model = small(drop_path_rate=0.3, depth=4).train()
     x, branch = torch.randn(4000, 5, 8), torch.ones(4000, 5, 8)
-    added = block.add(x, branch) - x
-    each = added[:, :1, :1]
-    torch.testing.assert_close(added, each.expand_as(added), atol=1e-5, rtol=0)
-    kept = each.flatten() > 0.5
-    torch.testing.assert_close(
-        each.flatten(), torch.where(kept, 1 / 0.7, 0.0), rtol=1e-5, atol=1e-5
-    )
-    assert abs(kept.float().mean() - 0.7) < 0.03
-    assert abs(each.mean() - 1) < 0.05
+    shares = model.draw_branches(len(x), x.device)
+    for share, rate in zip(shares, (0, 0.1, 0.2, 0.3), strict=True):
+        added = model.blocks[0].add(x, branch, share[1]) - x
+        each = added[:, :1, :1]
+        torch.testing.assert_close(added, each.expand_as(added), atol=1e-5, rtol=0)
+        kept = each.flatten() > 0.5
+        expected = torch.where(kept, 1 / (1 - rate), 0.0)
+        torch.testing.assert_close(each.flatten(), expected, rtol=1e-5, atol=1e-5)
+        assert abs(kept.float().mean() - 1 + rate) < 0.03
+        assert abs(each.mean() - 1) < 0.05
+    assert small(drop_path_rate=0.3).eval().draw_branches(2, x.device)[-1] is None
 
 
 def test_the_two_branches_of_a_block_are_dropped_independently():
     torch.manual_seed(0)
-    block = Block(8, 2, 4.0, True, 0.5)
+    model = small(drop_path_rate=0.5, depth=2).train()
+    block, shares = model.blocks[-1], model.draw_branches(2000, torch.device("cpu"))[-1]
+    width = block.norm1.weight.numel()
     with torch.no_grad():
         for linear, value in ((block.attn.proj, 1.0), (block.mlp.fc2, 10.0)):
             linear.weight.zero_()
             linear.bias.fill_(value)
-        added = (block(torch.zeros(2000, 3, 8))[:, 0, 0] / 2).round()
+        added = block(torch.zeros(2000, 3, width), shares=shares)
+    added = (added[:, 0, 0] / 2).round()
     assert added.unique().tolist() == [0, 1, 10, 11]
     assert all(abs((added == value).float().mean() - 0.25) < 0.05 for value in (0, 1, 10, 11))
+
+
+def test_a_training_pass_leaves_out_what_was_drawn_and_its_gradient_is_of_the_rest():
+    torch.manual_seed(0)
+    x, branch = torch.randn(6, 5, 8, requires_grad=True), torch.randn(6, 5, 8, requires_grad=True)
+    share = torch.tensor([0, 2.0, 0, 2, 2, 0]).view(-1, 1, 1)
+    weights = torch.randn(6, 5, 8)
+    add = small().blocks[0].add
+    found = torch.autograd.grad((add(x, branch, share) * weights).sum(), [x, branch])
+    expected = torch.autograd.grad(((x + branch * share) * weights).sum(), [x, branch])
+    torch.testing.assert_close(found, expected)
+    half = branch.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        added = add(x, half, share)
+    assert added.dtype == torch.float32
+    assert torch.equal(added, x + half.float() * share)
+    (of_half,) = torch.autograd.grad((added * weights).sum(), [half])
+    assert torch.equal(of_half, (weights * share).bfloat16())
 
 
 @torch.no_grad()
