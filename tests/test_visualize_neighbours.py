@@ -46,7 +46,9 @@ def test_the_nearest_are_those_of_the_largest_cosine_without_the_query_itself():
     for row, query, own in ((0, 2, 2), (1, 5, None), (2, 9, 9)):
         similar = unit @ unit[query]
         order = [i for i in similar.argsort(descending=True).tolist() if i != own][:4]
-        assert indices[row].tolist() == order
+        # 2 and 7 are equally near to the others: which comes first is not defined.
+        assert set(indices[row].tolist()) == set(order)
+        torch.testing.assert_close(similar[indices[row]], similar[order], atol=1e-6, rtol=0)
         torch.testing.assert_close(cosines[row].double(), similar[order], atol=1e-6, rtol=0)
     assert indices[0, 0] == 7 and indices[1, 0] == 5
 
