@@ -21,8 +21,8 @@ from src.evaluate.voc_training import Training
 from src.nets.pretrained import open_pretrained
 from src.run import checkpoint, flags
 from tests.detection_images import VOC_NAMES, write_coco, write_voc
-from tests.gloo import run_ranks
-from tests.runs import signal_handlers  # noqa: F401, used by name
+from tests.gloo import kill_mains, run_mains, run_ranks, start_mains
+from tests.runs import signal_handlers, wait_for_lines  # noqa: F401, used by name
 
 TINY = "--arch resnet10 --width 0.125 --workers 0 --device cpu --log_freq 2 --warmup_iters 2"
 TINY = shlex.split(f"{TINY} --min_size 48 64 --test_size 64 --max_size 100 --lr 0.01 --steps 5")
@@ -214,6 +214,22 @@ def test_the_gradients_of_two_processes_are_those_of_one(voc, tmp_path):
         for name in one:
             scale = max(abs(one[name]).max(), 1e-3)
             assert abs(one[name] - two[name]).max() < 2e-3 * scale, name
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_the_middle_end_at_the_bits_of_two_that_were_not(voc, tmp_path):
+    argv = [*TINY, *FEW, "--data_path", voc, "--batch_size", 2, "--nit", 16, "--log_freq", 1]
+    whole, killed = (tmp_path / name / "detection" / "faster_rcnn_c4" for name in "ab")
+    run_mains("eval_detection", tmp_path / "a", argv, 2)
+    ranks = start_mains("eval_detection", tmp_path / "b", argv, 2)
+    wait_for_lines(killed, ranks[0], 5)
+    kill_mains(ranks)
+    assert 4 <= checkpoint.load_checkpoint(killed)["iteration"] < 16
+    run_mains("eval_detection", tmp_path / "b", argv, 2)
+    expected, found = (checkpoint.load_checkpoint(folder)["module"] for folder in (whole, killed))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    results = [(folder / "detections.json").read_bytes() for folder in (whole, killed)]
+    assert results[0] == results[1]
 
 
 # ============ the schedule ============

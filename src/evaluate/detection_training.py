@@ -181,7 +181,7 @@ def log_progress(
     words = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in parts.items())
     logger.info(
         f"it {it + 1}/{iterations} loss {sum(means):.4f} lr {lr:.4g} | {words} | "
-        f"{rates['images_per_second']:.1f} img/s data {100 * rates['data_share']:.0f}% "
+        f"{rates['images_per_second']:.3g} img/s data {100 * rates['data_share']:.0f}% "
         f"eta {duration(rates['eta_seconds'])}"
     )
 
