@@ -26,7 +26,7 @@ CONTEXT.set_forkserver_preload(
         *("torch", "torch.distributed", "torch._dynamo", "pytest", "tests.reference", "tests.runs"),
         *("main_swav", "main_dino", "main_deepercluster", "eval_knn", "eval_linear", "eval_voc07"),
         *("eval_semisup", "eval_finetune", "eval_image_retrieval", "eval_copy_detection"),
-        "eval_video_segmentation",
+        *("eval_video_segmentation", "eval_detection"),
         *("matplotlib.pyplot", "sklearn.datasets"),
         *("main_deepcluster", "main_deepclusterv2", "main_selav2", "main_simclr", "main_rotnet"),
         *("main_clusterfit", "matplotlib.pyplot", "sklearn.datasets", "sklearn.metrics"),

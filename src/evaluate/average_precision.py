@@ -11,40 +11,47 @@ from .. import dist
 IGNORED = 255  # label of a class of which an image has difficult objects only
 
 
-def average_precision(scores: Tensor, positive: Tensor) -> tuple[float, float]:
+def average_precision(
+    scores: Tensor, positive: Tensor, num_positives: int | None = None
+) -> tuple[float, float]:
     """Area under the steps of the curve, and the 11-point average of VOC 2007.
 
     scores (n,), positive (n,) bool. Equal scores are one threshold, so that their order does not
     count; a score that is not a number comes last. The area is scikit-learn's, sum_t (recall_t -
     recall_t-1) precision_t; the other, Everingham et al. 2010 (IJCV 88), section 4.2, the mean over
-    the recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. NaN without a positive.
+    the recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. num_positives: of detection,
+    with those that are not among the scores. NaN without a positive.
     """
     if not positive.any():
-        return math.nan, math.nan
-    precision, recall = _curve(scores, positive)
+        return (0.0, 0.0) if num_positives else (math.nan, math.nan)
+    precision, recall = _curve(scores, positive, num_positives)
     area = -(np.diff(recall) * precision).sum()  # as average_precision_score has it
     reached = recall[:-1] >= np.arange(11)[:, None] / 10 - 1e-9  # (11, T)
     points = np.where(reached, precision, 0.0).max(1).mean()
     return float(area), float(points)
 
 
-def interpolated_precision(scores: Tensor, positive: Tensor) -> float:
+def interpolated_precision(
+    scores: Tensor, positive: Tensor, num_positives: int | None = None
+) -> float:
     """Area under the curve whose precision at a recall is the highest there or beyond: that of VOC since
     2010, and of VISSL's SVMs on VOC 2007. Arguments as average_precision; NaN without a positive."""
     if not positive.any():
-        return math.nan
-    precision, recall = _curve(scores, positive)
+        return 0.0 if num_positives else math.nan
+    precision, recall = _curve(scores, positive, num_positives)
     return float(-(np.diff(recall) * np.maximum.accumulate(precision)).sum())
 
 
-def _curve(scores, positive):
-    """Precisions (T,) and recalls (T + 1,), from recall 1 to 0, by threshold."""
+def _curve(scores, positive, num_positives):
+    """Precisions (T,) and recalls (T + 1,), from the largest recall to 0, by threshold."""
     from sklearn.metrics import precision_recall_curve
 
     # scikit-learn takes finite scores alone: their ranks say the same.
     scores = torch.where(scores.isnan(), -torch.inf, scores.double())
     ranks = torch.unique(scores, return_inverse=True)[1].numpy()
     precision, recall, _ = precision_recall_curve(positive.numpy(), ranks)
+    found = int(positive.sum())
+    recall = recall * (found / (num_positives or found))
     return precision[:-1], recall  # the last, at recall 0, is of no image
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on PASCAL VOC 2007: what is saved and resumed, and the batches of random crops."""
+"""Fine-tuning by iterations: what is saved and resumed; and the batches of random crops of VOC 2007."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +24,9 @@ class Training:
     """The network, its optimizer, and the folder that keeps them.
 
     module: the network without wrappers; network: the same, in DDP where there are several
-    processes. settings: all that the result depends on; a folder with others is not continued.
+    processes. settings: all that the result depends on; a folder with others is not continued. sync_bn:
+    "pytorch" for batch norm over all processes. groups: of the optimizer, of the module; all parameters in
+    one unless given.
     """
 
     def __init__(
@@ -35,15 +37,19 @@ class Training:
         precision: str,
         folder: str | Path,
         settings: dict,
+        sync_bn: str = "none",
+        groups: Callable[[nn.Module], list[dict]] | None = None,
     ):
         self.process, self.precision = process, precision
         self.folder, self.settings = folder, settings
         self.module = place_network(
-            model, process, sync_bn="none", syncbn_process_group_size=0, compiled=False
+            model, process, sync_bn=sync_bn, syncbn_process_group_size=0, compiled=False
         )
         self.network = average_gradients(self.module, process)
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer("sgd", trained, weight_decay)
+        self.optimizer = build_optimizer(
+            "sgd", groups(self.module) if groups else trained, weight_decay
+        )
         self.scaler = dist.grad_scaler(process.device, precision)
 
     def save(self, iteration: int) -> None:

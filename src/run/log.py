@@ -73,13 +73,13 @@ class PlainFormatter(logging.Formatter):
 class ScreenFormatter(PlainFormatter):
     """The same, in lines of at most COLUMNS.
 
-    Warnings, and lines with a path or a command to be copied, stay whole.
+    Warnings, and lines to be copied, with a path or a command, of a table or of JSON, stay whole.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        is_command = text.startswith(("command: ", "watch  "))
-        if record.levelno > logging.INFO or is_command or re.search(r"(^|\s)[/~]\S", text):
+        is_copied = text.startswith(("command: ", "watch  ", "| ", '{"'))
+        if record.levelno > logging.INFO or is_copied or re.search(r"(^|\s)[/~]\S", text):
             return text
         return "\n".join(line for part in text.split("\n") for line in divide(part))
 
