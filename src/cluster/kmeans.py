@@ -15,9 +15,10 @@ from .. import dist
 from .exact_sums import block_rows, exact_rows, extent, member_sums, num_rows, placed
 from .neighbours import full_precision
 
-BLOCK = 2**21  # scores that the E-step holds at a time on a CPU, in its cache
-GROUP = 64  # columns of which only the maximum is compared at first
-MANY = 1024  # centroids from which on that pays
+BLOCK = 2**20  # scores that the E-step holds at a time on a CPU, in its cache
+GROUP = 32  # columns of which only the maximum is compared at first
+MANY = 256  # centroids from which on that pays
+MODERATE = 30  # exponents of entries whose products are numbers, squared and added up
 DRAWS = 4096  # candidates of k-means++ that are looked up at once
 ROUNDS = 8  # ... and how often before the farthest row is taken without a draw
 SPLIT = 0.01  # distance of the two halves of a cluster from its centroid, in norms of the centroid
@@ -157,29 +158,33 @@ def _check(features, centroids, device):
 def _nearest(features, centroids, spherical, exponent, device):
     """Assignments (n,): argmax of x.c, or of x.c - |c|^2 / 2, which is argmin of the distance.
 
-    A power of 2 scales all entries to at most 1, which changes no argmax and keeps squares finite.
-    Blocks have one shape, the last one being filled up: a row's scores must not depend on how many
-    rows this process has. Products into given memory are left alone by autocast.
+    Where entries are so large or small that a product might not be a number, a power of 2 scales all to at
+    most 1, which changes no argmax. Blocks have one shape, the last one being filled up: a row's scores
+    must not depend on how many rows this process has. Products into given memory are left alone by
+    autocast.
     """
-    num_clusters, size = centroids.shape
-    scale = 2.0 ** -max(-100, min(100, exponent))
+    num_clusters = len(centroids)
+    as_they_are = abs(exponent) <= MODERATE and features.dtype == torch.float32
+    scale = 1.0 if as_they_are else 2.0 ** -max(-100, min(100, exponent))
     weights = centroids.to(device, torch.float32) * scale
-    if not spherical:  # the offset is the weight of one more entry, which is 1 in all rows
-        offsets = weights.square().sum(1, keepdim=True) / -2
-        weights = torch.cat([weights, offsets], dim=1)
     # Copies of the last centroid fill its group up: a product may round its last few columns
     # otherwise than the rest, and equal centroids must tie.
     grouped = num_clusters >= MANY
-    copies = weights[-1:].expand(-num_clusters % (GROUP if grouped else 32), -1)
+    copies = weights[-1:].expand(-num_clusters % GROUP, -1)
     weights = torch.cat([weights, copies])
+    offsets = weights.new_zeros(len(weights)) if spherical else weights.square().sum(1) / -2
     length = block_rows(device, max(weights.shape), BLOCK)
-    rows = weights.new_ones(length, weights.shape[1])
+    memory = weights.new_zeros(length, weights.shape[1])
     product = weights.new_empty(length, len(weights))  # (b, K)
     assignments = torch.empty(len(features), dtype=torch.int64, device=features.device)
     with full_precision():
         for block, out in zip(features.split(length), assignments.split(length), strict=True):
-            rows[: len(block), :size].copy_(block).mul_(scale)
-            scores = torch.mm(rows, weights.T, out=product)[: len(block)]
+            if as_they_are and len(block) == length and block.device == device:
+                rows = block
+            else:
+                rows = memory
+                rows[: len(block)].copy_(block).mul_(scale)
+            scores = torch.addmm(offsets, rows, weights.T, out=product)[: len(block)]
             if grouped:
                 scores = scores.unflatten(1, (-1, GROUP))  # (b, K / GROUP, GROUP)
                 group = scores.amax(2).argmax(1)
