@@ -17,7 +17,7 @@ import bench
 def names():
     """The benchmarks: what is in this folder but for what they share."""
     found = {module.name for module in pkgutil.iter_modules(bench.__path__)}
-    return sorted(found - {"__main__", "measure"})
+    return sorted(found - {"__main__", "measure", "compare"})
 
 
 def main(argv):

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import platform
+import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -84,7 +87,7 @@ def peak_megabytes(function, device="cpu"):
 def print_table(title, header, rows, json_file=None):
     """Print `rows` (lists of strings or numbers) under `header`, columns aligned.
 
-    json_file: where to append the table as one line of JSON: title, header and rows.
+    json_file: where to append the table as one line of JSON: title, header, rows and machine.
     """
     cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
@@ -96,4 +99,22 @@ def print_table(title, header, rows, json_file=None):
         )
     if json_file is not None:
         with open(json_file, "a") as file:
-            file.write(json.dumps({"title": title, "header": header, "rows": rows}) + "\n")
+            table = {"title": title, "header": header, "rows": rows, "machine": machine()}
+            file.write(json.dumps(table) + "\n")
+
+
+def machine():
+    """What ratios depend on: the GPU where one is in use, else the processor, and the threads."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor():
+    """The model of the processor, as Linux names it, else as Python does."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()

@@ -55,7 +55,7 @@ ORDER = [
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
     "main_swav": (27, 6600),
-    "main_simclr": (26, 6450),
+    "main_simclr": (26, 6500),
     "main_selav2": (31, 7350),
     "main_deepclusterv2": (32, 7550),
     "main_rotnet": (32, 7200),

@@ -56,7 +56,9 @@ def _own_group(process, size):
 
 
 # torch.compile takes an operation of torch.library as one node of a graph. Such an operation takes tensors,
-# numbers and texts only, so that it is given the key of a group in this table.
+# numbers and texts only, so that it is given the key of a group in this table. Its name is this module's: a
+# copy of it in the same process has operations and groups of its own.
+NAMESPACE = __name__.replace(".", "_")
 ALL = "all processes"
 _groups = {ALL: None}
 
@@ -100,7 +102,7 @@ class CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 # ============ as one operation ============
-@torch.library.custom_op("clustering::normalise", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::normalise", mutates_args=(), device_types="cpu")
 def normalise(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -182,7 +184,7 @@ def _shapes_of_normalise(x, weight, bias, eps, group):
 
 
 # ------------ gradients
-@torch.library.custom_op("clustering::normalise_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::normalise_backward", mutates_args=(), device_types="cpu")
 def normalise_backward(
     grad: torch.Tensor,
     x: torch.Tensor,

@@ -69,16 +69,24 @@ class LayerScale(nn.Module):
 class _AddShare(torch.autograd.Function):
     """x + share branch, in the type of x: one operation forwards and one backwards, whatever the types."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, branch: Tensor, share: Tensor) -> Tensor:
-        ctx.save_for_backward(share)
-        ctx.dtype = branch.dtype
+    def forward(x, branch, share):
         with without_autocast(x):  # which would convert the branch first
             return torch.addcmul(x, branch, share).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def setup_context(ctx, inputs, output):
+        _, branch, share = inputs
+        ctx.save_for_backward(share)
+        ctx.dtype = branch.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
         (share,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that is differentiated once more
+            return grad, (grad * share).to(ctx.dtype), None
         of_branch = torch.empty_like(grad, dtype=ctx.dtype)
         return grad, torch.mul(grad, share, out=of_branch), None
 

@@ -99,7 +99,9 @@ def rankme(embeddings: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     z = in_float64(embeddings)
     z = z if len(z) <= z.shape[1] else z.t()
     gram = (z @ z.t()).nan_to_num(0.0, 0.0, 0.0)
-    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    eigenvalues = torch.linalg.eigvalsh(gram)  # ascending
+    noise = eigenvalues[-1:] * len(gram) * torch.finfo(gram.dtype).eps
+    singular_values = torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
     p = singular_values / singular_values.sum().clamp(min=eps) + eps
     rank = entropy(p).exp()
     return torch.where(z.isfinite().all(), rank, math.nan)

@@ -1,5 +1,8 @@
 """Batch normalisation over processes equals that of one process on the whole batch."""
 
+import importlib
+import shutil
+import sys
 from functools import partial
 
 import numpy as np
@@ -11,6 +14,7 @@ from src import dist
 from src.dist import Process, syncbn
 from src.dist.syncbn import CrossProcessBatchNorm, sync_batchnorm
 from tests.gloo import run_ranks
+from tests.runs import ROOT
 
 CPU = torch.device("cpu")
 
@@ -218,6 +222,27 @@ def test_kernels_of_a_gpu_are_put_together_as_on_a_cpu(sizes, affine, shape):
     for plain, found in run_ranks(_both_ways, len(sizes), sizes, affine, shape):
         for expected, value in zip(plain, found, strict=True):
             np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def _with_a_copy(rank, world_size, folder):
+    """Output of a layer over processes, before and after a copy of its module was imported."""
+    layer = sync_batchnorm(nn.BatchNorm1d(2), "pytorch", 0, process_of(rank, world_size))
+    layer.group = syncbn._key_of(torch.distributed.new_group(list(range(world_size))))
+    x = torch.arange(6.0).view(3, 2) + rank
+    before = layer(x)
+    sys.path.insert(0, str(folder))
+    copied = importlib.import_module("mine.dist.syncbn")
+    assert copied.normalise is not syncbn.normalise
+    assert torch.equal(layer(x), before)
+    return 1
+
+
+def test_a_copy_of_the_module_in_the_same_process_leaves_this_one_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    shutil.copytree(ROOT / "src" / "dist", tmp_path / "mine" / "dist")
+    shutil.copy(ROOT / "src" / "errors.py", tmp_path / "mine")
+    assert run_ranks(_with_a_copy, 2, tmp_path) == [1, 1]
 
 
 def _graphs(rank, world_size):

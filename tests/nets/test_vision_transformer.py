@@ -572,3 +572,25 @@ def test_layer_scale_multiplies_what_each_branch_adds():
         attention = model.get_last_selfattention(images)
         assert attention.shape == (2, 3, 5, 5)
     assert not any(".ls" in name for name in VisionTransformer(**options).state_dict())
+
+
+def test_a_network_in_training_is_differentiated_twice_and_by_torch_func():
+    torch.manual_seed(0)
+    model, x = (
+        small(drop_path_rate=0.3, depth=2).double().train(),
+        torch.randn(2, 3, 16, 16).double(),
+    )
+    x.requires_grad_()
+
+    def gradient(create_graph):
+        torch.manual_seed(1)
+        return torch.autograd.grad(model(x).square().sum(), x, create_graph=create_graph)[0]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (second,) = torch.autograd.grad(gradient(True).square().sum(), x)
+        assert second.isfinite().all() and second.abs().sum() > 0
+        plain = gradient(False)
+        torch.testing.assert_close(gradient(True), plain)
+        torch.manual_seed(1)
+        by_func = torch.func.grad(lambda images: model(images).square().sum())(x.detach())
+    torch.testing.assert_close(by_func, plain)

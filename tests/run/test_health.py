@@ -67,6 +67,19 @@ def test_std_is_one_on_the_sphere_and_zero_when_collapsed():
     assert health.embedding_std(torch.ones(10, 32) / math.sqrt(32)).item() < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(256, 128, 128), (64, 512, 64), (64, 512, 4)]
+)
+def test_rankme_is_that_of_the_singular_values(rows, columns, rank):
+    torch.manual_seed(0)
+    z = torch.randn(rows, rank, dtype=torch.float64) @ torch.randn(rank, columns).double()
+    for x in (z, F.normalize(z, dim=1).float(), z[:1].repeat(rows, 1)):
+        values = torch.linalg.svdvals(x.double())
+        p = values / values.sum() + 1e-7
+        expected = torch.special.entr(p).sum().exp().item()
+        assert health.rankme(x).item() == pytest.approx(expected, rel=2e-6)
+
+
 def test_rankme_is_the_number_of_directions_in_use():
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(16, 16))[0]
