@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from src import dist
-from src.cluster.sinkhorn import sinkhorn
+from src.cluster.sinkhorn import sinkhorn_of_each
 from src.data.augment import Augment
 from src.data.datasets import EpochSampler
 from src.data.multicrop import MultiCropDataset, multicrop_loader
@@ -104,15 +104,17 @@ def assign_codes(scores, prototypes, crops_for_assign, queue, hard, **sinkhorn_a
     scores: (V, B, K). prototypes: (K, D). A full queue adds its embeddings to the problem (section
     3.1). hard: round each code to its largest entry (appendix C.3).
     """
-    batch_size, codes = scores.shape[1], []
-    for i, crop in enumerate(crops_for_assign):
-        problem = scores[crop]  # (B, K)
-        if queue is not None and queue.full:
-            problem = torch.cat([queue.embeddings[i] @ prototypes.t(), problem])  # (L + B, K)
-        total_rows = len(problem) * dist.world_size()  # as many on each process
-        q = sinkhorn(problem, max_score=MAX_SCORE, total_rows=total_rows, **sinkhorn_args)
-        q = q[-batch_size:]  # (B, K)
-        codes.append(F.one_hot(q.argmax(1), q.shape[1]).to(q.dtype) if hard else q)
+    batch_size, problems = scores.shape[1], [scores[crop] for crop in crops_for_assign]  # (B, K)
+    if queue is not None and queue.full:
+        problems = [
+            torch.cat([embeddings @ prototypes.t(), problem])  # (L + B, K)
+            for embeddings, problem in zip(queue.embeddings, problems, strict=True)
+        ]
+    total_rows = len(problems[0]) * dist.world_size()  # as many on each process
+    solved = sinkhorn_of_each(problems, MAX_SCORE, total_rows, **sinkhorn_args)
+    codes = [q[-batch_size:] for q in solved]  # (B, K) each
+    if hard:
+        codes = [F.one_hot(q.argmax(1), q.shape[1]).to(q.dtype) for q in codes]
     return codes
 
 

@@ -1,6 +1,7 @@
 """Sinkhorn-Knopp assignments (SwAV, arXiv:2006.09882, Eq. 3-5)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -58,7 +59,39 @@ def sinkhorn(
     q = torch.empty(scores.shape, dtype=dtype, device=scores.device) if out is None else out
     # An autocast around this would compute its products in half precision.
     with torch.autocast(scores.device.type, enabled=False):
-        return _scaling_sinkhorn(scores, epsilon, iterations, top, q)
+        _scaling_sinkhorn([scores], epsilon, iterations, top, [q])
+    return q
+
+
+@torch.no_grad()
+def sinkhorn_of_each(
+    problems: Sequence[torch.Tensor],
+    max_score: float,
+    total_rows: int,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """sinkhorn() of several problems of one shape (B, K), in the collectives of one.
+
+    Each is solved by itself, to the bits of sinkhorn(). max_score and total_rows must be known, and are
+    those of every problem; the rest is as there.
+    """
+    _, num_prototypes = problems[0].shape
+    exponent = math.inf
+    if epsilon > 0:
+        exponent = 2 * max_score / epsilon + math.log(max(1, total_rows) * num_prototypes)
+    if (
+        exponent > LARGEST_EXPONENT[dtype] or iterations < 1
+    ):  # what sinkhorn() does about it, or says
+        return [
+            sinkhorn(x, epsilon, iterations, dtype, max_score=max_score, total_rows=total_rows)
+            for x in problems
+        ]
+    codes = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in problems]
+    with torch.autocast(problems[0].device.type, enabled=False):
+        _scaling_sinkhorn(problems, epsilon, iterations, max_score, codes)
+    return codes
 
 
 def _range(scores, max_score, total_rows):
@@ -80,28 +113,29 @@ def _range(scores, max_score, total_rows):
     return high, high + minus_low, int(num_rows) * dist.world_size()
 
 
-def _scaling_sinkhorn(scores, epsilon, iterations, top, q):
-    """Scaling vectors on one exponential, in blocks of rows that stay in the cache on a CPU."""
-    num_rows, num_prototypes = scores.shape
-    size = num_rows if scores.is_cuda else max(16, BLOCK // num_prototypes)
-    blocks = range(0, num_rows, max(1, size))
-    scale = torch.tensor(1 / epsilon, dtype=q.dtype)
-    sums = q.new_zeros(num_prototypes)  # (K,), mass of each prototype
-    for i in blocks:
-        block = q[i : i + size].copy_(scores[i : i + size])
-        sums += block.sub_(top).mul_(scale).exp_().sum(0)
+def _scaling_sinkhorn(problems, epsilon, iterations, top, codes):
+    """Scaling vectors on one exponential each, in blocks of rows that stay in the cache on a CPU."""
+    num_rows, num_prototypes = problems[0].shape
+    size = num_rows if problems[0].is_cuda else max(16, BLOCK // num_prototypes)
+    starts = range(0, num_rows, max(1, size))
+    blocks = [(n, q[i : i + size]) for n, q in enumerate(codes) for i in starts]
+    scores = [x[i : i + size] for x in problems for i in starts]
+    scale = torch.tensor(1 / epsilon, dtype=codes[0].dtype)
+    sums = codes[0].new_zeros(
+        len(codes), num_prototypes
+    )  # mass of each prototype, problem by problem
+    for (n, block), given in zip(blocks, scores, strict=True):
+        sums[n] += block.copy_(given).sub_(top).mul_(scale).exp_().sum(0)
     for iteration in range(iterations):
         sums = dist.all_reduce_sum(sums)
-        u = sums.mean() / sums  # (K,), equal mass for all prototypes
+        u = [mass.mean() / mass for mass in sums]  # (K,) each, equal mass for all prototypes
         sums = torch.zeros_like(sums)
-        for i in blocks:
-            block = q[i : i + size]
-            v = torch.mv(block, u).reciprocal_()  # (b,), equal mass for all samples
+        for n, block in blocks:
+            v = torch.mv(block, u[n]).reciprocal_()  # (b,), equal mass for all samples
             if iteration < iterations - 1:
-                sums.addmv_(block.t(), v)
+                sums[n].addmv_(block.t(), v)
             else:
-                block.mul_(u).mul_(v[:, None])
-    return q
+                block.mul_(u[n]).mul_(v[:, None])
 
 
 def _log_sinkhorn(scores, epsilon, iterations):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.cluster.sinkhorn import sinkhorn
+from src.cluster.sinkhorn import sinkhorn, sinkhorn_of_each
 from tests import reference
 from tests.gloo import run_ranks
 
@@ -118,3 +118,42 @@ def test_processes_with_unequal_rows_take_the_same_branch_at_its_edge(epsilon, b
     np.testing.assert_allclose(
         np.concatenate(shares), reference.sinkhorn(scores, epsilon, 3), atol=2e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "epsilon", [0.05, 0.02, 0.001]
+)  # the last one needs float64, or logarithms
+def test_several_problems_have_the_bits_of_each(dtype, epsilon):
+    generator = torch.Generator().manual_seed(0)
+    problems = [torch.rand(50, 30, generator=generator) * 2 - 1 for _ in range(3)]
+    codes = sinkhorn_of_each(problems, 1.0, 50, epsilon, 3, dtype)
+    for problem, q in zip(problems, codes, strict=True):
+        assert torch.equal(q, sinkhorn(problem, epsilon, 3, dtype, max_score=1.0, total_rows=50))
+    with pytest.raises(ValueError, match="sinkhorn needs epsilon > 0"):
+        sinkhorn_of_each(problems, 1.0, 50, 0.0)
+
+
+def _several(rank, world_size, scores):
+    """Codes of two problems, of my rows, and how many collectives they needed."""
+    calls, all_reduce = [], torch.distributed.all_reduce
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = count
+    mine = [torch.from_numpy(x).chunk(world_size)[rank] for x in scores]
+    codes = sinkhorn_of_each(mine, 1.0, len(scores[0]), 0.05, 3)
+    return [q.numpy() for q in codes], len(calls)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_solve_several_problems_in_the_collectives_of_one(world_size):
+    scores = np.random.default_rng(0).uniform(-1, 1, (2, 40, 16)).astype(np.float32)
+    results = run_ranks(_several, world_size, scores)
+    assert [calls for _, calls in results] == [3] * world_size
+    for n, problem in enumerate(scores):
+        together = np.concatenate([codes[n] for codes, _ in results])
+        expected = sinkhorn(torch.from_numpy(problem), 0.05, 3).numpy()
+        np.testing.assert_allclose(together, expected, atol=1e-6)
