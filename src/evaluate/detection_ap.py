@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import dist
 from .average_precision import average_precision, interpolated_precision
+from .coco_files import read_coco
 from .detection_sets import DetectionSet, Objects
 from .masks import import_pycocotools
 
@@ -128,9 +130,9 @@ def boxes_of(coco_boxes: Iterable[list[float]]) -> np.ndarray:
 def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -> dict:
     """Average precisions in percent by pycocotools: COCO_FIGURES of boxes, and of masks as mask_ap, ...
 
-    annotations: the file of the split. detections: in COCO's format, with "segmentation" for masks.
-    "by_class": AP of boxes. None where there is no object of a kind, such as small ones. Raises ValueError
-    where pycocotools is not installed.
+    annotations: the file of the split, see src.evaluate.coco_files.read_coco for what it may leave out.
+    detections: in COCO's format, with "segmentation" for masks. "by_class": AP of boxes. None where there
+    is no object of a kind, such as small ones. Raises ValueError where pycocotools is not installed.
     """
     import_pycocotools()
     from pycocotools.coco import COCO
@@ -138,7 +140,9 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
 
     result, by_class = {}, {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        truth = COCO(annotations)
+        truth = COCO()
+        truth.dataset = read_coco(Path(annotations), with_masks)
+        truth.createIndex()
         for kind, prefix in (("bbox", ""), ("segm", "mask_"))[: 1 + with_masks]:
             evaluation = COCOeval(truth, _loaded(truth, detections), kind)
             evaluation.evaluate()

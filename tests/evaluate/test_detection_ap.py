@@ -1,6 +1,8 @@
 """Average precision of detections by VOC's and COCO's rules: the truth has 1, difficult ones do not count."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +183,20 @@ def test_the_truth_has_an_average_precision_of_1_by_the_rule_of_coco(coco):
     assert result["ap_large"] is None  # of more than 96 x 96 px there is none
     assert set(result["by_class"]) == {"circle", "square", "triangle"}
     assert all(value in (None, pytest.approx(100)) for value in result["by_class"].values())
+
+
+def test_truth_without_ids_areas_and_crowds_is_measured_as_with_them(coco, tmp_path):
+    detections = truth_as_detections(coco)
+    expected = coco_precision(coco.annotations[0], detections[:-1], with_masks=False)
+    contents = json.loads(Path(coco.annotations[0]).read_text())
+    for zero in (False, True):
+        for place, annotation in enumerate(contents["annotations"]):
+            for name in ("id", "area", "iscrowd"):
+                annotation.pop(name, None)
+            annotation |= {"id": place} if zero else {}  # pycocotools takes an object 0 for none
+        file = tmp_path / "bare.json"
+        file.write_text(json.dumps(contents))
+        assert coco_precision(str(file), detections[:-1], with_masks=False) == expected
 
 
 def test_nothing_found_in_coco_is_0_and_masks_are_measured_only_where_asked_for(coco):
