@@ -131,8 +131,9 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
     """Average precisions in percent by pycocotools: COCO_FIGURES of boxes, and of masks as mask_ap, ...
 
     annotations: the file of the split, see src.evaluate.coco_files.read_coco for what it may leave out.
-    detections: in COCO's format, with "segmentation" for masks. "by_class": AP of boxes. None where there
-    is no object of a kind, such as small ones. Raises ValueError where pycocotools is not installed.
+    detections: in COCO's format, with runs of pixels as "segmentation" for masks. "by_class": AP of boxes.
+    None where there is no object of a kind, such as small ones. Raises ValueError where pycocotools is not
+    installed.
     """
     import_pycocotools()
     from pycocotools.coco import COCO
@@ -144,7 +145,10 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
         truth.dataset = read_coco(Path(annotations), with_masks)
         truth.createIndex()
         for kind, prefix in (("bbox", ""), ("segm", "mask_"))[: 1 + with_masks]:
-            evaluation = COCOeval(truth, _loaded(truth, detections), kind)
+            # pycocotools says how large a detection is by its box where it has one.
+            left_out = "bbox" if kind == "segm" else None
+            given = [{x: y for x, y in one.items() if x != left_out} for one in detections]
+            evaluation = COCOeval(truth, _loaded(truth, given), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -164,7 +168,7 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
 def _loaded(truth, detections):
     """Detections as pycocotools has them; it does not take an empty list."""
     if detections:
-        return truth.loadRes([dict(detection) for detection in detections])
+        return truth.loadRes(detections)
     empty = type(truth)()
     empty.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"]}
     empty.dataset["annotations"] = []
