@@ -125,18 +125,24 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_writable(folder)
 
     process = dist.init(args.device, args.dist_timeout)
+    settings["precision"] = dist.resolve_precision(args.precision, process.device)
     hold_folder(folder, "eval_detection")
     state = Training(
         module,
         args.wd,
         process=process,
-        precision=dist.resolve_precision(args.precision, process.device),
+        precision=settings["precision"],
         folder=folder,
         settings=settings,
         sync_bn=args.sync_bn,
         groups=detector_groups,
     )
     start = state.resume()
+    if start > args.nit:
+        raise ValueError(
+            f"--nit {args.nit}: {folder} is trained for {start} iterations already: give --nit {start} to "
+            "test it, or another --dump_path"
+        )
     setup_logging(folder, process.rank == 0)
     if process.rank == 0:  # not before: what may not go on leaves the folder as it was
         describe_run(vars(args), folder)
@@ -182,12 +188,26 @@ def open_parts(args, with_masks):
         args.data_path, args.train_split, with_masks=with_masks, **options
     )
     tested = detection_sets.open_detection(
-        args.data_path, [args.test_split], split_flag="--test_split", **options
+        args.data_path,
+        [args.test_split],
+        with_masks=with_masks,
+        split_flag="--test_split",
+        **options,
     )
     if (data.classes, data.categories) != (tested.classes, tested.categories):
         raise ValueError(
             f"--test_split {args.test_split} has other categories than --train_split "
             f"{' '.join(args.train_split)}"
+        )
+    if not data.with_objects():
+        raise ValueError(
+            f"--train_split {' '.join(args.train_split)}: no object is left to train on: there is none, or "
+            "only crowds and boxes outside of their images"
+        )
+    if not tested.has_counted():
+        raise ValueError(
+            f"--test_split {args.test_split}: it has no object that counts, and an average precision is of "
+            "some: there is none, or only difficult ones, crowds and boxes outside of their images"
         )
     return data, tested
 

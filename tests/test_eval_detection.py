@@ -137,6 +137,17 @@ def test_a_run_of_other_settings_is_not_continued(voc, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "copy")
     with pytest.raises(OSError, match="holds an evaluation with lr 0.01, not 0.02.*--dump_path"):
         run(tmp_path / "copy", voc, "--lr", 0.02)
+    assert whole[1]["settings"]["precision"] == "fp32"
+    with pytest.raises(OSError, match="holds an evaluation with precision fp32, not bf16"):
+        run(tmp_path / "copy", voc, "--precision", "bf16")
+
+
+def test_fewer_iterations_than_a_network_was_trained_for_are_refused(voc, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "copy")
+    with pytest.raises(ValueError, match="--nit 4: .* trained for 6 iterations.*give --nit 6"):
+        run(tmp_path / "copy", voc, "--nit", 4)
+    result = json.loads((tmp_path / "copy" / "eval_detection_faster_rcnn_c4.json").read_text())
+    assert result == whole[1]
 
 
 # ============ several processes ============
@@ -297,6 +308,33 @@ def test_batch_norms_are_not_decayed_and_all_other_parameters_are():
 def test_bad_input_is_refused_in_one_sentence(voc, tmp_path, argv, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         run(tmp_path / "run", voc, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_object_to_train_on_or_to_test_on_is_a_sentence_about_objects(tmp_path):
+    folder = tmp_path / "VOCdevkit"
+    counts = {"2007_trainval": 2, "2007_test": 2}
+    difficult = [("2007_test", i, j) for i in range(2) for j in range(3)]
+    write_voc(folder, counts, difficult=difficult)
+    words = ["--train_split", "2007_trainval"]
+    with pytest.raises(ValueError, match="--test_split 2007_test: it has no object that counts"):
+        run(tmp_path / "run", folder, *words)
+    for file in (folder / "VOC2007" / "Annotations").glob("2007_trainval_*.xml"):
+        file.write_text("<annotation></annotation>")
+    with pytest.raises(ValueError, match="--train_split 2007_trainval: no object is left to train"):
+        run(tmp_path / "run", folder, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_object_of_the_test_split_without_a_mask_is_refused_before_the_training(tmp_path):
+    pytest.importorskip("pycocotools")
+    contents = write_coco(tmp_path / "coco", {"train2017": 5, "val2017": 2})["val2017"]
+    contents["annotations"][0]["segmentation"] = None
+    file = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps(contents))
+    words = "--test_split val2017: .*instances_val2017.json: annotation 1 has no mask"
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", tmp_path / "coco")
     assert not (tmp_path / "run").exists()
 
 

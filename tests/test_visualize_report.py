@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import visualize
-from src.pictures import report, report_curves, report_images, report_runs
+from src.pictures import crops_command, report, report_curves, report_images, report_runs
 from src.pictures.report import Picture
 from src.run import flags as cli
 from tests.browser import Browser
@@ -142,10 +142,30 @@ def test_what_cannot_be_drawn_is_a_sentence(tmp_path, data):
 def test_an_error_that_nobody_foresaw_costs_one_picture_and_not_the_page(
     tmp_path, data, monkeypatch
 ):
-    run = write_run(tmp_path / "a", data, preset="of another age")
+    def fail(*_):
+        raise KeyError("of another age")
+
+    monkeypatch.setattr(crops_command, "draw_crops", fail)
+    run = write_run(tmp_path / "a", data)
     page = html.unescape(read(tmp_path, run))
     assert "Not drawn: KeyError: 'of another age'. By hand: python visualize.py crops" in page
     assert page.count("<img ") == 2
+
+
+def test_a_run_whose_arguments_lack_the_preset_has_a_sentence_and_no_traceback(
+    tmp_path, data, capsys
+):
+    run = write_run(tmp_path / "a", data)
+    arguments = json.loads((run / "args.json").read_text())
+    whole = {name: value for name, value in arguments.items() if name != "preset"}
+    (run / "args.json").write_text(json.dumps(whole))
+    assert read(tmp_path, run).count("<img ") == 3  # all crops are said, the preset is not needed
+    shutil.rmtree(run / "plots")
+    del whole["size_crops"]
+    (run / "args.json").write_text(json.dumps(whole))
+    page = html.unescape(read(tmp_path, run))
+    assert "Not drawn: --preset auto says no --size_crops" in page
+    assert "Traceback" not in "".join(capsys.readouterr())
 
 
 def test_more_images_than_asked_for_are_not_drawn_and_the_command_is_named(tmp_path, data):
@@ -208,6 +228,55 @@ def test_all_evaluations_are_one_table_and_the_best_of_each_row_is_marked(tmp_pa
         ("while training: k-NN, top-1 (%)", ["52.00", "52.00"]),
     ]
     assert "† its file is older" in page
+
+
+def test_detection_is_in_per_cent_says_its_test_split_and_more_is_better(tmp_path, data):
+    runs = [write_run(tmp_path / name, data) for name in "ab"]
+    settings = {"data_path": "coco", "test_split": "val2017"}
+    for run, value in zip(runs, (30.0, 31.5), strict=True):
+        contents = {"ap": value, "ap50": 50.0, "ap_small": value, "mask_ap": value}
+        contents |= {"ap50_11points": value, "by_class": {"cat": 1.0}, "settings": settings}
+        (run / "eval_detection_mask_rcnn_fpn.json").write_text(json.dumps(contents))
+    page = read(tmp_path, *runs, draw_images=0)
+    title, cells = "detection mask rcnn fpn on coco, val2017: ", ["30.00", "31.50best"]
+    assert [(name, cells) for name, cells, _ in rows(page, "Evaluations")][:5] == [
+        (f"{title}AP (%)", cells),
+        (f"{title}AP50 (%)", ["50.00", "50.00"]),
+        (f"{title}AP, small objects (%)", cells),
+        (f"{title}mask AP (%)", cells),
+        (f"{title}11-point AP50 (%)", cells),
+    ]
+
+
+def test_a_number_of_400_digits_is_no_figure_and_no_traceback(tmp_path, data):
+    run = write_run(tmp_path / "a", data)
+    large = "9" * 400
+    lines = [
+        f'{{"epoch": 0, "epoch_float": 1.0, "loss": {large}, "knn": {large}}}',
+        f'{{"epoch": 1, "epoch_float": {large}, "loss": 1.0}}',
+        '{"epoch": 1, "epoch_float": NaN, "loss": 1.0}',
+    ]
+    (run / "log.jsonl").write_text("\n".join(lines))
+    (run / "eval_linear.json").write_text(f'{{"top1": 1.5, "std": {large}}}')
+    clusters = run / "plots" / "clusters"
+    clusters.mkdir(parents=True)
+    (clusters / "clusters.json").write_text(f'{{"purity": {large}}}')
+    page = read(tmp_path, run, draw_images=0)
+    assert [cells for _, cells, _ in rows(page, "Evaluations")] == [["1.50"]]
+    assert not report_runs.is_number(10**400) and report_runs.is_number(10**300)
+
+
+@pytest.mark.parametrize(
+    "values", [(1.7e308, -1.7e308), (5e-324, 0.0), (1e-310, 1e-310), (1.7e308, 1.5e308), (1e300, 0)]
+)
+def test_the_largest_and_smallest_numbers_are_drawn_within_their_panel(values):
+    series = [[(float(i), value) for i, value in enumerate(values)]]
+    drawing = report_curves.draw_panel(series, "loss")
+    assert "nan" not in drawing and "inf" not in drawing
+    places = re.findall(r'<circle class="run-0" cx="([\d.-]+)" cy="([\d.-]+)"', drawing)
+    assert len(places) == 2
+    for _, y in places:
+        assert 0 <= float(y) <= report_curves.HEIGHT
 
 
 def test_curves_lie_where_their_figures_are():
@@ -288,6 +357,20 @@ def test_a_file_that_is_no_picture_is_a_sentence(tmp_path):
     assert third.uri.startswith("data:image/png") and (third.width, third.height) == (5, 4)
 
 
+def test_a_picture_that_is_gone_when_it_is_made_smaller_is_a_sentence(tmp_path, monkeypatch):
+    (path,) = noise(tmp_path, 1, 300)
+    as_it_is = report_images._as_it_is
+
+    def read_and_remove(path):
+        found = as_it_is(path)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(report_images, "_as_it_is", read_and_remove)
+    (picture,) = report_images.embed_images([path], 10_000)
+    assert "0.png cannot be read" in picture.missing and not picture.uri
+
+
 @pytest.mark.slow
 def test_a_page_is_never_larger_than_it_may_be(tmp_path, data):
     folders = [write_run(tmp_path / name, data) for name in "abc"]
@@ -316,6 +399,7 @@ def test_names_of_runs_are_as_short_as_they_differ():
         (["a", "none"], "none is not the folder of a run: it has neither args.json nor log.jsonl"),
         (["a", "./a"], "./a is named twice"),
         (["a", "--output", "."], "--output . is a folder: give the name of a file"),
+        (["a", "--output", "a/args.json"], "--output a/args.json is a file that is no HTML page"),
     ],
 )
 def test_what_is_no_run_is_one_sentence_and_status_2(
@@ -323,8 +407,10 @@ def test_what_is_no_run_is_one_sentence_and_status_2(
 ):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a", data)
+    before = (tmp_path / "a" / "args.json").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: visualize.main(["report", *words]))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in error and error.count("\n") == 1
     assert not list(tmp_path.glob("*.html"))
+    assert (tmp_path / "a" / "args.json").read_bytes() == before

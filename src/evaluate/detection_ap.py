@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import dist
 from .average_precision import average_precision, interpolated_precision
+from .coco_files import read_coco
 from .detection_sets import DetectionSet, Objects
 from .masks import import_pycocotools
 
@@ -128,9 +130,10 @@ def boxes_of(coco_boxes: Iterable[list[float]]) -> np.ndarray:
 def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -> dict:
     """Average precisions in percent by pycocotools: COCO_FIGURES of boxes, and of masks as mask_ap, ...
 
-    annotations: the file of the split. detections: in COCO's format, with "segmentation" for masks.
-    "by_class": AP of boxes. None where there is no object of a kind, such as small ones. Raises ValueError
-    where pycocotools is not installed.
+    annotations: the file of the split, see src.evaluate.coco_files.read_coco for what it may leave out.
+    detections: in COCO's format, with runs of pixels as "segmentation" for masks. "by_class": AP of boxes.
+    None where there is no object of a kind, such as small ones. Raises ValueError where pycocotools is not
+    installed.
     """
     import_pycocotools()
     from pycocotools.coco import COCO
@@ -138,9 +141,14 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
 
     result, by_class = {}, {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        truth = COCO(annotations)
+        truth = COCO()
+        truth.dataset = read_coco(Path(annotations), with_masks)
+        truth.createIndex()
         for kind, prefix in (("bbox", ""), ("segm", "mask_"))[: 1 + with_masks]:
-            evaluation = COCOeval(truth, _loaded(truth, detections), kind)
+            # pycocotools says how large a detection is by its box where it has one.
+            left_out = "bbox" if kind == "segm" else None
+            given = [{x: y for x, y in one.items() if x != left_out} for one in detections]
+            evaluation = COCOeval(truth, _loaded(truth, given), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -160,7 +168,7 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
 def _loaded(truth, detections):
     """Detections as pycocotools has them; it does not take an empty list."""
     if detections:
-        return truth.loadRes([dict(detection) for detection in detections])
+        return truth.loadRes(detections)
     empty = type(truth)()
     empty.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"]}
     empty.dataset["annotations"] = []

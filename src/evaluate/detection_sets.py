@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,6 +19,7 @@ from ..data.datasets import ImageDataset
 from ..data.folders import is_of_one_file, read_file
 from ..data.images import BrokenImage, UnfitImage
 from ..data.multicrop import crop_generator
+from .coco_files import read_coco, refuse_repeated
 from .masks import masks_of_segments
 from .voc import CLASSES
 
@@ -31,13 +33,18 @@ class Objects:
 
     boxes (n, 4) float32: x1, y1, x2, y2 in pixels, from the corner of the image, x2 and y2 behind the last
     pixel. labels (n,) int64, from 1. ignored (n,) bool: difficult in VOC, a crowd in COCO. segments: of
-    COCO, what its files say of each mask, polygons or runs; empty where masks are not needed.
+    COCO, what its files say of each mask, polygons or runs; empty where masks are not needed. Raises
+    ValueError where only some have a mask.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     ignored: np.ndarray
     segments: list = field(default_factory=list)
+
+    def __post_init__(self):
+        if len(self.segments) not in (0, len(self.boxes)):
+            raise ValueError(f"{len(self.segments)} masks of {len(self.boxes)} objects")
 
     def chosen(self, rows: np.ndarray) -> "Objects":
         """Those of the rows, (n,) bool."""
@@ -65,16 +72,24 @@ class DetectionSet:
         return len(self.objects)
 
     def digest(self) -> str:
-        """Of the names of the images, and of all boxes and labels."""
+        """Of the names of the images, and of all boxes, labels and masks."""
         found = hashlib.blake2b(self.images.digest().encode(), digest_size=8)
         for objects in self.objects:
             for array in (objects.boxes, objects.labels, objects.ignored):
                 found.update(array.tobytes())
+            for segment in objects.segments:
+                if isinstance(segment, list):
+                    segment = [polygon.tolist() for polygon in segment]
+                found.update(json.dumps(segment, sort_keys=True).encode())
         return found.hexdigest()
 
     def with_objects(self) -> list[int]:
         """The images to train on: those with an object that counts, a crowd is none (VOC's difficult do)."""
         return [i for i, objects in enumerate(self.objects) if self.trained_on(objects).any()]
+
+    def has_counted(self) -> bool:
+        """Whether an average precision can be measured: any object is neither difficult nor a crowd."""
+        return any((~objects.ignored).any() for objects in self.objects)
 
     def trained_on(self, objects: Objects) -> np.ndarray:
         """Which objects a detector is trained on, (n,) bool: difficult ones too, as in Detectron2."""
@@ -137,6 +152,7 @@ def open_detection(
     """
     folder = Path(path).expanduser()
     kind = kind_of_set(path, flag)
+    refuse_repeated(list(splits), f"{split_flag} has")
     if kind == "voc":
         parts = [_read_voc(_voc_root(folder), split, split_flag) for split in splits]
     else:
@@ -149,6 +165,7 @@ def open_detection(
     if not rows:
         raise ValueError(f"{split_flag} {' '.join(splits)}: they name no image")
     ids, paths, objects = (list(column) for column in zip(*rows, strict=True))
+    refuse_repeated(paths, f"{split_flag} {' '.join(splits)}: there is")
     for split, part in zip(splits, parts, strict=True):
         first = os.path.join(root, part[0][0][1]) if part[0] else root
         if not os.path.exists(first):
@@ -179,12 +196,18 @@ def _read_voc(root, split, flag):
         raise FileNotFoundError(
             f"{flag} {split}: there is no {listed}; in {root} there are {', '.join(there) or 'none'}"
         )
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{flag} {split}: {listed} is no text in UTF-8") from None
     rows = []
-    for line in listed.read_text().splitlines():
+    for line in lines:
         if line.strip():
             image = line.split()[0]
-            objects = read_voc_objects(folder / "Annotations" / f"{image}.xml", flag)
-            rows.append((image, f"VOC{year}/JPEGImages/{image}.jpg", objects))
+            path = f"VOC{year}/JPEGImages/{image}.jpg"
+            file = folder / "Annotations" / f"{image}.xml"
+            rows.append((image, path, read_voc_objects(file, root / path, flag)))
+    refuse_repeated([image for image, _, _ in rows], f"{flag} {split}: {listed} has the image")
     return rows, "", list(CLASSES), list(range(1, len(CLASSES) + 1))
 
 
@@ -195,12 +218,13 @@ def _image_sets(root):
             yield file
 
 
-def read_voc_objects(file: Path, flag: str = "--data_path") -> Objects:
+def read_voc_objects(file: Path, image: Path, flag: str = "--data_path") -> Objects:
     """The objects of an annotation of VOC, whose corners are pixels counted from 1, both within the box.
 
-    Raises FileNotFoundError or ValueError naming `flag`.
+    Boxes are cut to the image, whose size its file says where the annotation does not. Raises
+    FileNotFoundError or ValueError naming `flag`.
     """
-    boxes, labels, difficult = [], [], []
+    found = []
     try:
         tree = ElementTree.parse(file).getroot()
         for item in tree.iter("object"):
@@ -208,16 +232,36 @@ def read_voc_objects(file: Path, flag: str = "--data_path") -> Objects:
             if name not in CLASSES:
                 raise ValueError(f"it has an object {name!r}, no class of VOC")
             names = ("xmin", "ymin", "xmax", "ymax")
-            x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{corner}")) for corner in names)
-            boxes.append((x1 - 1, y1 - 1, x2, y2))
-            labels.append(CLASSES.index(name) + 1)
-            difficult.append(item.findtext("difficult", "0").strip() == "1")
+            corners = np.array([float(item.findtext(f"bndbox/{corner}")) for corner in names])
+            box = corners - np.array([1, 1, 0, 0])
+            if not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+                raise ValueError(
+                    f"it has a {name} in the box {corners.tolist()}, which has no area"
+                )
+            is_difficult = item.findtext("difficult", "0").strip() == "1"
+            found.append((box, CLASSES.index(name) + 1, is_difficult, None))
+        size = _size_in_voc(tree, image) if found else None
     except FileNotFoundError:
         raise FileNotFoundError(f"{flag}: there is no {file}, which says the objects") from None
     except (ValueError, TypeError, ElementTree.ParseError) as error:
         raise ValueError(f"{flag}: {file} is no annotation of VOC ({error})") from None
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return Objects(boxes, np.array(labels, np.int64), np.array(difficult, bool))
+    if size is not None:
+        found = [(_cut(box, size), *more) for box, *more in found]
+    return _gathered(found)
+
+
+def _size_in_voc(tree, image):
+    """Width and height by an annotation, or by the image's own first bytes; None where neither says."""
+    said = [tree.findtext(f"size/{side}") for side in ("width", "height")]
+    if None not in said:
+        width, height = map(float, said)
+        if width >= 1 and height >= 1:  # some sets have 0 there
+            return width, height
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # what is broken or missing is counted when it is read
 
 
 def _read_coco(folder, split, with_masks, flag):
@@ -229,46 +273,47 @@ def _read_coco(folder, split, with_masks, flag):
             f"{flag} {split}: there is no {file}; beside it there are {', '.join(there) or 'none'}"
         )
     try:
-        contents = json.loads(file.read_text())
-        categories = sorted(contents["categories"], key=lambda category: category["id"])
-        numbers = {category["id"]: i for i, category in enumerate(categories, 1)}
-        sizes = {image["id"]: (image["width"], image["height"]) for image in contents["images"]}
-        found = {image["id"]: [] for image in contents["images"]}
-        for annotation in contents["annotations"]:
-            found[annotation["image_id"]].append(
-                _coco_object(annotation, numbers, sizes[annotation["image_id"]], with_masks)
-            )
-        rows = [
-            (image["id"], f"{split}/{image['file_name']}", _gathered(found[image["id"]]))
-            for image in contents["images"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{flag} {split}: {file} is no list of objects in COCO's format, with images, annotations and "
-            f"categories: {type(error).__name__} {error}"
-        ) from None
+        contents = read_coco(file, with_masks)
+    except ValueError as error:
+        raise ValueError(f"{flag} {split}: {error}") from None
+    images, categories = contents["images"], contents["categories"]
+    numbers = {category["id"]: i for i, category in enumerate(categories, 1)}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    found = {image["id"]: [] for image in images}
+    for annotation in contents["annotations"]:
+        number = annotation["image_id"]
+        found[number].append(_coco_object(annotation, numbers, sizes[number]))
+    rows = [
+        (image["id"], f"{split}/{image['file_name']}", _gathered(found[image["id"]]))
+        for image in images
+    ]
     names = [str(category["name"]) for category in categories]
     return rows, str(file), names, [category["id"] for category in categories]
 
 
-def _coco_object(annotation, numbers, size, with_masks):
-    """(box, label, whether it is a crowd, segment), the box cut to the image."""
+def _coco_object(annotation, numbers, size):
+    """(box, label, whether it is a crowd, segment or None), the box cut to the image."""
     x, y, width, height = annotation["bbox"]
-    box = np.array([x, y, x + width, y + height], np.float64)
-    box = box.clip(0, np.array([*size, *size])).astype(np.float32)
-    segment = annotation["segmentation"] if with_masks else None
+    box = _cut(np.array([x, y, x + width, y + height], np.float64), size)
+    segment = annotation.get("segmentation")
     if isinstance(segment, list):
         segment = [np.asarray(polygon, np.float32) for polygon in segment]
-    return box, numbers[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), segment
+    return box, numbers[annotation["category_id"]], bool(annotation["iscrowd"]), segment
+
+
+def _cut(box, size):
+    """A box (4,) cut to an image of (width, height)."""
+    return box.clip(0, np.array([*size, *size])).astype(np.float32)
 
 
 def _gathered(found):
-    """Objects of what _coco_object gives, but for boxes without an area."""
+    """Objects of (box, label, whether it is ignored, segment or None), but for boxes without an area."""
     found = [item for item in found if item[0][2] > item[0][0] and item[0][3] > item[0][1]]
     boxes = np.array([item[0] for item in found], np.float32).reshape(-1, 4)
     labels = np.array([item[1] for item in found], np.int64)
-    crowd = np.array([item[2] for item in found], bool)
-    return Objects(boxes, labels, crowd, [item[3] for item in found if item[3] is not None])
+    ignored = np.array([item[2] for item in found], bool)
+    segments = [item[3] for item in found if item[3] is not None]  # of all, or of none
+    return Objects(boxes, labels, ignored, segments)
 
 
 # ============ preparing ============

@@ -31,6 +31,11 @@ def report(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--output {output} is a folder: give the name of a file, such as report.html"
         )
+    if output.is_file() and not _is_page(output):
+        raise ValueError(
+            f"--output {output} is a file that is no HTML page, and would be overwritten: give another "
+            "name, such as report.html"
+        )
     checkpoint.check_writable(output.parent)
     runs = open_runs(args.runs)
     sheets = {}
@@ -51,6 +56,13 @@ def report(args: argparse.Namespace) -> None:
     logger.info(
         f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(page.encode()) / 1e6:.2f} MB, written to {output}"
     )
+
+
+def _is_page(path):
+    """Whether a file is HTML, by what it begins with, or is empty."""
+    with path.open("rb") as file:
+        start = file.read(1000).removeprefix(b"\xef\xbb\xbf").strip().lower()
+    return not start or start.startswith((b"<!doctype html", b"<html"))
 
 
 def _picture(args, run, kind):

@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24
 MOST_POINTS = 240  # of a line that are drawn, evenly spaced
 MARKED = 12  # points of a line that are drawn as points, at most
+LARGEST, SMALLEST = 1e300, 1e-300  # where curves end, and ranges that are drawn as flat
 ROOM = 4  # between the lowest or highest point and the end of the panel
 TICKS = 4
 
@@ -62,18 +63,24 @@ class _Axis:
     """From the values of an axis to the units of a panel; ticks: values to be named."""
 
     def __init__(self, values, start, end):
-        low, high = min(values), max(values)
-        if not high - low > 1e-9 * max(abs(low), abs(high)):
-            room = 0.05 * abs(high) or 0.5
+        low, high = (_within(x, -LARGEST, LARGEST) for x in (min(values), max(values)))
+        if not high - low > max(1e-9 * max(abs(low), abs(high)), SMALLEST):
+            room = 0.05 * abs(high) if abs(high) > SMALLEST else 0.5
             low, high = low - room, high + room
         step = round_step((high - low) / TICKS)
         first = math.ceil(low / step - 1e-9)
         count = math.floor(high / step + 1e-9) - first + 1
         self.ticks = [(first + i) * step for i in range(count)]
-        self.low, self.scale, self.start = low, (end - start) / (high - low), start
+        self.low, self.high, self.start = low, high, start
+        self.length = end - start
 
     def __call__(self, value):
-        return self.start + (value - self.low) * self.scale
+        share = (_within(value, self.low, self.high) - self.low) / (self.high - self.low)
+        return self.start + share * self.length
+
+
+def _within(value, low, high):
+    return min(max(value, low), high)
 
 
 def round_step(step: float) -> float:

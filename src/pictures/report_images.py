@@ -23,6 +23,7 @@ LEVELS = (
     (360, 45),
     (240, 40),
 )
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # errors of PIL
 
 
 @dataclass
@@ -46,8 +47,7 @@ def embed_images(paths: Sequence[Path], most_bytes: int) -> list[Embedded]:
         largest = max(range(len(found)), key=lambda i: len(found[i].uri))
         level = next(levels[largest], None)
         if level is not None:
-            with Image.open(paths[largest]) as image:
-                found[largest] = encode(image.convert("RGB"), level)
+            found[largest] = _made_smaller(paths[largest], level)
         else:
             name = paths[largest].name
             found[largest] = Embedded(missing=f"{name} is left out: the page would be too large.")
@@ -63,8 +63,21 @@ def _as_it_is(path):
                 return encode(picture, LEVELS[0])
             kind = image.format.lower()
         return Embedded(_uri(kind, path.read_bytes()), picture.width, picture.height)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Embedded(missing=f"{path.name} cannot be read ({cause(error)[:80]}).")
+    except UNREADABLE as error:
+        return _unreadable(path, error)
+
+
+def _made_smaller(path, level):
+    """The file at one of LEVELS; it may have changed since it was read as it is."""
+    try:
+        with Image.open(path) as image:
+            return encode(image.convert("RGB"), level)
+    except UNREADABLE as error:
+        return _unreadable(path, error)
+
+
+def _unreadable(path, error):
+    return Embedded(missing=f"{path.name} cannot be read ({cause(error)[:80]}).")
 
 
 def _uri(kind, contents):

@@ -24,6 +24,9 @@ LONGEST = 400  # characters of a value on the page
 # Where a run is and how it was started, which is no setting of it.
 NO_SETTINGS = {"dump_path", "rank", "local_rank", "dist_url", "world_size", "debug_slurm"}
 
+# Average precisions of detection.
+PRECISIONS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
+PRECISIONS |= {f"ap_{size}": f"AP, {size} objects" for size in ("small", "medium", "large")}
 # What figures are called, and whether more is better; those that are not here keep their name.
 FIGURES = {
     "top1": ("top-1 (%)", True),
@@ -41,6 +44,9 @@ FIGURES = {
     "mp@1": ("mP@1 (%)", True),
     "mp@5": ("mP@5 (%)", True),
     "mp@10": ("mP@10 (%)", True),
+    **{key: (f"{name} (%)", True) for key, name in PRECISIONS.items()},
+    **{f"mask_{key}": (f"mask {name} (%)", True) for key, name in PRECISIONS.items()},
+    **{f"{key}_11points": (f"11-point {key.upper()} (%)", True) for key in ("ap", "ap50", "ap75")},
 }
 # Numbers of result files that are settings or costs.
 NO_FIGURES = {"lr", "penalty", "cost", "temperature", "seconds", "loss", "mass", "epoch"}
@@ -110,7 +116,7 @@ def open_runs(folders: Sequence[str]) -> list[RunFolder]:
                 f"{printable(path)} is not the folder of a run: it has neither args.json nor log.jsonl"
             )
         try:
-            lines = read_log(folder)
+            lines = [line for line in read_log(folder) if is_number(line["epoch_float"])]
         except OSError:
             lines = []
         run = RunFolder(folder, name, read_object(folder / "args.json"), lines)
@@ -190,7 +196,10 @@ def _pace(lines):
 def is_number(value: object) -> bool:
     """Whether a value of a log or a result is a finite number."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and math.isfinite(value)
+    try:
+        return is_one and math.isfinite(value)
+    except OverflowError:  # a whole number beyond those of float
+        return False
 
 
 # ============ tables ============
@@ -285,6 +294,8 @@ def evaluations_of(run: RunFolder) -> dict:
         title = path.stem.removeprefix("eval_").replace("_", " ")
         title = title.replace("knn", "k-NN").replace("voc", "VOC").replace("VOC07", "VOC 2007")
         title += f" on {shorten(str(data))}" if data else ""
+        split = settings.get("test_split") if isinstance(settings, dict) else None
+        title += f", {shorten(str(split))}" if split else ""
         for names, key, value, std in figures_of(contents):
             name, more = FIGURES.get(key, (key.replace("_", " "), None))
             name = f"{title}: {', '.join([*names, name])}"

@@ -95,12 +95,14 @@ def add_crop_args(add: Callable) -> None:
 def fill_in_crops(args: argparse.Namespace) -> None:
     """Crop sizes and scales that were not given are those of the preset; all lists equally long."""
     num_resolutions, wrong = len(args.nmb_crops), []
-    of_preset = dict(CROPS["photos" if args.preset == "continue" else args.preset])
+    of_preset = dict(CROPS.get("photos" if args.preset == "continue" else args.preset, {}))
     if getattr(args, "crop_sides", None):
         of_preset["size"] = args.crop_sides
     for key in ("size", "min_scale", "max_scale"):
         name = f"{key}_crops"
         if getattr(args, name) is None:
+            if key not in of_preset:
+                raise ValueError(f"--preset {args.preset} says no --{name}: give it, or a preset")
             setattr(args, name, of_preset[key][:num_resolutions])
         if len(getattr(args, name)) != num_resolutions:
             wrong.append(f"--{name} has {len(getattr(args, name))} values")

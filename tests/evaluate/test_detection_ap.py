@@ -1,6 +1,8 @@
 """Average precision of detections by VOC's and COCO's rules: the truth has 1, difficult ones do not count."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from src.evaluate.detection_ap import (
     voc_precision,
 )
 from src.evaluate.detection_sets import Objects, open_detection
+from src.evaluate.masks import masks_of_segments, runs_of_masks
 from tests.detection_images import write_coco, write_voc
 from tests.gloo import run_ranks
 
@@ -170,17 +173,48 @@ def coco(tmp_path_factory):
     return open_detection(str(folder), ["val2017"], with_masks=True)
 
 
+def as_runs(polygons):
+    """The masks of polygons in an image of 72 x 64 px, as a detector's."""
+    return runs_of_masks(masks_of_segments(polygons, (64, 72), (64, 72)).bool().numpy())
+
+
 def test_the_truth_has_an_average_precision_of_1_by_the_rule_of_coco(coco):
     detections = truth_as_detections(coco)
     polygons = [segment for objects in coco.objects for segment in objects.segments]
-    for detection, polygon in zip(detections, polygons, strict=True):
-        detection["segmentation"] = [part.tolist() for part in polygon]
+    for detection, runs in zip(detections, as_runs(polygons), strict=True):
+        detection["segmentation"] = runs
     result = coco_precision(coco.annotations[0], detections, with_masks=True)
     for name in ("ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"):
         assert result[name] == pytest.approx(100), name
     assert result["ap_large"] is None  # of more than 96 x 96 px there is none
     assert set(result["by_class"]) == {"circle", "square", "triangle"}
     assert all(value in (None, pytest.approx(100)) for value in result["by_class"].values())
+
+
+def test_whether_a_mask_is_small_is_said_by_its_own_area_and_not_by_its_box(coco):
+    detections = truth_as_detections(coco)
+    (large,) = runs_of_masks(np.ones((1, 64, 72), bool))  # 4,608 pixels, medium
+    wrong = {**detections[0], "bbox": [0.0, 0, 10, 10], "segmentation": large, "score": 1.0}
+    polygons = [segment for objects in coco.objects for segment in objects.segments]
+    for detection, runs in zip(detections, as_runs(polygons), strict=True):
+        detection["segmentation"] = runs
+    result = coco_precision(coco.annotations[0], [wrong, *detections], with_masks=True)
+    assert result["mask_ap_small"] == pytest.approx(100)
+    assert result["ap_small"] < 100  # its box is small
+
+
+def test_truth_without_ids_areas_and_crowds_is_measured_as_with_them(coco, tmp_path):
+    detections = truth_as_detections(coco)
+    expected = coco_precision(coco.annotations[0], detections[:-1], with_masks=False)
+    contents = json.loads(Path(coco.annotations[0]).read_text())
+    for zero in (False, True):
+        for place, annotation in enumerate(contents["annotations"]):
+            for name in ("id", "area", "iscrowd"):
+                annotation.pop(name, None)
+            annotation |= {"id": place} if zero else {}  # pycocotools takes an object 0 for none
+        file = tmp_path / "bare.json"
+        file.write_text(json.dumps(contents))
+        assert coco_precision(str(file), detections[:-1], with_masks=False) == expected
 
 
 def test_nothing_found_in_coco_is_0_and_masks_are_measured_only_where_asked_for(coco):

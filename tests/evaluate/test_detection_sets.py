@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from src.evaluate.detection_sets import (
+    Objects,
     TestImages,
     TrainingImages,
     kind_of_set,
@@ -123,6 +124,161 @@ def test_other_folders_broken_files_and_unknown_splits_are_refused_in_a_sentence
     file = next((tmp_path / "VOCdevkit" / "VOC2007" / "Annotations").iterdir())
     file.write_text("<annotation><object><name>gnu</name></object></annotation>")
     with pytest.raises(ValueError, match="00000.xml is no annotation of VOC.*gnu"):
+        open_detection(str(tmp_path / "VOCdevkit"), ["2007_test"])
+
+
+def open_changed_coco(folder, change, with_masks=True):
+    """A set of COCO after change(contents) of its file."""
+    contents = write_coco(folder / "coco", {"train2017": 2}, size=(72, 64))["train2017"]
+    change(contents)
+    file = folder / "coco" / "annotations" / "instances_train2017.json"
+    file.write_text(json.dumps(contents))
+    return open_detection(str(folder / "coco"), ["train2017"], with_masks=with_masks)
+
+
+@pytest.mark.parametrize(
+    ("segment", "words"),
+    [
+        (None, r"has no mask"),
+        ([], "without a polygon of 3 corners"),
+        ([[]], "without a polygon of 3 corners"),
+        ([[1, 2, 3, 4]], "without a polygon of 3 corners"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "a polygon that is no list of x and y in turn"),
+        ([1, 2, 3, 4, 5, 6], "a polygon that is no list of x and y in turn"),
+        ([[1, 2, 3, 4, 5, None]], "a polygon that is no list of x and y in turn"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "a polygon that is no list of x and y in turn"),
+        ([[1, 2, 3, 4, 5, 1e300]], "a polygon far outside of its image"),
+        (7, "neither a list of polygons nor runs"),
+        ({"size": [9, 9], "counts": [81]}, r"the size \[9, 9\], and its image is \[64, 72\]"),
+        ({"size": [64, 72], "counts": [81]}, "runs of 81 pixels, and its image has 4608"),
+        ({"size": [64, 72], "counts": [-1, 4609]}, "counts that are no lengths"),
+        ({"size": [64, 72]}, "counts that are no lengths"),
+        ({"size": [64, 72], "counts": "\x01"}, "counts that are no lengths"),
+        ({"size": [64, 72], "counts": "11"}, "runs of 2 pixels, and its image has 4608"),
+    ],
+)
+def test_a_malformed_mask_is_a_sentence_with_the_file_and_the_annotation(tmp_path, segment, words):
+    def change(contents):
+        first = contents["annotations"][0]
+        contents["annotations"] = [first, {**first, "id": 17, "segmentation": segment}]
+
+    words = f"--train_split train2017: .*instances_train2017.json: annotation 17 .*{words}"
+    with pytest.raises(ValueError, match=words) as caught:
+        open_changed_coco(tmp_path, change)
+    assert "\n" not in str(caught.value)
+    data = open_detection(str(tmp_path / "coco"), ["train2017"])  # boxes need no masks
+    assert len(data.objects[0].boxes) == 2 and data.objects[0].segments == []
+
+
+def test_a_polygon_of_two_corners_beside_others_is_left_out(tmp_path):
+    def change(contents):
+        contents["annotations"][0]["segmentation"].append([1, 2, 3, 4])
+
+    data = open_changed_coco(tmp_path, change)
+    assert len(data.objects[0].segments[0]) == 1
+
+
+def test_runs_of_pixels_of_the_size_of_the_image_are_whole_plain_or_compressed(tmp_path):
+    pytest.importorskip("pycocotools")
+    rng = np.random.default_rng(0)
+    masks = [rng.random((64, 72)) < share for share in (0.5, 0.001, 0.999)]
+    masks += [np.zeros((64, 72), bool), np.ones((64, 72), bool)]
+    segments = [*runs_of_masks(np.stack(masks)), {"size": [64, 72], "counts": runs_of(masks[0])}]
+
+    def change(contents):
+        first = contents["annotations"][0]
+        contents["annotations"] = [{**first, "segmentation": x} for x in segments]
+
+    assert open_changed_coco(tmp_path, change).objects[0].segments == segments
+
+
+def test_objects_have_masks_all_or_none():
+    boxes, labels = np.zeros((2, 4), np.float32), np.ones(2, np.int64)
+    with pytest.raises(ValueError, match="1 masks of 2 objects"):
+        Objects(boxes, labels, np.zeros(2, bool), [[np.zeros(6, np.float32)]])
+
+
+def test_other_masks_are_another_set(tmp_path):
+    def change(contents):
+        contents["annotations"][0]["segmentation"][0][0] += 1
+
+    digests = []
+    for name, changed in (("a", lambda contents: None), ("b", change)):
+        for with_masks in (True, False):
+            folder = tmp_path / f"{name}{with_masks}"
+            folder.mkdir()
+            digests.append(open_changed_coco(folder, changed, with_masks).digest())
+    assert digests[0] != digests[2] and digests[1] == digests[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x["images"].append(x["images"][0]), "the image id 1000 twice"),
+        (lambda x: x["images"].append({**x["images"][0], "id": 3}), "0{12}.jpg twice"),
+        (lambda x: x["images"][0].update(width=0), "image 1000 has no width and height"),
+        (lambda x: x["annotations"][0].update(image_id=5), "annotation 1 is of image 5"),
+        (lambda x: x["annotations"][0].update(category_id=5), "annotation 1 is of category 5"),
+        (lambda x: x["annotations"][0].update(bbox=[1, 2, 3]), "annotation 1 has no bbox of four"),
+        (lambda x: x["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "1 has no bbox of fo"),
+        (lambda x: x["annotations"][0].update(area="big"), "annotation 1 has an area that is no n"),
+        (lambda x: x["annotations"].insert(0, 3), "the 1-th annotation is no object"),
+    ],
+)
+def test_a_malformed_file_of_coco_is_a_sentence(tmp_path, change, words):
+    with pytest.raises(ValueError, match=f"--train_split train2017: .*train2017.json.*{words}"):
+        open_changed_coco(tmp_path, change, with_masks=False)
+
+
+def write_voc_boxes(folder, *boxes, size=""):
+    """A VOCdevkit with an image of 72 x 64 px and boxes (xmin, ymin, xmax, ymax)."""
+    write_voc(folder, {"2007_test": 1}, size=(72, 64))
+    names = ("xmin", "ymin", "xmax", "ymax")
+    objects = []
+    for box in boxes:
+        corners = "".join(f"<{x}>{y}</{x}>" for x, y in zip(names, box, strict=True))
+        objects.append(f"<object><name>cat</name><bndbox>{corners}</bndbox></object>")
+    file = folder / "VOC2007" / "Annotations" / "2007_test_00000.xml"
+    file.write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
+    return folder
+
+
+@pytest.mark.parametrize("box", [(1, 1, 0, 9), ("nan", 1, 9, 9), (1, 1, "inf", 9), (9, 9, 5, 20)])
+def test_a_box_of_voc_without_an_area_is_a_sentence_with_the_file(tmp_path, box):
+    folder = write_voc_boxes(tmp_path / "VOCdevkit", (1, 1, 5, 5), box)
+    with pytest.raises(ValueError, match="00000.xml is no annotation of VOC .*a cat in the box"):
+        open_detection(str(folder), ["2007_test"])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("", [72, 64]),  # of the image itself
+        ("<size><width>0</width><height>0</height></size>", [72, 64]),
+        ("<size><width>70</width><height>60</height></size>", [70, 60]),
+    ],
+)
+def test_boxes_of_voc_are_cut_to_the_image_and_those_outside_are_left_out(tmp_path, size, expected):
+    folder = write_voc_boxes(
+        tmp_path / "VOCdevkit", (-3, 11, 90, 100), (200, 1, 300, 9), (5, 6, 7, 8), size=size
+    )
+    data = open_detection(str(folder), ["2007_test"])
+    assert data.objects[0].boxes.tolist() == [[0, 10, *expected], [4, 5, 7, 8]]
+
+
+def test_what_is_named_twice_or_is_no_text_is_refused_in_a_sentence(voc, tmp_path):
+    with pytest.raises(ValueError, match="--train_split has 2007_trainval twice"):
+        open_detection(str(voc[0]), ["2007_trainval", "2007_trainval"])
+    write_voc(tmp_path / "VOCdevkit", {"2007_test": 2})
+    listed = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "test.txt"
+    (listed.parent / "val.txt").write_text("2007_test_00001\n")
+    with pytest.raises(ValueError, match="there is VOC2007/JPEGImages/2007_test_00001.jpg twice"):
+        open_detection(str(tmp_path / "VOCdevkit"), ["2007_test", "2007_val"])
+    listed.write_text("2007_test_00001\n2007_test_00001\n")
+    with pytest.raises(ValueError, match="test.txt has the image 2007_test_00001 twice"):
+        open_detection(str(tmp_path / "VOCdevkit"), ["2007_test"])
+    listed.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="2007_test: .*test.txt is no text in UTF-8"):
         open_detection(str(tmp_path / "VOCdevkit"), ["2007_test"])
 
 
