@@ -269,7 +269,10 @@ def test_a_copied_script_beside_the_others_passes_their_tests(tmp_path):
         "tests/test_scripts.py",
     ]
     done = subprocess.run(
-        [*command, "-k", "mine or importing"], cwd=tmp_path, capture_output=True, text=True
+        [*command, "-m", "slow or not slow", "-k", "mine or importing"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("main_mine") == 2 and "3 passed" in done.stdout

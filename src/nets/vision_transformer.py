@@ -259,7 +259,7 @@ class VisionTransformer(nn.Module):
 
     def forward_backbone(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> the class token after the final LayerNorm, (B, D)."""
-        shares = self.draw_branches(len(x), x.device)
+        shares = self.draw_branches(x.shape[0], x.device)
         x = self.before_last_block(x, shares)
         return self.norm(self.blocks[-1](x, class_only=True, shares=shares[-1])[:, 0])
 
@@ -270,7 +270,7 @@ class VisionTransformer(nn.Module):
 
         [:, :, 0, 1 + num_registers:] is what the class token takes from the patches, by rows.
         """
-        x = self.before_last_block(x, self.draw_branches(len(x), x.device))
+        x = self.before_last_block(x, self.draw_branches(x.shape[0], x.device))
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
@@ -280,7 +280,7 @@ class VisionTransformer(nn.Module):
         """
         if not 1 <= n <= self.depth:
             raise ValueError(f"--n_last_blocks {n} must be from 1 to the {self.depth} blocks")
-        shares = self.draw_branches(len(x), x.device)
+        shares = self.draw_branches(x.shape[0], x.device)
         x, outputs = self.tokens(x), []
         for i, (block, share) in enumerate(zip(self.blocks, shares, strict=True)):
             x = block(x, shares=share)
