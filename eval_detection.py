@@ -70,19 +70,9 @@ DETECTORS = ("faster_rcnn_c4", "faster_rcnn_fpn", "mask_rcnn_fpn")
 BATCH = 16  # images, over all processes
 # What the result depends on, besides the number of iterations.
 SETTINGS = (
-    *(*MODEL_FLAGS, "in_chans", "mean", "std", "detector", "train_split", "min_size", "max_size"),
-    *(
-        "proposals",
-        "sync_bn",
-        "steps",
-        "gamma",
-        "lr",
-        "warmup_iters",
-        "warmup_factor",
-        "wd",
-        "seed",
-    ),
-)
+    *MODEL_FLAGS, "in_chans", "mean", "std", "detector", "train_split", "min_size", "max_size",
+    "proposals", "sync_bn", "steps", "gamma", "lr", "warmup_iters", "warmup_factor", "wd", "seed",
+)  # fmt: skip
 NAMED = ("pretrained", "checkpoint_key", "data_path", "test_split", "test_size", "nit")
 FIGURES = {
     "voc": [f"{x}{y}" for y in ("", "_11points") for x in ("ap", "ap50", "ap75")],

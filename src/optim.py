@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import dist
+
 SMALL = 2**18  # values up to which tensors are scaled together
 TINY = 1e-30  # keeps ratio / lr finite at lr = 0, and is nothing beside any real learning rate
 
@@ -64,8 +66,7 @@ def is_dense(x: Tensor) -> bool:
 def owners_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """0 as often as the first of sizes says, then 1, ...: (sum of sizes,) int32, on the device."""
     owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
-    owners = owners if device.type in ("cpu", "mps") else owners.pin_memory()
-    return owners.to(device, non_blocking=True)
+    return dist.to_device(owners, device)
 
 
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Starting, killing and reading training runs, and making images for them: what their tests share."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,3 +97,18 @@ def write_noise(folder, counts, names=("blue", "red"), suffix=".png"):
                 pixels[:, :, channel] += 100
                 Image.fromarray(pixels).save(folder / split / name / f"{name}_{i}{suffix}")
     return folder
+
+
+def changed_images(folder, into):
+    """Two copies of a folder of two classes: one with a renamed file, one with the classes exchanged."""
+    renamed, labelled = into / "renamed", into / "labelled"
+    shutil.copytree(folder, renamed)
+    first = sorted((renamed / "train").rglob("*.*"))[0]
+    first.rename(first.with_stem("another"))
+    shutil.copytree(folder, labelled)
+    for part in ("train", "val"):
+        first, second = sorted(path for path in (labelled / part).iterdir() if path.is_dir())
+        first.rename(labelled / part / "moved")
+        second.rename(first)
+        (labelled / part / "moved").rename(second)
+    return renamed, labelled

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from src.nets.pretrained import open_pretrained
 from src.nets.resnet import build_model
 from src.run import flags
 from tests.gloo import run_ranks
-from tests.runs import signal_handlers, write_noise  # noqa: F401, used by name
+from tests.runs import changed_images, signal_handlers, write_noise  # noqa: F401, used by name
 
 NETWORK = shlex.split("--arch resnet10 --stem small --width 0.125 --size 8")
 QUICK = shlex.split("--workers 0 --device cpu --epochs 2 --log_freq 2 --lr 0.05 --batch_size 8")
@@ -105,19 +104,9 @@ def test_several_crops_are_those_of_the_training_scripts():
 # ============ whole evaluations ============
 def test_results_of_other_images_or_labels_are_not_taken_over(images, tmp_path):
     run(tmp_path / "out", images, "--epochs", 1)
-    shutil.copytree(images, tmp_path / "renamed")
-    first = sorted((tmp_path / "renamed" / "train").rglob("*.*"))[0]
-    first.rename(first.with_stem("another"))
-    shutil.copytree(images, tmp_path / "labelled")
-    for part in ("train", "val"):
-        folder = tmp_path / "labelled" / part
-        first, second = sorted(path for path in folder.iterdir() if path.is_dir())
-        first.rename(folder / "moved")
-        second.rename(first)
-        (folder / "moved").rename(second)
-    for other in ("renamed", "labelled"):
+    for other in changed_images(images, tmp_path):
         with pytest.raises(OSError, match="holds an evaluation with content"):
-            run(tmp_path / "out", tmp_path / other, "--epochs", 1)
+            run(tmp_path / "out", other, "--epochs", 1)
 
 
 @pytest.mark.slow

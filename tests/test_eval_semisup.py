@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from src.nets.pretrained import open_pretrained
 from src.nets.resnet import build_model
 from src.run import checkpoint, flags
 from tests.gloo import run_ranks
-from tests.runs import signal_handlers, write_noise  # noqa: F401, used by name
+from tests.runs import changed_images, signal_handlers, write_noise  # noqa: F401, used by name
 
 NETWORK = shlex.split("--arch resnet10 --stem small --width 0.125 --size 8")
 QUICK = shlex.split(
@@ -77,19 +76,9 @@ def test_both_rates_are_multiplied_by_a_fifth_after_epochs_12_and_16():
 # ============ whole evaluations ============
 def test_results_of_other_images_or_labels_are_not_taken_over(images, tmp_path):
     run(tmp_path / "out", images, "--epochs", 1, "--labels_per_class", 4)
-    shutil.copytree(images, tmp_path / "renamed")
-    first = sorted((tmp_path / "renamed" / "train").rglob("*.*"))[0]
-    first.rename(first.with_stem("another"))
-    shutil.copytree(images, tmp_path / "labelled")
-    for part in ("train", "val"):
-        folder = tmp_path / "labelled" / part
-        first, second = sorted(path for path in folder.iterdir() if path.is_dir())
-        first.rename(folder / "moved")
-        second.rename(first)
-        (folder / "moved").rename(second)
-    for other in ("renamed", "labelled"):
+    for other in changed_images(images, tmp_path):
         with pytest.raises(OSError, match="holds an evaluation with content"):
-            run(tmp_path / "out", tmp_path / other, "--epochs", 1, "--labels_per_class", 4)
+            run(tmp_path / "out", other, "--epochs", 1, "--labels_per_class", 4)
 
 
 def test_a_published_list_names_the_images_that_are_trained_on(images, tmp_path, capsys):

@@ -60,7 +60,7 @@ BUDGETS = {
     "main_deepclusterv2": (32, 7550),
     "main_rotnet": (32, 7200),
     "main_dino": (31, 7350),
-    "main_deepcluster": (39, 8450),
+    "main_deepcluster": (39, 8500),
     "main_deepercluster": (42, 9350),
     "main_clusterfit": (37, 8150),
 }

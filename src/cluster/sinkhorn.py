@@ -48,7 +48,7 @@ def sinkhorn(
     top, spread, total_rows = _range(scores, max_score, total_rows)
     # u and v lie between exp(-spread / epsilon) / (B K) and its inverse. All that decides is the same
     # on all processes: they must exchange the same numbers.
-    exponent = spread / epsilon + math.log(max(1, total_rows) * scores.shape[1])
+    exponent = _exponent(spread, epsilon, total_rows, scores.shape[1])
     known = {"max_score": max_score, "total_rows": total_rows}
     if scores.device.type == "mps" and exponent > LARGEST_EXPONENT[torch.float32]:
         return sinkhorn(scores.cpu(), epsilon, iterations, dtype, **known).to(scores.device)
@@ -57,9 +57,7 @@ def sinkhorn(
     if exponent > LARGEST_EXPONENT[torch.float64]:
         return _log_sinkhorn(scores, epsilon, iterations).to(dtype)
     q = torch.empty(scores.shape, dtype=dtype, device=scores.device) if out is None else out
-    # An autocast around this would compute its products in half precision.
-    with torch.autocast(scores.device.type, enabled=False):
-        _scaling_sinkhorn([scores], epsilon, iterations, top, [q])
+    _scaling_sinkhorn([scores], epsilon, iterations, top, [q])
     return q
 
 
@@ -77,21 +75,24 @@ def sinkhorn_of_each(
     Each is solved by itself, to the bits of sinkhorn(). max_score and total_rows must be known, and are
     those of every problem; the rest is as there.
     """
-    _, num_prototypes = problems[0].shape
     exponent = math.inf
     if epsilon > 0:
-        exponent = 2 * max_score / epsilon + math.log(max(1, total_rows) * num_prototypes)
-    if (
-        exponent > LARGEST_EXPONENT[dtype] or iterations < 1
-    ):  # what sinkhorn() does about it, or says
+        exponent = _exponent(2 * max_score, epsilon, total_rows, problems[0].shape[1])
+    is_mps = problems[0].device.type == "mps"
+    fits = exponent <= LARGEST_EXPONENT[torch.float32 if is_mps else dtype]
+    if not fits or iterations < 1:  # sinkhorn() knows another way, or says what is wrong
         return [
             sinkhorn(x, epsilon, iterations, dtype, max_score=max_score, total_rows=total_rows)
             for x in problems
         ]
     codes = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in problems]
-    with torch.autocast(problems[0].device.type, enabled=False):
-        _scaling_sinkhorn(problems, epsilon, iterations, max_score, codes)
+    _scaling_sinkhorn(problems, epsilon, iterations, max_score, codes)
     return codes
+
+
+def _exponent(spread, epsilon, total_rows, num_prototypes):
+    """The largest logarithm of what is exponentiated, and of the scaling vectors."""
+    return spread / epsilon + math.log(max(1, total_rows) * num_prototypes)
 
 
 def _range(scores, max_score, total_rows):
@@ -121,21 +122,21 @@ def _scaling_sinkhorn(problems, epsilon, iterations, top, codes):
     blocks = [(n, q[i : i + size]) for n, q in enumerate(codes) for i in starts]
     scores = [x[i : i + size] for x in problems for i in starts]
     scale = torch.tensor(1 / epsilon, dtype=codes[0].dtype)
-    sums = codes[0].new_zeros(
-        len(codes), num_prototypes
-    )  # mass of each prototype, problem by problem
-    for (n, block), given in zip(blocks, scores, strict=True):
-        sums[n] += block.copy_(given).sub_(top).mul_(scale).exp_().sum(0)
-    for iteration in range(iterations):
-        sums = dist.all_reduce_sum(sums)
-        u = [mass.mean() / mass for mass in sums]  # (K,) each, equal mass for all prototypes
-        sums = torch.zeros_like(sums)
-        for n, block in blocks:
-            v = torch.mv(block, u[n]).reciprocal_()  # (b,), equal mass for all samples
-            if iteration < iterations - 1:
-                sums[n].addmv_(block.t(), v)
-            else:
-                block.mul_(u[n]).mul_(v[:, None])
+    sums = codes[0].new_zeros(len(codes), num_prototypes)  # mass of each prototype
+    # An autocast around this would compute its products in half precision.
+    with torch.autocast(sums.device.type, enabled=False):
+        for (n, block), given in zip(blocks, scores, strict=True):
+            sums[n] += block.copy_(given).sub_(top).mul_(scale).exp_().sum(0)
+        for iteration in range(iterations):
+            sums = dist.all_reduce_sum(sums)
+            u = [mass.mean() / mass for mass in sums]  # (K,) each, equal mass for all prototypes
+            sums = torch.zeros_like(sums)
+            for n, block in blocks:
+                v = torch.mv(block, u[n]).reciprocal_()  # (b,), equal mass for all samples
+                if iteration < iterations - 1:
+                    sums[n].addmv_(block.t(), v)
+                else:
+                    block.mul_(u[n]).mul_(v[:, None])
 
 
 def _log_sinkhorn(scores, epsilon, iterations):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from .. import dist
 from ..errors import cause
 from . import photometry
 
@@ -104,7 +105,8 @@ class Augment:
         mean, scale = self.normalisation[device]
         kernels = triton_kernels(device) if batch[0].is_cuda and batch[0].shape[2] == 3 else None
         if kernels is not None:
-            values = _next_to(device, kernels.table(draws, photometry.blur_kernels(draws.sigma)))
+            table = kernels.table(draws, photometry.blur_kernels(draws.sigma))
+            values = dist.to_device(torch.from_numpy(table), device)
         crops, start = [], 0
         for images, count in zip(batch, counts, strict=True):
             flat = images.transpose(0, 1).flatten(0, 1)  # (n_r * B, C, S, S), crop-major
@@ -238,8 +240,8 @@ def _apply_steps(x, values, steps):
     # One transfer of all indices and one of all values, whatever the number of steps.
     rows = np.concatenate([rows for *_, rows in steps])
     sizes = [len(rows) for *_, rows in steps]
-    values = _next_to(x.device, values[rows])[:, :, None, None]
-    indices = _next_to(x.device, rows).split(sizes)
+    values = dist.to_device(torch.from_numpy(values[rows]), x.device)[:, :, None, None]
+    indices = dist.to_device(torch.from_numpy(rows), x.device).split(sizes)
     for (name, columns, rows), index, own in zip(steps, indices, values.split(sizes), strict=True):
         if rows[-1] - rows[0] < len(rows):  # neighbours: no copy is needed
             _operate(name, x[rows[0] : rows[-1] + 1], own, columns)
@@ -247,16 +249,6 @@ def _apply_steps(x, values, steps):
             part = x.index_select(0, index)
             _operate(name, part, own, columns)
             x.index_copy_(0, index, part)
-
-
-def _next_to(device, array):
-    """A numpy array on the device, for which the host does not wait.
-
-    Without pinned memory, CUDA may wait with more than 64 KB until its stream has come that far.
-    """
-    tensor = torch.from_numpy(array)
-    tensor = tensor if device.type in ("cpu", "mps") else tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _operate(name, x, values, columns):

@@ -60,6 +60,15 @@ def apply(
 
 
 @triton.jit
+def _pixels(image, at, size, inside):
+    """Red, green and blue."""
+    red = tl.load(image + at, mask=inside, other=0.0)
+    green = tl.load(image + size + at, mask=inside, other=0.0)
+    blue = tl.load(image + 2 * size + at, mask=inside, other=0.0)
+    return red, green, blue
+
+
+@triton.jit
 def _luminance(red, green, blue):
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -108,17 +117,13 @@ def _colours(images, out, values, columns, size, width, BLOCK: tl.constexpr):
                 for start in range(0, size, BLOCK):
                     at = start + lanes
                     inside = at < size
-                    red = tl.load(out + at, mask=inside, other=0.0)
-                    green = tl.load(out + size + at, mask=inside, other=0.0)
-                    blue = tl.load(out + 2 * size + at, mask=inside, other=0.0)
+                    red, green, blue = _pixels(out, at, size, inside)
                     sums += _luminance(red, green, blue)
                 mean = tl.sum(sums) / size
             for start in range(0, size, BLOCK):
                 at = start + lanes
                 inside = at < size
-                red = tl.load(out + at, mask=inside, other=0.0)
-                green = tl.load(out + size + at, mask=inside, other=0.0)
-                blue = tl.load(out + 2 * size + at, mask=inside, other=0.0)
+                red, green, blue = _pixels(out, at, size, inside)
                 gray = _luminance(red, green, blue)
                 if operation == 3:
                     low = tl.minimum(tl.minimum(red, green), blue)

@@ -107,9 +107,9 @@ class FiniteSteps:
 
     def unchecked(self) -> Tensor:
         """Of each iteration since the last check whether it is not finite, on the device. All call it."""
-        return (
-            self._are_bad(self._unchecked) if self._unchecked else torch.zeros(0, dtype=torch.bool)
-        )
+        if not self._unchecked:
+            return torch.zeros(0, dtype=torch.bool)
+        return self._are_bad(self._unchecked)
 
     def _are_bad(self, iterations):
         """Of each whether it is not finite on any process, on the device."""

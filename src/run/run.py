@@ -678,12 +678,12 @@ def share_buffers(module: nn.Module) -> None:
         buffer.copy_(dist.broadcast(buffer))
 
 
-# ============ the guard ============
 def _stacked(values):
     """0-d tensors as one, in float64."""
     return torch.stack([in_float64(value.detach()) for value in values])
 
 
+# ============ the guard ============
 def guarded_key(probe_data: list[tuple[str, str]]) -> str:
     """What of a log line --guard_knn looks at: k-NN on the first of --probe_data, else on the data."""
     return f"knn_{probe_data[0][0]}" if probe_data else "knn"
