@@ -33,13 +33,14 @@ UNTRAINED = "untrained"
 NETWORK = "--arch resnet18 --stem small --width {width}"
 # Learning rates and all else are of --preset cifar, which was chosen on the training images.
 TRAINING = f"{NETWORK} --preset cifar --epochs {{epochs}} --knn_freq 0 --workers {{workers}} --no-tensorboard"
-CROPS = "--size_crops 24 12"
+CROPS = "--size_crops {size} {small_size}"
 METHODS = {
     "swav": f"main_swav.py {CROPS}",
-    "dino": "main_dino.py --global_crops_size 24 --local_crops_size 12 --warmup_epochs 1 --lr 0.002",
+    "dino": "main_dino.py --global_crops_size {size} --local_crops_size {small_size} "
+    "--warmup_epochs 1 --lr 0.002",
     "deepclusterv2": f"main_deepclusterv2.py {CROPS}",
     "simclr": f"main_simclr.py {CROPS}",
-    "rotnet": "main_rotnet.py --size_crops 24",
+    "rotnet": "main_rotnet.py --size_crops {size}",
 }
 NAMES = {
     "swav": "SwAV",
@@ -49,7 +50,7 @@ NAMES = {
     "rotnet": "RotNet",
     UNTRAINED: "untrained network",
 }
-IMAGES = "--size 24 --workers {workers}"
+IMAGES = "--size {size} --workers {workers}"
 # name: (command, file of the result, its title). Of classifiers the last epoch counts, not the best.
 EVALUATIONS = {
     "knn": (f"eval_knn.py {IMAGES} --nb_knn 20", "eval_knn.json", "k-NN"),
@@ -125,6 +126,8 @@ class Comparison:
         args, folder = self.args, self.out / f"{method}_{seed}"
         values = {
             "width": args.width,
+            "size": args.size,
+            "small_size": args.size // 2,
             "epochs": args.epochs,
             "workers": args.workers,
             "finetune_epochs": args.finetune_epochs,
@@ -282,10 +285,20 @@ def parse_args(argv):
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--evaluations", nargs="+", choices=EVALUATIONS, default=list(EVALUATIONS))
     add("--seeds", type=int, default=3, help="runs of each method")
-    add("--epochs", type=int, default=3, help="of training without labels")
-    add("--finetune_epochs", type=int, default=2, help="of fine-tuning on all labels")
+    add("--epochs", type=int, default=2, help="of training without labels")
+    add("--finetune_epochs", type=int, default=1, help="of fine-tuning on all labels")
     add("--width", type=float, default=0.25, help="of the ResNet-18, as a multiple")
-    add("--full", action="store_true", help="100 epochs, 50 of fine-tuning, the whole width")
+    add(
+        "--size",
+        type=int,
+        default=20,
+        help="of large crops and evaluated images; small crops: half",
+    )
+    add(
+        "--full",
+        action="store_true",
+        help="100 epochs, 50 of fine-tuning, the whole width, crops of 32 pixels",
+    )
     add("--device", default="cpu", help="cpu or cuda")
     add(
         "--jobs",
@@ -295,7 +308,7 @@ def parse_args(argv):
     )
     args = parser.parse_args(argv)
     if args.full:
-        parser.set_defaults(epochs=100, finetune_epochs=50, width=1.0)
+        parser.set_defaults(epochs=100, finetune_epochs=50, width=1.0, size=32)
         args = parser.parse_args(argv)
     if args.jobs is None:
         args.jobs = cores if args.device == "cpu" else 1
