@@ -191,6 +191,7 @@ def test_imports_are_followed_by_where_they_stand(tmp_path):
 
 
 # ============ the page about it ============
+@pytest.mark.slow
 def test_the_page_names_files_and_functions_that_are_there():
     page = (ROOT / "docs" / "copy.md").read_text()
     places = re.findall(r"`([\w/]+\.py)(?::(\w+))?`", page)

@@ -85,6 +85,7 @@ def test_a_run_on_voc_writes_its_results_its_detections_and_its_log(whole):
         assert detection["image_id"].startswith("2007_test_") and detection["score"] >= 0.05
 
 
+@pytest.mark.slow
 def test_a_run_on_coco_measures_boxes_and_masks_and_says_a_table(coco, tmp_path, capsys):
     result = run(tmp_path, coco, "--nit", 1)
     assert result["settings"]["detector"] == "mask_rcnn_fpn"
@@ -97,6 +98,7 @@ def test_a_run_on_coco_measures_boxes_and_masks_and_says_a_table(coco, tmp_path,
     assert json.loads(line)["evaluation"] == "eval_detection_mask_rcnn_fpn"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal_and_then_killed_ends_at_the_bits_of_a_whole_one(
     voc, whole, tmp_path, monkeypatch
 ):
@@ -176,6 +178,7 @@ def _without_threshold(*arguments, **options):
     return detector
 
 
+@pytest.mark.slow
 def test_two_processes_detect_what_one_does(voc, whole, tmp_path):
     files = []
     for world_size in (1, 2):
@@ -218,6 +221,7 @@ def _gradients(rank, world_size, data, folder):
     }
 
 
+@pytest.mark.slow
 def test_the_gradients_of_two_processes_are_those_of_one(voc, tmp_path):
     (one,) = run_ranks(_gradients, 1, str(voc), str(tmp_path))
     for two in run_ranks(_gradients, 2, str(voc), str(tmp_path)):

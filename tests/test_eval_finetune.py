@@ -155,6 +155,7 @@ def test_the_supervised_baseline_with_multi_crop_can_be_evaluated_as_the_methods
     assert torch.equal(network.model.conv1.weight, weight)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_what_is_evaluated(images, tmp_path):
     still = run(tmp_path / "still", images, *ALL, "--ema_decay", 1, network=VIT)
     first = still["history"][0]

@@ -177,6 +177,7 @@ def test_descriptors_are_r_mac_whitened_on_the_other_set(tmp_path, oxford, paris
     assert not list((tmp_path / "retrieval").glob("regions_*"))
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_with_a_folder_in_common_are_one_command(tmp_path, oxford, paris):
     whole = run(tmp_path / "whole", *VGG, "--dataset", oxford, "--whitening_path", paris / "jpg")
     shared = [*VGG, "--temp_dir", tmp_path / "shared"]
@@ -196,6 +197,7 @@ def test_stages_one_by_one_with_a_folder_in_common_are_one_command(tmp_path, oxf
     assert run(tmp_path / "out", *shared, *of_oxford)["results"] == whole["results"]
 
 
+@pytest.mark.slow
 def test_several_resolutions_are_added_up(tmp_path, oxford, paris, monkeypatch):
     monkeypatch.setattr(eval_image_retrieval, "RESOLUTIONS", (48, 64))
     flags = [*VGG, "--dataset", oxford, "--whitening_path", paris / "jpg"]
@@ -235,6 +237,7 @@ def test_the_program_of_the_authors_of_the_first_sets_says_the_same(tmp_path, ox
 
 
 # ============ going on ============
+@pytest.mark.slow
 def test_stopped_and_started_again_the_features_are_the_same_to_the_last_bit(
     tmp_path, oxford, paris, monkeypatch
 ):

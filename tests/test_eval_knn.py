@@ -119,6 +119,7 @@ def test_a_run_needs_no_other_flag_than_where_it_is(tmp_path, which):
     assert settings["feat_dim"] == 8 and {r["features"] for r in rows} == {"backbone"}
 
 
+@pytest.mark.slow
 def test_the_weights_of_the_run_are_those_evaluated_and_untrained_is_its_own_start(tmp_path):
     make_run(tmp_path / "run", seed=5)
     run = ["--pretrained", tmp_path / "run"]
@@ -131,6 +132,7 @@ def test_the_weights_of_the_run_are_those_evaluated_and_untrained_is_its_own_sta
     assert [r["top1"] for r in rows if r["features"] == "backbone"] != start
 
 
+@pytest.mark.slow
 def test_the_embedding_is_another_feature_than_the_backbone(tmp_path):
     make_run(tmp_path / "run")
     dumps = [tmp_path / "a", tmp_path / "b"]
@@ -151,6 +153,7 @@ def test_the_embedding_is_another_feature_than_the_backbone(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_released_file_is_read_with_its_prefix_and_without_its_head(tmp_path, images):
     torch.manual_seed(0)
     model = build_model(

@@ -47,6 +47,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_features_are_those_of_k_nn_and_results_those_of_scikit_learn(whole, tmp_path):
     words = [*NETWORK, "--dump_features", str(tmp_path / "dump"), "--dump_path", str(tmp_path)]
     assert eval_knn.main(words) == 0
@@ -131,6 +132,7 @@ def test_subsets_use_the_features_of_all_or_have_a_file_of_their_own(whole, tmp_
     assert evaluate(tmp_path / "again", "--label_fractions", 0.05)[0]["images"] == 60
 
 
+@pytest.mark.slow
 def test_a_published_list_names_the_labelled_images(tmp_path):
     lines = [f"image {i}" for i in range(0, 1297, 4)]
     (tmp_path / "quarter.txt").write_text("\n".join(lines))

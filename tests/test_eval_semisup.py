@@ -105,6 +105,7 @@ def test_drawn_images_are_as_many_of_each_class_and_depend_on_the_seed_alone(ima
     assert (first["labels"], other["labels"]) == ("4perclass", "20percent")
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_file_are_fine_tuned_and_none_starts_from_the_seed(images, tmp_path):
     torch.manual_seed(3)
     model = build_model("resnet10", stem="small", width=0.125)
@@ -130,6 +131,7 @@ def test_a_fine_tuned_network_can_be_evaluated_by_its_folder(images, tmp_path):
     assert torch.equal(network.model.conv1.weight, state["backbone.conv1.weight"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_last_bit(images, tmp_path, monkeypatch):
     argv = ["--labels_per_class", "10", "--batch_size", "4"]
     expected = run(tmp_path / "whole", images, *argv)

@@ -128,6 +128,7 @@ def test_squares_are_followed_measured_and_written_in_the_layout_of_the_benchmar
     assert Image.open(folder.parent / "sheet.png").width > 500
 
 
+@pytest.mark.slow
 def test_the_flags_of_the_method_change_the_masks(tmp_path, data):
     before = files_of_masks(tmp_path / "all", data)
     for i, words in enumerate(("--topk 1", "--n_last_frames 0", "--size_mask_neighborhood 1")):
@@ -143,6 +144,7 @@ def files_of_masks(folder, data, *argv):
     }
 
 
+@pytest.mark.slow
 def test_a_resnet_and_a_vit_with_registers_and_other_strides_work(tmp_path, data):
     resnet = shlex.split("--arch resnet10 --width 0.125 --stem small --short_side 48")
     assert run(tmp_path / "resnet", data, network=resnet)["jf_mean"] > 0  # 8 px

@@ -132,7 +132,8 @@ def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, few, processes):
     argv = (*few, "--epochs", 3, "--checkpoint_iters", 3, "--batch_size", 8 // processes)
     argv += ("--workers", processes - 1)

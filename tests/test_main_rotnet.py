@@ -197,6 +197,7 @@ def test_released_weights_are_matched_by_name(few, tmp_path):
         torch.testing.assert_close(state[name], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_evaluation_takes_the_runs_own_arguments(whole, tmp_path, capsys):
     assert eval_knn.main(["--pretrained", str(whole[0]), "--dump_path", str(tmp_path)]) == 0
     text = capsys.readouterr().out
@@ -253,6 +254,7 @@ def test_a_folder_of_another_method_is_refused_and_left_as_it_is(whole, tmp_path
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_broken_images_are_counted_and_other_names_are_a_word(few, tmp_path):
     folder = images(tmp_path / "images", 21, broken_every=10)
     (folder / "a.heic").touch()

@@ -134,6 +134,7 @@ def test_training_goes_on_from_given_weights(whole, tmp_path):
     torch.testing.assert_close(*states, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_evaluation_takes_the_runs_own_arguments(whole, tmp_path, capsys):
     argv = ["--pretrained", str(whole[0]), "--dump_path", str(tmp_path), "--feature", "embedding"]
     assert eval_knn.main(argv) == 0

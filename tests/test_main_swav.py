@@ -109,6 +109,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert "ln(K) = 2.303" in text and "loss" in text
 
 
+@pytest.mark.slow
 def test_the_prototypes_stay_frozen_for_as_long_as_asked(whole, few, tmp_path):
     train(tmp_path / "a", *few, "--epochs", 1, "--freeze_prototypes_niters", 100)
     train(
@@ -197,9 +198,8 @@ def test_a_signal_to_one_process_of_two_stops_both_at_the_same_iteration(tmp_pat
     check_stopped(folder, "SIGUSR1", processes[0].read())
 
 
-@pytest.mark.parametrize(
-    "name, processes", [("SIGTERM", 1), pytest.param("SIGUSR1", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 1), ("SIGUSR1", 2)])
 def test_a_signal_finishes_the_iteration_saves_and_leaves(tmp_path, name, processes):
     process = start(
         tmp_path, "--batch_size", 128 // processes, "--epochs", 400, processes=processes

@@ -178,6 +178,7 @@ def test_a_part_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(on_gpu, monkey
     assert check_folder(tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_parts_behind_the_end_of_their_section_are_not_run(on_gpu, monkeypatch, tmp_path):
     sleeping = "-c 'import time; time.sleep(600)'"
     monkeypatch.setattr(on_gpu, "BENCHES_IN_SMALL", [sleeping, "-c print(1)"])
@@ -233,6 +234,7 @@ def test_a_section_that_breaks_does_not_stop_the_next(on_gpu, monkeypatch, tmp_p
     assert "no space left" in rows[0]["note"]
 
 
+@pytest.mark.slow
 def test_the_row_of_the_tests_counts_them_and_names_those_that_fail(on_gpu, monkeypatch, tmp_path):
     file = tmp_path / "test_two.py"
     file.write_text(

@@ -51,6 +51,7 @@ def _assigned(rank, world_size):
     return labels.labels.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_labels_are_the_same_on_any_number_of_processes(world_size):
     expected = _assigned(0, 1)

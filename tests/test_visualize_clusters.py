@@ -90,6 +90,7 @@ def run(tmp_path):
 
 
 # ============ assignments ============
+@pytest.mark.slow
 def test_every_image_is_in_the_cluster_of_its_nearest_prototype(run, tmp_path):
     folder, model = run
     cluster("--pretrained", folder)

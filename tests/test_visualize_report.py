@@ -110,6 +110,7 @@ def test_the_page_has_no_script_and_no_address(tmp_path, data):
 
 
 # ============ sheets ============
+@pytest.mark.slow
 def test_what_a_run_has_no_sheet_of_is_drawn_and_what_it_has_is_kept(tmp_path, data):
     first, second = (write_run(tmp_path / name, data) for name in "ab")
     write_sheets(second)
@@ -124,6 +125,7 @@ def test_what_a_run_has_no_sheet_of_is_drawn_and_what_it_has_is_kept(tmp_path, d
     assert [name for name, _, _ in rows(page, "Clusters")][:2] == ["images", "clusters"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_a_sentence(tmp_path, data):
     gone = write_run(tmp_path / "gone", tmp_path / "no_images")
     shutil.rmtree(gone / "plots", ignore_errors=True)
@@ -139,6 +141,7 @@ def test_what_cannot_be_drawn_is_a_sentence(tmp_path, data):
     assert "bare has no log.jsonl with a line" in page and "No evaluation has left a file" in page
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw_costs_one_picture_and_not_the_page(
     tmp_path, data, monkeypatch
 ):
@@ -152,6 +155,7 @@ def test_an_error_that_nobody_foresaw_costs_one_picture_and_not_the_page(
     assert page.count("<img ") == 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_arguments_lack_the_preset_has_a_sentence_and_no_traceback(
     tmp_path, data, capsys
 ):
@@ -330,6 +334,7 @@ def noise(folder, count, side):
     return paths
 
 
+@pytest.mark.slow
 def test_pictures_are_made_smaller_until_they_fit_the_largest_first(tmp_path):
     large, small = noise(tmp_path, 1, 500)[0], tmp_path / "small.png"
     Image.new("RGB", (50, 40), (9, 9, 9)).save(small)

@@ -204,6 +204,7 @@ def epoch_batches(num_workers, epoch=2, start=0):
     return list(multicrop_loader(dataset, sampler, 32, num_workers, "cpu"))
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_for_any_number_of_workers():
     alone, helped = epoch_batches(0), epoch_batches(2)
     assert len(alone) == len(helped) == 1297 // 32
@@ -224,6 +225,7 @@ def test_batches_go_on_from_the_middle_as_if_never_stopped():
         assert all(map(torch.equal, crops, other_crops))
 
 
+@pytest.mark.slow
 def test_epochs_differ_with_persistent_workers():
     dataset = digits()
     sampler = EpochSampler(len(dataset), 400, 0, 1, seed=5)

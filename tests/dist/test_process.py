@@ -308,6 +308,7 @@ def test_half_precision_on_a_cpu_is_said_to_be_slow(caplog):
     assert "--precision fp16 is slow on a CPU" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_in_vain_says_where():
     [(rank, message)] = started([ONE_NODE | {"MASTER_PORT": "9"}], timeout=1)
     assert rank == -1

@@ -118,6 +118,7 @@ def _group_outputs(rank, world_size, sizes):
     return model(images).detach().numpy(), model[1].running_mean.numpy()
 
 
+@pytest.mark.slow
 def test_groups_of_two_normalise_apart():
     sizes = [3, 2, 1, 4]
     results = run_ranks(_group_outputs, 4, sizes)
@@ -267,6 +268,7 @@ def _graphs(rank, world_size):
     return len(graphs)
 
 
+@pytest.mark.slow
 def test_torch_compile_makes_one_graph_of_a_network_over_processes():
     assert run_ranks(_graphs, 2) == [1, 1]
 

@@ -73,6 +73,7 @@ def _batches(rank, world_size, total, mixup):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_batches_of_one_mixed_across_them():
     one = _batches(0, 1, 6, 0.8)
     halves = run_ranks(_batches, 2, 6, 0.8)

@@ -348,6 +348,7 @@ def _of_my_share(rank, world_size, shares, data, backend):
     return [x.numpy() for x in (*found, *votes)], accuracy, few
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "train_shares, query_shares",

@@ -146,6 +146,7 @@ def fit(rank, world_size, folder, costs=COSTS):
     return {name: value.numpy() for name, value in found.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_to_the_last_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(svm_classes, "GROUP", 2)
     for name in ("one", "two"):

@@ -65,6 +65,7 @@ def test_one_image_is_a_cluster_and_a_cluster_of_just_its_share_is_drawn_with_re
         assert len(set(uniform_over_clusters([0] * 6, 4, np.random.default_rng(seed)))) == 4
 
 
+@pytest.mark.slow
 def test_a_million_images_in_10000_clusters_take_less_than_a_second():
     labels = np.random.default_rng(0).integers(0, 10_000, 1_300_000)
     seconds = []

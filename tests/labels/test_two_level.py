@@ -105,6 +105,7 @@ def _clustered(rank, world_size, folder, num_super):
     return cluster(folder, rank, world_size, num_super=num_super)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_super", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_any_number_of_processes_finds_the_clusters_of_two_plain_kmeans(

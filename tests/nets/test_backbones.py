@@ -111,6 +111,7 @@ def test_xcit_takes_images_of_every_crop_size(arch, patch_size):
         assert torch.equal(model.forward_backbone(x), model(x))
 
 
+@pytest.mark.slow
 def test_xcit_takes_the_options_of_its_network():
     pytest.importorskip("timm", reason="XCiT is timm's, which is optional")
     model = build_backbone("xcit_nano_12_p16", in_chans=2, drop_path_rate=0.25, stem="small")

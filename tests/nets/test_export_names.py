@@ -57,6 +57,7 @@ def test_torchvision_takes_a_resnet_strictly_where_zeros_are_asked_for(network18
     assert renamed.missing == [] and not target(IMAGES).any()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torchvision_takes_the_resnet_of_a_classifier_of_clusters_without_sobel(tmp_path):
     network = trunk(tmp_path, "resnet18", sobel=False)

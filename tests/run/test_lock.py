@@ -87,6 +87,7 @@ def test_a_writer_on_another_host_that_touches_its_lock_is_alive(tmp_path, monke
         lock.FolderLock(tmp_path, "run")
 
 
+@pytest.mark.slow
 def test_a_writer_on_another_host_that_is_silent_is_taken_over(tmp_path, monkeypatch):
     of_another_host(tmp_path, seconds_ago=lock.SILENT_SECONDS + 1)
     lock.FolderLock(tmp_path, "run").release()

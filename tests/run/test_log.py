@@ -149,6 +149,7 @@ def test_the_stopwatch_sees_who_waits_for_whom():
     assert again.rates(10, 0)["data_share"] < 0.2
 
 
+@pytest.mark.slow
 def test_curves_are_drawn(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     for i in range(5):

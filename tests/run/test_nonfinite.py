@@ -137,6 +137,7 @@ def test_the_scale_of_fp16_stays_too(method, tmp_path, monkeypatch, states):
     assert states[0, 3]["scaler"]["_growth_tracker"] == 2
 
 
+@pytest.mark.slow
 def test_skipping_costs_a_run_without_such_batches_no_bit(tmp_path):
     for limit in (0, 3):
         assert train(tmp_path / str(limit), "--max_nonfinite", limit) == 0
@@ -167,6 +168,7 @@ def test_one_step_more_than_the_limit_stops_the_run_over_resumes_too(tmp_path, m
     assert resumed["skipped_steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_has_skipped_nothing(tmp_path, monkeypatch):
     train(tmp_path / "run")
     state = saved(tmp_path / "run")

@@ -146,6 +146,7 @@ def test_what_is_no_checkpoint_of_a_run_is_one_sentence(tmp_path, state):
         check_is_of_a_run(state, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_that_are_beyond_all_bounds_are_not_saved(tmp_path, trained, signal_handlers):
     """A finite loss whose step wrecks the weights, just before a save."""
     for name in ("checkpoint.pth", "log.jsonl"):
