@@ -15,6 +15,7 @@ if [ "${1:-}" = "--all" ]; then
 fi
 # One process a core: torch's own threads would wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+unset PYTHONDONTWRITEBYTECODE # some hundred processes import the same files: compile them once
 pytest=(.venv/bin/python -m pytest --numprocesses auto --dist worksteal)
 "${pytest[@]}" "$@"
 if $all; then

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import pytest
 
 from scripts import copy_method
 from tests import runs
+from tests.faults import methods
 from tests.gloo import Main
 from tests.runs import ROOT, losses
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("main_*.py"))
-FLAGS = "--epochs 1 --batch_size 512 --log_freq 1 --workers 0 --no-tensorboard".split()
+FLAGS = "--epochs 1 --batch_size 64 --log_freq 1 --workers 0 --no-tensorboard".split()
 # Runs a script as `python script.py` does, then writes which files its modules came from.
 WATCHED = """
 import json, runpy, sys
@@ -30,6 +32,12 @@ finally:
     with open("files.json", "w") as file:
         json.dump(files, file)
 """
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """192 images of digits: a few iterations."""
+    return methods.digits_in_folders(tmp_path_factory.mktemp("digits"))
 
 
 def copy(script, folder, *argv):
@@ -75,21 +83,30 @@ def check_same_run(tmp_path, script, name, argv):
 # ============ it runs ============
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_copy_trains_as_its_original_does_to_the_last_bit(tmp_path, script):
+def test_a_copy_trains_as_its_original_does_to_the_last_bit(tmp_path, script, digits):
     copy(script, tmp_path / "copy", "--name", "mine")
-    output = check_same_run(tmp_path, script, "mine", ["--knn_freq", "0"])
+    small = shlex.split(methods.METHODS[script.removeprefix("main_").removesuffix(".py")])
+    flags = ["--preset", "tiny", "--data_path", str(digits), *small, "--knn_freq", "0"]
+    output = check_same_run(tmp_path, script, "mine", flags)
     assert output.count("src/pictures is not there") == 1 and "Traceback" not in output
 
 
 @pytest.mark.slow
-def test_a_copy_in_another_package_with_all_extras_evaluates_and_draws_too(tmp_path):
+def test_a_copy_in_another_package_with_all_extras_evaluates_and_draws_too(tmp_path, digits):
     argv = "--with knn plots shards --package mylib --name mine".split()
     files = copy("main_rotnet.py", tmp_path / "copy", *argv)
     assert not [path for path in files if path.startswith("src")]
     for path, text in files.items():
         if path.endswith(".py"):
             assert not re.search(r"\b(from|import) src\b|\bsrc[./]\w|[\"']src[\"']", text), path
-    check_same_run(tmp_path, "main_rotnet.py", "mine", ["--knn_freq", "1"])
+    flags = [
+        "--preset",
+        "tiny",
+        "--data_path",
+        str(digits),
+        *shlex.split(methods.METHODS["rotnet"]),
+    ]
+    check_same_run(tmp_path, "main_rotnet.py", "mine", [*flags, "--knn_freq", "1"])
     logs = [tmp_path / "copy" / "run" / "log.jsonl", tmp_path / "original" / "log.jsonl"]
     knn = [
         [line["knn"] for line in map(json.loads, log.read_text().splitlines()) if "knn" in line]

@@ -16,7 +16,6 @@ from tests import runs
 from tests.gloo import Main, kill_mains, run_mains, start_mains
 from tests.runs import (
     children_of,
-    finish,
     images,
     losses,
     one_panel,
@@ -163,7 +162,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, few, processes):
         train(tmp_path / "whole", *argv)
         killed = Main("main_swav", tmp_path / "killed", [*SMALL, *argv])
     else:
-        finish(start(tmp_path / "whole", *argv, processes=processes))
+        run_mains("main_swav", tmp_path / "whole", [*SMALL, *argv], processes)
         killed = start(tmp_path / "killed", *argv, processes=processes)
     wait_for_lines(tmp_path / "killed", killed, random.randint(4, 14))
     for pid in [*children_of(killed), killed.pid]:  # torchrun's workers have sessions of their own
@@ -172,7 +171,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, few, processes):
     if processes == 1:
         train(tmp_path / "killed", *argv)
     else:
-        finish(start(tmp_path / "killed", *argv, processes=processes))
+        run_mains("main_swav", tmp_path / "killed", [*SMALL, *argv], processes)
     assert "continues from epoch" in (tmp_path / "killed" / "train.log").read_text()
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
     assert found == expected

@@ -220,7 +220,7 @@ def is_wrong():
     return any(abs(y / math.exp(value) - 1) > 1e-6 for y, value in pairs)
 
 failures = 0
-for _ in range(250):
+for _ in range(125):
     children = []
     for _ in range(4):  # more threads than cores: one of two is late more often
         children.append(os.fork())
@@ -238,9 +238,9 @@ print(failures)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute on a machine that has nothing else to do
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_the_first_exponential_of_1000_processes_on_two_threads_is_right():
+def test_the_first_exponential_of_500_processes_on_two_threads_is_right():
     """Without settle_vector_functions it is wrong by 1.5e-4 in up to 1 of 300, on some processors: in
-    1,000 that is seen with 96 %."""
+    500 that is seen with 81 %."""
     command = [sys.executable, "-c", FIRST_EXPONENTIALS]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
     assert (found.stdout, found.stderr) == ("0\n", "")

@@ -115,8 +115,3 @@ def places(notes: Path) -> list[str]:
 def first_of_each(kinds: list[str]) -> list[int]:
     """The numbers of the first use of each kind."""
     return sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
-
-
-def last_of_each(kinds: list[str]) -> list[int]:
-    """The numbers of the last use of each kind."""
-    return sorted({kind: i for i, kind in enumerate(kinds)}.values())

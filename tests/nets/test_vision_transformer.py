@@ -514,12 +514,11 @@ def test_forward_compiles_to_one_graph_for_every_size():
 
 @pytest.mark.slow
 def test_the_default_compiler_gives_the_same_numbers():
-    model = spread(small(num_registers=1)).eval()
+    model = spread(small(num_registers=1, depth=1)).eval()
     torch._dynamo.reset()
     compiled = torch.compile(model)
-    for height, width in ((16, 16), (24, 12)):
-        x = torch.randn(2, 3, height, width)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    x = torch.randn(2, 3, 24, 12)  # as many graphs as sizes: see above
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_copy_stands_alone_and_the_table_is_not_remembered():
