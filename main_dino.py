@@ -338,7 +338,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # ============ data ============
     crops = MultiCropDataset(
-        dataset, **resolutions(args), seed=args.seed, interpolation=args.interpolation
+        dataset,
+        **resolutions(args),
+        seed=args.seed,
+        interpolation=args.interpolation,
+        reduced_decoding=args.reduced_decoding,
     )
     sampler = EpochSampler(
         len(dataset),
