@@ -86,7 +86,7 @@ def main(argv=None):
 
 
 def measure(crops, num, repeats):
-    """Images a second of both, and their ratio: the least CPU time of each image, one form after the other."""
+    """Images a second of both, and their ratio, by the least CPU time of each image."""
     least = np.full((num, 2), np.inf)
     for i in range(num):
         for _ in range(1 + repeats):

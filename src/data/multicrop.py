@@ -29,9 +29,10 @@ class MultiCropDataset(Dataset):
 
     `num_crops`, `size_crops`, `min_scale_crops` and `max_scale_crops` have one value a resolution:
     how many crops, their side in pixels, and the range of their area as a share of the image.
-    `ratio` is the range of width / height. With `reduced_decoding` a JPEG is decoded at a half, a quarter
-    or an eighth of its size where each crop still has a pixel for each of its own. What is drawn depends on (seed, epoch, i) alone, or on
-    (seed, epoch, place): an image that an epoch holds in two places has other crops in each.
+    `ratio` is the range of width / height. With `reduced_decoding` a JPEG is decoded at a half, a
+    quarter or an eighth of its size where that enlarges no crop. What is drawn depends on
+    (seed, epoch, i) alone, or on (seed, epoch, place): an image that an epoch holds in two places
+    has other crops in each.
     Raises ValueError when the lists do not fit together.
     """
 

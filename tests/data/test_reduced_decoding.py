@@ -49,9 +49,8 @@ def pair(path, **options):
     """Crops of a folder without and with the option."""
     dataset = open_dataset(str(path))
     options = {**CROPS, **options}
-    return MultiCropDataset(dataset, **options), MultiCropDataset(
-        dataset, reduced_decoding=True, **options
-    )
+    plain = MultiCropDataset(dataset, **options)
+    return plain, MultiCropDataset(dataset, reduced_decoding=True, **options)
 
 
 def are_equal(crops, others):
@@ -267,9 +266,8 @@ def test_shards_lists_and_parts_of_data_give_the_crops_of_the_folder(photographs
     listed = open_dataset(str(tmp_path / "images.txt"))
     listed.labels = torch.tensor([0, 1])
     part, joined = Part(listed, [1]), Joined(listed, listed)
-    options = {**CROPS, "reduced_decoding": True}
     for dataset, index in ((shards, 1), (listed, 1), (part, 0), (joined, 3)):
-        crops = MultiCropDataset(dataset, **options)
+        crops = MultiCropDataset(dataset, reduced_decoding=True, **CROPS)
         assert are_equal(crops[4, index, 1][0], reduced[4, 1, 1][0])
 
 
