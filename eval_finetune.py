@@ -92,6 +92,7 @@ SETTINGS = (
         "mean",
         "std",
         "interpolation",
+        "reduced_decoding",
         "seed",
         "sobel2RGB",
         "debug",

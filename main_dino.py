@@ -337,9 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     process = dist.init(args.device, args.dist_timeout)
 
     # ============ data ============
-    crops = MultiCropDataset(
-        dataset, **resolutions(args), seed=args.seed, interpolation=args.interpolation
-    )
+    crops = MultiCropDataset(dataset, **crop_options(args))
     sampler = EpochSampler(
         len(dataset),
         args.batch_size,
@@ -440,8 +438,8 @@ def probed_networks(names, student, teacher):
     return {name: network for name, network in networks.items() if name in names}
 
 
-def resolutions(args):
-    """The arguments of MultiCropDataset that say how many crops there are, and which."""
+def crop_options(args):
+    """The arguments of MultiCropDataset, with the crops as DINO's flags say them."""
     numbers = [NUM_GLOBAL, args.local_crops_number]
     sizes = [args.global_crops_size, args.local_crops_size]
     smallest, largest = zip(args.global_crops_scale, args.local_crops_scale, strict=True)
@@ -451,6 +449,9 @@ def resolutions(args):
         "size_crops": sizes[:used],
         "min_scale_crops": list(smallest[:used]),
         "max_scale_crops": list(largest[:used]),
+        "seed": args.seed,
+        "interpolation": args.interpolation,
+        "reduced_decoding": args.reduced_decoding,
     }
 
 

@@ -145,6 +145,27 @@ def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
     assert status == 0 and values == whole[1]
 
 
+def test_a_stopped_run_with_reduced_decoding_goes_on_to_the_last_bit(tmp_path, monkeypatch):
+    folder = images(tmp_path / "images", 64, size=120)
+    argv = ("--data_path", folder, "--preset", "tiny", "--batch_size", 16, "--epochs", 1)
+    assert train(tmp_path / "plain", *argv)[0] == 0
+    argv = (*argv, "--reduced_decoding")
+    status, expected = train(tmp_path / "whole", *argv)
+    assert status == 0 and expected != losses(tmp_path / "plain") and len(expected) == 4
+    with monkeypatch.context() as patch:
+        must_stop = main_swav.Run.must_stop
+
+        def send_a_signal_in_the_second(self, done):
+            if done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return must_stop(self, done)
+
+        patch.setattr(main_swav.Run, "must_stop", send_a_signal_in_the_second)
+        assert train(tmp_path / "stopped", *argv)[0] == 128 + signal.SIGTERM
+    assert len(losses(tmp_path / "stopped")) == 2
+    assert train(tmp_path / "stopped", *argv) == (0, expected)
+
+
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
     before = (whole[0] / "checkpoint.pth").stat().st_mtime_ns
     assert train(whole[0])[0] == 0

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from .. import dist
 from ..errors import RunError, cause, printable
 from .folders import FolderSource, find_split, folder_labels, warn_of_inner_splits
-from .images import BrokenImage, UnfitImage, decode_image, match_channels
+from .images import BrokenImage, Reduced, UnfitImage, decode_image, decode_reduced, match_channels
 from .loading import shared_bytes
 
 logger = logging.getLogger(__name__)
@@ -312,12 +312,28 @@ class ImageDataset:
 
         Raises ValueError when the whole dataset has none, and RunError as the class says.
         """
+        return self._next_readable(index, self.read)
+
+    def load_reduced(self, index: int, scale_for: Callable[[int, int], int]) -> Reduced:
+        """As `load`, a JPEG at the part of its size that `scale_for` says; see images.decode_reduced."""
+
+        def read(candidate):
+            image = self._read_patiently(candidate)
+            if isinstance(image, torch.Tensor):
+                pixels = match_channels(image, self._in_chans)
+                return Reduced(pixels, *pixels.shape[1:], scale=1)
+            return decode_reduced(image, self._in_chans, scale_for)
+
+        return self._next_readable(index, read)
+
+    def _next_readable(self, index, read):
+        """What `read` gives for image `index`, or for the next that is readable."""
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             if self._is_broken[candidate]:
                 continue
             try:
-                return self.read(candidate)
+                return read(candidate)
             except (BrokenImage, UnfitImage, FileNotFoundError) as error:
                 self._is_broken[candidate] = 1
                 file, count = printable(self.file_name(candidate)), int(self._is_broken.sum())

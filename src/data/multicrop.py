@@ -4,6 +4,7 @@ Only geometry happens here; colours are changed on the device, a batch at a time
 Source: the SwAV paper, section 3.3; crop geometry as in torchvision's RandomResizedCrop.
 """
 
+import functools
 import math
 import random
 
@@ -28,8 +29,10 @@ class MultiCropDataset(Dataset):
 
     `num_crops`, `size_crops`, `min_scale_crops` and `max_scale_crops` have one value a resolution:
     how many crops, their side in pixels, and the range of their area as a share of the image.
-    `ratio` is the range of width / height. What is drawn depends on (seed, epoch, i) alone, or on
-    (seed, epoch, place): an image that an epoch holds in two places has other crops in each.
+    `ratio` is the range of width / height. With `reduced_decoding` a JPEG is decoded at a half, a
+    quarter or an eighth of its size where that enlarges no crop. What is drawn depends on
+    (seed, epoch, i) alone, or on (seed, epoch, place): an image that an epoch holds in two places
+    has other crops in each.
     Raises ValueError when the lists do not fit together.
     """
 
@@ -43,6 +46,7 @@ class MultiCropDataset(Dataset):
         seed: int = 31,
         interpolation: str = "bilinear",
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        reduced_decoding: bool = False,
     ):
         check_crops(num_crops, size_crops, min_scale_crops, max_scale_crops)
         if interpolation not in ("bilinear", "bicubic"):
@@ -51,6 +55,7 @@ class MultiCropDataset(Dataset):
         self.num_crops, self.size_crops = list(num_crops), list(size_crops)
         self.scales = list(zip(min_scale_crops, max_scale_crops, strict=True))
         self.interpolation, self.ratio = interpolation, ratio
+        self.reduced_decoding = reduced_decoding
 
     def __len__(self):
         return len(self.dataset)
@@ -58,16 +63,39 @@ class MultiCropDataset(Dataset):
     def __getitem__(self, item):
         item = item if isinstance(item, tuple) else (0, item)
         epoch, index, place = *item[:2], item[-1]
-        image = self.dataset.load(index)  # (C, H, W)
-        generator = crop_generator(self.seed, epoch, place)
+        if self.reduced_decoding:
+            image, windows = self._load_reduced(index, epoch, place)
+        else:
+            image = self.dataset.load(index)  # (C, H, W)
+            windows = self.windows(epoch, place, *image.shape[1:])
         crops = []
-        for number, size, scale in zip(self.num_crops, self.size_crops, self.scales, strict=True):
-            windows = [
-                draw_window(*image.shape[1:], scale, self.ratio, generator) for _ in range(number)
+        for size, same_size in zip(self.size_crops, windows, strict=True):
+            parts = [
+                crop_and_resize(image, window, size, self.interpolation) for window in same_size
             ]
-            parts = [crop_and_resize(image, window, size, self.interpolation) for window in windows]
             crops.append(torch.cat(parts))  # (n_r, C, S, S)
         return crops, index
+
+    def windows(
+        self, epoch: int, place: int, height: int, width: int
+    ) -> list[list[tuple[int, int, int, int]]]:
+        """Windows (top, left, height, width) of the crops of an image of this size, by resolution."""
+        generator = crop_generator(self.seed, epoch, place)
+        return [
+            [draw_window(height, width, scale, self.ratio, generator) for _ in range(number)]
+            for number, scale in zip(self.num_crops, self.scales, strict=True)
+        ]
+
+    def _load_reduced(self, index, epoch, place):
+        """An image, (C, H, W), at most as large as its windows need, and these windows in it."""
+        windows = functools.cache(functools.partial(self.windows, epoch, place))  # drawn once
+
+        def scale_for(height, width):
+            return reduction(windows(height, width), self.size_crops)
+
+        image, height, width, scale = self.dataset.load_reduced(index, scale_for)
+        of_file = windows(height, width)
+        return image, [[reduced_window(w, scale) for w in same_size] for same_size in of_file]
 
 
 def check_crops(
@@ -127,6 +155,29 @@ def draw_window(
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     w, h = max(w, 1), max(h, 1)
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def reduction(windows: list[list[tuple[int, int, int, int]]], sizes: list[int]) -> int:
+    """The largest of 8, 4, 2, 1 by which an image can be reduced without enlarging a crop.
+
+    windows: (top, left, height, width) for each of `sizes`, the sides of the crops in pixels.
+    """
+    for scale in (8, 4, 2):
+        if all(
+            min(reduced_window(window, scale)[2:]) >= size
+            for size, same_size in zip(sizes, windows, strict=True)
+            for window in same_size
+        ):
+            return scale
+    return 1
+
+
+def reduced_window(window: tuple[int, int, int, int], scale: int) -> tuple[int, int, int, int]:
+    """A window (top, left, height, width) in the image at 1 / scale of the size, edges rounded to pixels."""
+    top, left, height, width = window
+    first_row, first_column = round(top / scale), round(left / scale)
+    end_row, end_column = round((top + height) / scale), round((left + width) / scale)
+    return first_row, first_column, end_row - first_row, end_column - first_column
 
 
 def crop_and_resize(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.datasets import ImageDataset, open_dataset
 from ..data.folders import split_folders
+from ..data.images import Reduced
 from .voc import TESTED_ON, open_voc, voc_folder
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,10 @@ class Part:
         """One image, uint8 (C, H, W)."""
         return self.dataset.load(self.indices[index])
 
+    def load_reduced(self, index: int, scale_for: Callable[[int, int], int]) -> Reduced:
+        """See ImageDataset.load_reduced."""
+        return self.dataset.load_reduced(self.indices[index], scale_for)
+
     def file_name(self, index: int) -> str:
         """The file of an image, as its dataset has it."""
         return self.dataset.file_name(self.indices[index])
@@ -214,6 +219,11 @@ class Joined:
         """One image, uint8 (C, H, W)."""
         part, index = self._part_of(index)
         return part.load(index)
+
+    def load_reduced(self, index: int, scale_for: Callable[[int, int], int]) -> Reduced:
+        """See ImageDataset.load_reduced."""
+        part, index = self._part_of(index)
+        return part.load_reduced(index, scale_for)
 
     def file_name(self, index: int) -> str:
         """The file of an image, as its dataset has it."""

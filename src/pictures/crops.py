@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data.datasets import ImageDataset
-from ..data.multicrop import MultiCropDataset, crop_generator, draw_window
+from ..data.multicrop import MultiCropDataset
 from .sheets import (
     Group,
     Header,
@@ -109,11 +109,8 @@ def crop_sheet(
 
 def crop_windows(crops: MultiCropDataset, epoch: int, index: int, height: int, width: int) -> list:
     """Windows (top, left, height, width) in pixels of the crops that crops[epoch, index] has."""
-    draws = crop_generator(crops.seed, epoch, index)
     return [
-        draw_window(height, width, scale, crops.ratio, draws)
-        for number, scale in zip(crops.num_crops, crops.scales, strict=True)
-        for _ in range(number)
+        window for same_size in crops.windows(epoch, index, height, width) for window in same_size
     ]
 
 

@@ -25,15 +25,7 @@ def crops(args: argparse.Namespace) -> None:
     image_flags.fill_in_crops(args)
     dataset = image_flags.open_images(args)
     options = image_flags.augment_options(args, dataset, sum(args.nmb_crops))
-    multicrop = MultiCropDataset(
-        dataset,
-        args.nmb_crops,
-        args.size_crops,
-        args.min_scale_crops,
-        args.max_scale_crops,
-        seed=args.seed,
-        interpolation=args.interpolation,
-    )
+    multicrop = MultiCropDataset(dataset, **image_flags.crop_options(args))
     checkpoint.check_writable(args.dump_path)
     hold_folder(args.dump_path, f"visualize_{args.picture}")
     indices = spread(len(dataset), args.num_images)

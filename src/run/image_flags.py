@@ -151,6 +151,9 @@ def add_augment_args(parser: argparse.ArgumentParser) -> None:
         help="probability of solarisation, likewise")  # fmt: skip
     add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"],
         help="of the resize of a crop")  # fmt: skip
+    add("--reduced_decoding", type=flags.boolean, nargs="?", const=True, default=False,
+        help="decode a JPEG at 1/2, 1/4 or 1/8 of its size where no crop of it is enlarged by that; faster "
+        "on photographs much larger than the crops, whose pixels change slightly")  # fmt: skip
 
 
 def add_flip_args(add: Callable) -> None:
@@ -170,6 +173,7 @@ def crop_options(args: argparse.Namespace) -> dict:
         "max_scale_crops": args.max_scale_crops,
         "seed": args.seed,
         "interpolation": args.interpolation,
+        "reduced_decoding": args.reduced_decoding,
     }
 
 
