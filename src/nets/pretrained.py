@@ -20,6 +20,7 @@ from .backbones import build_backbone, is_transformer
 from .library_weights import TORCHVISION
 from .recognise import recognise
 from .resnet import TIMM, build_model
+from .weight_folders import heads_of_config
 from .weights import LIBRARIES, fit_weights, read_file, tensors_of
 
 # Flags of the scripts that make a network, and those that say what its images are like.
@@ -114,7 +115,8 @@ def open_pretrained(
     seed: int | None = None,
     **options,
 ) -> Pretrained:
-    """The network of a run's folder, a checkpoint, a released file, or torchvision's weights.
+    """The network of a run's folder, a checkpoint, a released file, a folder of the Hugging Face hub, or
+    torchvision's weights.
 
     path: also an http(s) address; "torchvision:resnet50" or "timm:resnet50" for the weights that these
     packages have of a network; "" for an untrained network. arch: where neither the run nor the file says
@@ -134,7 +136,7 @@ def open_pretrained(
         contents = read_file(path)
         weights = tensors_of(contents, path, checkpoint_key)
         run_args = read_run_args(path) or _args_of(contents)
-        said = {**recognise(weights, arch), **_said_by_timm(path), **settings_of_run(run_args)}
+        said = _said(path, weights, arch, run_args)
     said |= {name: value for name, value in options.items() if value is not None}
     arch = arch or said.get("arch") or "resnet50"
     if image_size is None:
@@ -215,11 +217,7 @@ def describe(
     contents = read_file(path)
     run_args = _args_of(contents)
     weights = tensors_of(contents, path, checkpoint_key)
-    return run_args, {
-        **recognise(weights, arch),
-        **_said_by_timm(path),
-        **settings_of_run(run_args),
-    }
+    return run_args, _said(path, weights, arch, run_args)
 
 
 def settings_of_run(run_args: dict) -> dict:
@@ -251,6 +249,14 @@ def _arch_of_library(path):
     if name.startswith(TIMM):
         return name
     return name.removeprefix(TORCHVISION) if name.startswith(TORCHVISION) else None
+
+
+def _said(path, weights, arch, run_args):
+    """What the tensors of a file, what is beside them and their run say, by flag; the last one decides."""
+    said = recognise(weights, arch)
+    if "patch_size" in said and (heads := heads_of_config(path)) is not None:
+        said["num_heads"] = heads
+    return {**said, **_said_by_timm(path), **settings_of_run(run_args)}
 
 
 def _said_by_timm(path):
