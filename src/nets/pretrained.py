@@ -160,6 +160,8 @@ def open_pretrained(
         seed = said.get("seed") or 0
     model = _build(arch, built_with, run_args, seed)
     if path:
+        if "sobel" in built_with:
+            _fold_as_in_file(model, weights)
         of_swav = _has_swav_head(arch, built_with, run_args)
         _fill(model, weights, arch, path, of_swav=of_swav, feature=feature)
     as_dino = is_transformer(arch) or is_dino(run_args) or checkpoint_key in ("teacher", "student")
@@ -315,6 +317,18 @@ def _fill(model, weights, arch, source, *, of_swav, feature):
         weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
         weights = with_names_of_timm(weights, model)
     fit_weights(module, weights, source, allow_missing=later)
+
+
+def _fold_as_in_file(model, weights):
+    """Make Sobel filters and first layer one, where eval_finetune.py --sobel2RGB true has left them so."""
+    from .folded_sobel import (
+        fold_sobel,
+        has_folded_sobel,
+    )  # here, as few networks have such filters
+
+    if has_folded_sobel(weights, model):
+        fold_sobel(model)
+        model.to(memory_format=torch.channels_last)
 
 
 def _take_off(model, feature):
