@@ -64,7 +64,7 @@ def read_shards(index: str) -> dict:
 
 
 def heads_of_config(path: str | Path) -> int | None:
-    """The attention heads that config.json says of weights of the hub, a folder or a file in it; else None."""
+    """The attention heads that config.json says beside weights of the hub, a folder or a file; else None."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     try:

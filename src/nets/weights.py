@@ -2,8 +2,8 @@
 
 Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
 checkpoints, torchvision's, safetensors, folders of the Hugging Face hub, and those of
-src.nets.foreign_names: VISSL's, lightly's, solo-learn's, MoCo's, DINOv2's, timm's, transformers'. Only tensors, plain containers,
-argparse.Namespace and numpy scalars are unpickled.
+src.nets.foreign_names: VISSL's, lightly's, solo-learn's, MoCo's, DINOv2's, timm's, transformers'.
+Only tensors, plain containers, argparse.Namespace and numpy scalars are unpickled.
 """
 
 import argparse
@@ -58,9 +58,9 @@ def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[st
     """Named tensors of a file, without the "module." of DistributedDataParallel and DataParallel.
 
     path: a file, the folder of a run or one in the layout of the Hugging Face hub, an http(s) address, or
-    "torchvision:resnet50" or "timm:resnet50" for what these packages have. checkpoint_key: the section to take,
-    such as "student", or what the names of the network begin with, such as "momentum_encoder"; None: the
-    first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
+    "torchvision:resnet50" or "timm:resnet50" for what these packages have. checkpoint_key: the section to
+    take, such as "student", or what the names of the network begin with, such as "momentum_encoder"; None:
+    the first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
     ValueError (another key would do) or CheckpointError (not a file of weights).
     """
     return tensors_of(read_file(path), path, checkpoint_key)
