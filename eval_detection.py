@@ -182,6 +182,7 @@ def open_parts(args, with_masks):
         [args.test_split],
         with_masks=with_masks,
         split_flag="--test_split",
+        keep_contents=True,
         **options,
     )
     if (data.classes, data.categories) != (tested.classes, tested.categories):
@@ -233,7 +234,7 @@ def measure(tested, detections, with_masks):
     """Average precisions, by the rule of the data set."""
     if tested.kind == "voc":
         return voc_precision(tested, detections)
-    return coco_precision(tested.annotations[0], detections, with_masks)
+    return coco_precision(tested.contents, detections, with_masks)
 
 
 def report(result, row, figures, settings, path):

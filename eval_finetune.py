@@ -41,13 +41,13 @@ from src.evaluate.finetuning import (
     FineTuning,
     Plan,
     fit,
-    fold_sobel,
     groups_by_layer,
     report,
 )
 from src.evaluate.splits import count_classes
 from src.evaluate.stored_features import labelled_digest
 from src.nets.backbones import is_transformer
+from src.nets.folded_sobel import fold_sobel
 from src.nets.pretrained import MODEL_FLAGS
 from src.nets.weights import fingerprint
 from src.optim import cosine_schedule, step_lr

@@ -50,6 +50,8 @@ from src.evaluate.whole_images import FeatureFolder, fit_inside, longer_side
 from src.labels.features import share
 from src.labels.row_file import load_tensors, write_tensors
 from src.nets.pooling import (
+    SCALES,
+    TRIAL,
     forward_of_feature,
     forward_of_map,
     multi_scale,
@@ -79,13 +81,35 @@ SETTINGS = (*MODEL_FLAGS, "in_chans", "protocol", *OF_DINO, *OF_DEEPCLUSTER)
 NAMED = ("pretrained", "checkpoint_key", "data_path", "dataset", "dataset_name", "aqe", "dbe")
 
 
-# ============ dino ============
-def dino_features(files, network, images, args):
-    """Rows of the database (N, D) and the queries (Q, D)."""
+# ============ what is computed of an image ============
+def forward_and_shape(network, args):
+    """Images -> features of --protocol dino, or the last map of deepcluster; and the shape of one image's.
+
+    Raises ValueError where images as small as the flags ask for are too small for the network.
+    """
+    arch = network.arch
+    if args.protocol == "deepcluster":
+        last_map = forward_of_map(network)
+        side = TRIAL if args.S < 1 else min(args.S, TRIAL)  # a larger one would only take longer
+        return last_map, shape_of_features(last_map, args.in_chans, side, arch, "--S")
     forward = forward_of_feature(network, args.feature, args.gem_p)
-    width = shape_of_features(forward, args.in_chans, args.imsize, network.arch, "--imsize")
-    forward = multi_scale(forward) if args.multiscale else forward
-    network.model.to(files.device)
+    shape = shape_of_features(forward, args.in_chans, args.imsize, arch, "--imsize")
+    if not args.multiscale:
+        return forward, shape
+    smallest = int(SCALES[-1] * args.imsize)
+    try:
+        shape_of_features(forward, args.in_chans, smallest, arch, "--imsize")
+    except ValueError as error:
+        raise ValueError(
+            f"--imsize {args.imsize} is too small for --multiscale true, which makes images of {smallest} px "
+            f"of it ({error})"
+        ) from None
+    return multi_scale(forward), shape
+
+
+# ============ dino ============
+def dino_features(files, forward, width, images, args):
+    """Rows of the database (N, D) and the queries (Q, D)."""
     resize = functools.partial(fit_inside, side=args.imsize)
     return {
         name: files.rows(name, dataset, resize, forward, width).read()
@@ -100,12 +124,12 @@ def includes(stage, name):
 
 
 # ============ deepcluster ============
-def deepcluster_features(files, network, images, targets, args):
-    """Rows of the database (N, d) and the queries (Q, d); {} where --stage ends before."""
-    last_map = forward_of_map(network)
+def deepcluster_features(files, last_map, shape, images, targets, args):
+    """Rows of the database (N, d) and the queries (Q, d); {} where --stage ends before.
+
+    shape: of the last map of an image, channels first.
+    """
     learning = STAGES.index(args.stage) <= STAGES.index("train_pca")
-    shape = shape_of_features(last_map, args.in_chans, network.image_size, network.arch)
-    network.model.to(files.device)
     if learning:
         learn(files, last_map, shape[0], images["database"], args, data=targets.name)
         return {}
@@ -270,6 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, paths in (("database", "images"), ("queries", "queries"))
     }
     network = eval_flags.open_network(args)
+    forward, shape = forward_and_shape(network, args)
     folder = temp_folder(args)
     for written_to in (args.dump_path, folder):
         checkpoint.check_writable(written_to)
@@ -304,11 +329,12 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.protocol}, {network.origin}"
     )
 
+    network.model.to(process.device)
     try:
         if args.protocol == "dino":
-            features = dino_features(files, network, images, args)
+            features = dino_features(files, forward, shape, images, args)
         else:
-            features = deepcluster_features(files, network, images, targets, args)
+            features = deepcluster_features(files, forward, shape, images, targets, args)
     except Stopped:
         return leave(stop)
     if args.stage != "eval":

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         return evaluate_logistic(network, train, val, num_classes, args)
     model = network.model
     forward = classifier_input(model, args)
-    shape = shape_of_features(forward, args.in_chans, args.size, args.arch)
+    shape = shape_of_features(forward, args.in_chans, args.size, args.arch, "--size")
     dim = math.prod(shape)  # what does not fit is found before anything is started
     args.mean, args.std = network.normalisation(train, red_of_protocol(args))
     settings = {**feature_settings(args), "weights": fingerprint(model, network.head)}
@@ -299,7 +299,7 @@ def evaluate_logistic(network, train, val, num_classes, args):
     args.batch_size = args.batch_size or DINO_BATCH
     sets = labelled_sets(args, train)
     forward = classifier_input(network.model, args)
-    width = math.prod(shape_of_features(forward, args.in_chans, args.size, args.arch))
+    width = math.prod(shape_of_features(forward, args.in_chans, args.size, args.arch, "--size"))
     args.mean, args.std = network.normalisation(train)
     out, folder = Path(args.dump_path), Path(args.dump_path) / "logistic"
     checkpoint.check_writable(folder)

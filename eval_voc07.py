@@ -195,7 +195,7 @@ def evaluate(state, dataset, args):
 def evaluate_svm(args, network, dataset, tested):
     """Train and test a linear SVM for each class; returns as main."""
     forward = forward_of_feature(network, "backbone")
-    (width,) = shape_of_features(forward, args.in_chans, args.size, network.arch)
+    (width,) = shape_of_features(forward, args.in_chans, args.size, network.arch, "--size")
     out, folder = Path(args.dump_path), Path(args.dump_path) / "voc07" / "svm"
     checkpoint.check_writable(folder)
     process = dist.init(args.device, args.dist_timeout)

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     opened_for = "embedding" if args.feature == "embedding" else "backbone"
     network = eval_flags.open_network(args, opened_for)
     forward = forward_of_feature(network, args.feature, args.gem_p)
-    shape = shape_of_features(forward, args.in_chans, args.size, network.arch)
+    shape = shape_of_features(forward, args.in_chans, args.size, network.arch, "--size")
     if not args.pretrained:
         logger.warning(
             "WARNING: no --pretrained: the network is UNTRAINED, its features say little"

@@ -178,8 +178,7 @@ def _of_clusters(arch, sobel_padding, pretrained, rgb, checkpoint_key=None, **op
     if pretrained is not False:
         _ours("nets.weights").fit_weights(model, weights, pretrained)
     if rgb and model.sobel is not None:
-        model.features[0] = _ours("nets.sobel").sobel_to_rgb(model.features[0], model.sobel.padding)
-        model.sobel = None
+        _ours("nets.folded_sobel").fold_sobel(model)
     return model
 
 

@@ -5,8 +5,8 @@
 
 The first word is the script; if it is left out, main_dino.py for the --arch of a transformer, else
 main_swav.py. Flags that are not below are the script's; its own parser, --arch and the paths of data
-are checked before anything is submitted. A job that is preempted
-or reaches its time limit is requeued and goes on from its checkpoint. Logs are in
+are checked before anything is submitted, and weights that are not there yet are said. A job that is
+preempted or reaches its time limit is requeued and goes on from its checkpoint. Logs are in
 <dump_path>/submitit/<job>.
 """
 
@@ -22,10 +22,17 @@ import torch
 
 from src import dist
 from src.data.datasets import NAMES
+from src.data.shards import expand_shards
+from src.evaluate.retrieval_sets import REVISITED
 from src.nets.backbones import build_backbone, is_transformer
+from src.nets.weights import LIBRARIES
 from src.run import flags
 
 ROOT = Path(__file__).resolve().parent
+# Flags of the scripts that name what is read.
+DATA = ("data_path", "train_path", "val_path", "data_root", "dataset", "whitening_path",
+        "distractors_path", "label_list", "label_lists", "probe_data")  # fmt: skip
+WEIGHTS = ("pretrained", "init_from", "linear_weights", "resume")
 GB_PER_GPU = 40  # as in the published DINO launcher
 
 
@@ -114,15 +121,39 @@ def check_arch(script: Path, args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Raise FileNotFoundError on a path of data that is not there."""
-    for name in ("data_path", "train_path", "val_path"):
-        path = getattr(args, name, None)
-        if not path or path in NAMES or ".tar" in path:  # shards may be named by a pattern
-            continue
-        if not os.path.exists(os.path.expanduser(path)):
-            raise FileNotFoundError(
-                f"--{name} {path} does not exist: give a path that is there on this machine and on all nodes"
-            )
+    """Raise FileNotFoundError on a path of data that is not there; say which weights are not.
+
+    A job that runs before may still make the weights.
+    """
+    for name in DATA:
+        for path in paths_of(args, name):
+            if ".tar" in path:
+                expand_shards(path, f"--{name}")
+            elif path not in (*NAMES, *REVISITED) and not exists(path):
+                raise FileNotFoundError(
+                    f"--{name} {path} does not exist: give a path that is there on this machine and on all "
+                    "nodes"
+                )
+    for name in WEIGHTS:
+        for path in paths_of(args, name):
+            if not path.startswith((*LIBRARIES, "http://", "https://")) and not exists(path):
+                print(
+                    f"WARNING: --{name} {path} does not exist on this machine: the job fails unless it is "
+                    "there, for all nodes, when it begins"
+                )
+
+
+def paths_of(args: argparse.Namespace, name: str) -> list[str]:
+    """The paths that a flag names, if the script has it: one, several, or NAME=PATH."""
+    value = getattr(args, name, None)
+    values = value if isinstance(value, list) else [value]
+    paths = [x[1] if isinstance(x, tuple) else x for x in values]
+    return [path for path in paths if path]
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder, also behind ~."""
+    return os.path.exists(os.path.expanduser(path))
 
 
 def choose_cluster(cluster: str | None) -> str:

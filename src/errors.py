@@ -71,8 +71,8 @@ def explain_size(error: BaseException) -> str | None:
         return None
     return (
         "the network of --arch does not take images of this size: give another one (--size_crops, with "
-        "main_dino.py --global_crops_size and --local_crops_size, in the evaluations --size) or another "
-        f"--arch ({_gist(error)})"
+        "main_dino.py --global_crops_size and --local_crops_size, in the evaluations --size, --imsize or "
+        f"--S) or another --arch ({_gist(error)})"
     )
 
 

@@ -86,8 +86,11 @@ def images(folder, count, broken_every=0, size=16):
     return folder
 
 
-def write_noise(folder, counts, names=("blue", "red"), suffix=".png"):
-    """A folder of class folders with noise of two colours: counts: of the images of each class, by split."""
+def write_noise(folder, counts, names=("blue", "red"), suffix=".png", stem="{name}_{i}"):
+    """A folder of class folders with noise of two colours: counts: of the images of each class, by split.
+
+    stem: of the names of files, by the name of their class and their number in it.
+    """
     draws = np.random.default_rng(0)
     for split, numbers in counts.items():
         for name, channel, count in zip(names, (2, 0), numbers, strict=True):
@@ -95,7 +98,8 @@ def write_noise(folder, counts, names=("blue", "red"), suffix=".png"):
             for i in range(count):
                 pixels = draws.integers(0, 100, (10, 12, 3), dtype=np.uint8)
                 pixels[:, :, channel] += 100
-                Image.fromarray(pixels).save(folder / split / name / f"{name}_{i}{suffix}")
+                file = f"{stem.format(name=name, i=i)}{suffix}"
+                Image.fromarray(pixels).save(folder / split / name / file)
     return folder
 
 

@@ -178,6 +178,47 @@ def test_sobel_filters_are_folded_into_the_first_convolution(images, tmp_path):
     assert not any(name.startswith("backbone.sobel") for name in names)
 
 
+@pytest.mark.parametrize("arch", ["vgg16", "resnet10"])
+@torch.no_grad()
+def test_a_network_with_folded_sobel_filters_is_opened_with_the_same_features(
+    arch, images, tmp_path, monkeypatch
+):
+    tuned, extract = [], finetuning.extract_features
+    monkeypatch.setattr(
+        finetuning,
+        "extract_features",
+        lambda module, *others, **options: (
+            tuned.append(module) or extract(module, *others, **options)
+        ),
+    )
+    words = f"--arch {arch} --sobel true --sobel_padding 2 --sobel2RGB true --size 32 --width 0.125"
+    with torch.enable_grad():
+        run(tmp_path, images, "--epochs", 1, "--lr", 0.01, network=words.split())
+    crops = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    crops = crops.contiguous(memory_format=torch.channels_last)
+    expected = tuned[-1].eval().backbone.forward_backbone(crops)
+    found = open_pretrained(tmp_path / "finetune")
+    assert found.model.sobel is None and (found.arch, found.options["sobel"]) == (arch, True)
+    assert torch.equal(found.model(crops), expected) and expected.std() > 0
+    # moved away from its arguments, and fine-tuned once more
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes((tmp_path / "finetune" / "checkpoint.pth").read_bytes())
+    moved = open_pretrained(copy, arch, sobel=True, sobel_padding=2, width=0.125)
+    assert torch.equal(moved.model(crops), expected)
+    with torch.enable_grad():
+        words = ["--pretrained", tmp_path / "finetune", "--size", 32, "--epochs", 1, "--lr", 1e-9]
+        run(tmp_path / "again", images, *words, network=[])
+    again = open_pretrained(tmp_path / "again" / "finetune")
+    torch.testing.assert_close(
+        again.model.state_dict()[first_layer(again.model)],
+        found.model.state_dict()[first_layer(found.model)],
+    )
+
+
+def first_layer(model):
+    return next(name for name in model.state_dict() if name.endswith("weight"))
+
+
 def test_a_stopped_run_goes_on_to_the_last_bit(images, tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", images, *ALL, network=VIT)
     taken, norm = iter(range(99)), finetuning.nn.utils.clip_grad_norm_

@@ -299,9 +299,52 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, argv, sentence):
     assert not (tmp_path / "out").exists()
 
 
+SQUEEZENET = ["--arch", "squeezenet1_1"]
+
+
+@pytest.mark.parametrize(
+    "network, words, sentence",
+    [
+        (SQUEEZENET, "--imsize 12", "^--imsize 12 is too small for --arch squeezenet1_1$"),
+        (
+            SQUEEZENET,
+            "--imsize 24 --multiscale true",
+            "^--imsize 24 is too small for --multiscale true, .* 12 px of it .--imsize 12 is too small",
+        ),
+        (
+            [],
+            "--arch vit_micro --imsize 24 --multiscale true",
+            "--imsize 24 .* 12 px .*--patch_size",
+        ),
+        (
+            SQUEEZENET,
+            "--protocol deepcluster --S 12",
+            "^--S 12 is too small for --arch squeezenet1_1$",
+        ),
+    ],
+)
+def test_images_that_are_too_small_for_the_network_are_found_out_before_any_is_read(
+    tmp_path, revisited, oxford, monkeypatch, network, words, sentence
+):
+    monkeypatch.setattr(eval_image_retrieval.dist, "init", lambda *_: pytest.fail("has started"))
+    where = ["--data_path", revisited]
+    if "deepcluster" in words:
+        where = ["--dataset", oxford]
+    with pytest.raises(ValueError, match=sentence):
+        call(tmp_path / "out", *network, *words.split(), *where)
+    assert not (tmp_path / "out").exists()
+
+
 def test_images_of_the_database_lie_beside_the_ground_truth(tmp_path, revisited):
     write_images(tmp_path / "roxford5k" / "jpg", ["place_000000"])
     truth = revisited / "roxford5k" / "gnd_roxford5k.pkl"
     (tmp_path / "roxford5k" / truth.name).write_bytes(truth.read_bytes())
-    with pytest.raises(FileNotFoundError, match="no .*place_000001.jpg, which roxford5k names"):
+    missing = "^--data_path: there is no .*place_000001.jpg, which roxford5k names"
+    with pytest.raises(FileNotFoundError, match=missing):
         call(tmp_path / "out", *VIT, "--data_path", tmp_path)
+
+
+def test_what_is_wrong_with_a_first_set_names_the_flag_that_it_is_given_by(oxford):
+    targets = open_buildings(str(oxford), "Oxford")
+    with pytest.raises(FileNotFoundError, match="^--dataset: there is no .*gone.jpg"):
+        targets.open_images(["gone.jpg"], "database", 3)

@@ -22,6 +22,7 @@ from src.nets.resnet import build_model
 from src.nets.vision_transformer import ARCHITECTURES
 from src.pictures import neighbours
 from src.run import checkpoint, flags, image_flags
+from tests.runs import write_noise
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"arch": "resnet18", "stem": "small", "width": 0.125, "in_chans": 3}
@@ -51,14 +52,7 @@ def nearly(rows):
 @pytest.fixture
 def images(tmp_path):
     """A folder of two classes, red and blue noise, that nothing splits: 20 images each."""
-    generator = np.random.default_rng(0)
-    for label, channel in (("blue", 2), ("red", 0)):
-        (tmp_path / "images" / label).mkdir(parents=True)
-        for i in range(20):
-            pixels = generator.integers(0, 100, (10, 12, 3), dtype=np.uint8)
-            pixels[:, :, channel] += 100
-            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i:02}.png")
-    return tmp_path / "images"
+    return write_noise(tmp_path, {"images": (20, 20)}, stem="{i:02}") / "images"
 
 
 def make_run(folder, seed=5, **arguments):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import eval_linear
 from src import dist
@@ -38,6 +37,7 @@ from src.nets.weights import fingerprint
 from src.run import checkpoint, flags
 from src.run.log import Stopwatch
 from tests.gloo import run_ranks
+from tests.runs import write_noise
 from tests.voc_images import write_voc
 
 ROOT = Path(__file__).parent.parent
@@ -60,15 +60,7 @@ def signal_handlers():
 def images(tmp_path_factory):
     """train/ with 60 and val/ with 15 images of two classes: blue and red noise."""
     folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, counts in (("train", (30, 30)), ("val", (8, 7))):
-        for label, channel, count in (("blue", 2, counts[0]), ("red", 0, counts[1])):
-            (folder / split / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 100, (10, 12, 3), dtype=np.uint8)
-                pixels[:, :, channel] += 100
-                Image.fromarray(pixels).save(folder / split / label / f"{i:02}.png")
-    return folder
+    return write_noise(folder, {"train": (30, 30), "val": (8, 7)}, stem="{i:02}")
 
 
 def evaluate(folder, *argv, name="eval_linear.json"):

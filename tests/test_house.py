@@ -54,14 +54,14 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6750),
-    "main_simclr": (26, 6600),
+    "main_swav": (27, 6800),
+    "main_simclr": (26, 6650),
     "main_selav2": (31, 7500),
     "main_deepclusterv2": (32, 7700),
     "main_rotnet": (32, 7350),
-    "main_dino": (31, 7450),
-    "main_deepcluster": (39, 8600),
-    "main_deepercluster": (42, 9450),
+    "main_dino": (31, 7500),
+    "main_deepcluster": (39, 8650),
+    "main_deepercluster": (42, 9500),
     "main_clusterfit": (37, 8300),
 }
 FUNCTION_LINES = 90

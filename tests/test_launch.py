@@ -388,6 +388,15 @@ def test_a_preempted_slurm_job_saves_requeues_and_goes_on(task, tmp_path, slurm)
         (["main_swav.py", "--arch", "resnet51"], "--arch resnet51 is not known"),
         (["--arch", "vit_small", "--data_path", "/nowhere"], "--data_path /nowhere does not exist"),
         (["eval_knn.py", "--val_path", "nowhere"], "--val_path nowhere does not exist"),
+        (
+            ["eval_copy_detection.py", "--data_path", ".", "--whitening_path", "nowhere"],
+            "--whitening_path nowhere does not exist",
+        ),
+        (["eval_image_retrieval.py", "--dataset", "oxford"], "--dataset oxford does not exist"),
+        (["eval_semisup.py", "--label_list", "1.txt"], "--label_list 1.txt does not exist"),
+        (["eval_linear.py", "--label_lists", ".", "1.txt"], "--label_lists 1.txt does not exist"),
+        (["--probe_data", "pets=pets", "a=."], "--probe_data pets does not exist"),
+        (["--data_path", "a-{0..9}.tar"], "--data_path: there is no tar shard a-0.tar"),
     ],
 )
 def test_bad_words_are_one_sentence_and_status_2(words, sentence, monkeypatch, capsys, tmp_path):
@@ -418,6 +427,33 @@ def test_without_a_script_the_arch_says_which_one_and_a_line_says_so(words, name
     assert f"script:  {name}" in said and reason in said and said.count("\n") == 1
     run_with_submitit.take_script(["main_simclr.py"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("eval_knn.py --pretrained runs/later", "--pretrained runs/later"),
+        ("main_swav.py --init_from weights.pth", "--init_from weights.pth"),
+        ("eval_knn.py --pretrained runs", ""),
+        ("eval_knn.py --pretrained none", ""),
+        ("eval_knn.py --pretrained timm:resnet18", ""),
+        ("eval_knn.py --pretrained https://host/a.pth", ""),
+        ("eval_image_retrieval.py --dataset rparis6k --data_path .", ""),
+        ("main_swav.py --data_path digits", ""),
+    ],
+)
+def test_weights_that_are_not_there_yet_are_said_before_submission(
+    words, missing, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    script, flags = run_with_submitit.take_script(words.split())
+    run_with_submitit.check_data(run_with_submitit.check_flags(script, flags))
+    expected = (
+        f"WARNING: {missing} does not exist on this machine: the job fails unless it is there, for all "
+        "nodes, when it begins\n"
+    )
+    assert capsys.readouterr().out == (expected if missing else "")
 
 
 def test_a_job_in_this_process_gives_the_status_and_the_error_of_its_script(tmp_path, capsys):

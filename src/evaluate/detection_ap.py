@@ -5,7 +5,6 @@ import io
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from .. import dist
 from .average_precision import average_precision, interpolated_precision
-from .coco_files import read_coco
 from .detection_sets import DetectionSet, Objects
 from .masks import import_pycocotools
 
@@ -127,12 +125,12 @@ def boxes_of(coco_boxes: Iterable[list[float]]) -> np.ndarray:
 
 
 # ============ COCO ============
-def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -> dict:
+def coco_precision(contents: dict, detections: list[dict], with_masks: bool) -> dict:
     """Average precisions in percent by pycocotools: COCO_FIGURES of boxes, and of masks as mask_ap, ...
 
-    annotations: the file of the split, see src.evaluate.coco_files.read_coco for what it may leave out.
-    detections: in COCO's format, with runs of pixels as "segmentation" for masks. "by_class": AP of boxes.
-    None where there is no object of a kind, such as small ones. Raises ValueError where pycocotools is not
+    contents: of the file of the split, by src.evaluate.coco_files.read_coco. detections: in COCO's format,
+    with runs of pixels as "segmentation" for masks. "by_class": AP of boxes. None
+    where there is no object of a kind, such as small ones. Raises ValueError where pycocotools is not
     installed.
     """
     import_pycocotools()
@@ -142,7 +140,8 @@ def coco_precision(annotations: str, detections: list[dict], with_masks: bool) -
     result, by_class = {}, {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
         truth = COCO()
-        truth.dataset = read_coco(Path(annotations), with_masks)
+        # Copies, as it writes into annotations.
+        truth.dataset = {**contents, "annotations": [dict(x) for x in contents["annotations"]]}
         truth.createIndex()
         for kind, prefix in (("bbox", ""), ("segm", "mask_"))[: 1 + with_masks]:
             # pycocotools says how large a detection is by its box where it has one.

@@ -57,7 +57,7 @@ class DetectionSet:
     """Images, the objects of each, the names of the classes by label - 1.
 
     kind: "voc" or "coco". ids: what each image is called in results, categories: what each class is.
-    annotations: the files of COCO.
+    contents: of COCO, what src.evaluate.coco_files.read_coco gives of a split, where it was to be kept.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class DetectionSet:
     classes: list[str]
     ids: list[str | int]
     categories: list[int]
-    annotations: list[str]
+    contents: dict | None = None
 
     def __len__(self):
         return len(self.objects)
@@ -142,12 +142,14 @@ def open_detection(
     with_masks: bool = False,
     flag: str = "--data_path",
     split_flag: str = "--train_split",
+    keep_contents: bool = False,
     **reading,
 ) -> DetectionSet:
     """The images and objects of splits, one behind the other.
 
     path: VOCdevkit, with splits such as 2007_trainval, or the folder of COCO, with splits such as train2017,
-    of annotations/instances_train2017.json and train2017/. reading: storage_timeout and max_broken of
+    of annotations/instances_train2017.json and train2017/. keep_contents: keep what the file of COCO holds,
+    of a single split, which average precisions are of. reading: storage_timeout and max_broken of
     ImageDataset. Raises FileNotFoundError or ValueError naming a flag.
     """
     folder = Path(path).expanduser()
@@ -172,8 +174,8 @@ def open_detection(
             raise FileNotFoundError(f"{flag} {path}: there is no {first}, which {split} names")
     name = f"{'VOC' if kind == 'voc' else 'COCO'} {' + '.join(splits)}"
     images = ImageDataset(_Files(root, paths), name, in_chans, flag, **reading)
-    annotations = [part[1] for part in parts if part[1]]
-    return DetectionSet(kind, images, objects, classes, ids, categories, annotations)
+    contents = parts[0][1] if keep_contents else None
+    return DetectionSet(kind, images, objects, classes, ids, categories, contents)
 
 
 def _voc_years(folder):
@@ -187,7 +189,7 @@ def _voc_root(folder):
 
 
 def _read_voc(root, split, flag):
-    """([(id, path, Objects)], "", classes, categories) of a split such as 2007_trainval."""
+    """([(id, path, Objects)], None, classes, categories) of a split such as 2007_trainval."""
     year, _, name = split.partition("_")
     folder = root / f"VOC{year}"
     listed = folder / "ImageSets" / "Main" / f"{name}.txt"
@@ -208,7 +210,7 @@ def _read_voc(root, split, flag):
             file = folder / "Annotations" / f"{image}.xml"
             rows.append((image, path, read_voc_objects(file, root / path, flag)))
     refuse_repeated([image for image, _, _ in rows], f"{flag} {split}: {listed} has the image")
-    return rows, "", list(CLASSES), list(range(1, len(CLASSES) + 1))
+    return rows, None, list(CLASSES), list(range(1, len(CLASSES) + 1))
 
 
 def _image_sets(root):
@@ -265,7 +267,7 @@ def _size_in_voc(tree, image):
 
 
 def _read_coco(folder, split, with_masks, flag):
-    """([(id, path, Objects)], file, classes, categories) of a split such as train2017."""
+    """([(id, path, Objects)], contents, classes, categories) of a split such as train2017."""
     file = folder / "annotations" / f"instances_{split}.json"
     if not file.is_file():
         there = sorted(x.stem.removeprefix("instances_") for x in file.parent.glob("instances_*"))
@@ -288,7 +290,7 @@ def _read_coco(folder, split, with_masks, flag):
         for image in images
     ]
     names = [str(category["name"]) for category in categories]
-    return rows, str(file), names, [category["id"] for category in categories]
+    return rows, contents, names, [category["id"] for category in categories]
 
 
 def _coco_object(annotation, numbers, size):

@@ -22,7 +22,6 @@ from ..data.multicrop import generator
 from ..errors import RunError
 from ..labels.features import extract_features
 from ..nets.heads import forward_crops
-from ..nets.sobel import sobel_to_rgb
 from ..nets.top_layer import PlainNetwork
 from ..nets.vision_transformer import VisionTransformer
 from ..optim import build_optimizer
@@ -350,21 +349,6 @@ def _layers_above(name, depth):
     if name.startswith("backbone.blocks."):
         return depth - int(name.split(".")[2])
     return 0 if name.startswith("backbone.norm.") else depth + bool(depth)
-
-
-def fold_sobel(backbone: nn.Module) -> None:
-    """Make Sobel filters and the first convolution one convolution of colours; see src.nets.sobel.
-
-    Raises ValueError for a network without such filters.
-    """
-    if getattr(backbone, "sobel", None) is None:
-        raise ValueError("--sobel2RGB true is for a network with Sobel filters: leave it out")
-    padding = backbone.sobel.padding
-    if isinstance(backbone, PlainNetwork):
-        backbone.features[0] = sobel_to_rgb(backbone.features[0], padding)
-    else:
-        backbone.trunk.conv1 = sobel_to_rgb(backbone.trunk.conv1, padding)
-    backbone.sobel = None
 
 
 # ============ what is said ============

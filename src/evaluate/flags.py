@@ -49,9 +49,10 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
         help="zeros around the image there: 1 DeepCluster's, 2 DeeperCluster's")
     add = parser.add_argument_group("weights").add_argument
     add("--pretrained", "--pretrained_weights", default="", type=weights,
-        help="a run's folder, a checkpoint, a file of weights, or torchvision:resnet50 or timm:resnet50 "
-        "to download theirs; a run says all flags of its network; a file those that its tensors tell, such "
-        "as --arch, --width, --patch_size, --sobel; none: an untrained network")
+        help="a run's folder, a checkpoint, a file of weights, a folder of the Hugging Face hub, or "
+        "torchvision:resnet50 or timm:resnet50 to download theirs; a run says all flags of its network; a "
+        "file those that its tensors tell, such as --arch, --width, --patch_size, --sobel; none: an "
+        "untrained network")
     add("--checkpoint_key", default=None,
         help="section of the file: student, teacher, ... (default: teacher, if there is one)")
 

@@ -52,13 +52,14 @@ class Probe:
         return state["epoch"], state["samples_done"]
 
 
-def begun(folder: str | Path, settings: dict) -> dict | None:
+def begun(folder: str | Path, settings: dict, counted_by: str = "epoch") -> dict | None:
     """The state of a training that a folder holds, the same on all processes, which call it; None of none.
 
-    Raises CheckpointError if it was made with other settings, or is not the same for all.
+    counted_by: what the state counts, "epoch", with the "samples_done" of the next, or "iteration". Raises
+    CheckpointError if it was made with other settings, or is not the same for all.
     """
     state = checkpoint.load_checkpoint(folder)
-    epoch, samples_done = (state["epoch"], state["samples_done"]) if state else (-1, 0)
+    epoch, samples_done = (state[counted_by], state.get("samples_done", 0)) if state else (-1, 0)
     checkpoint.check_same_place(epoch, samples_done, folder)
     if state is not None:
         check_settings(state, settings, folder)

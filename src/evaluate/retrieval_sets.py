@@ -39,7 +39,7 @@ class RetrievalSet:
 
     images, queries: paths relative to `folder`; boxes (Q, 4), in pixels of the query's image: left, top,
     right, bottom. relevance: of each query, by the name of an evaluation, such as Medium. query_files: of
-    the first sets, where the text files of each query begin; else none.
+    the first sets, where the text files of each query begin; else none. flag: that the set is given by.
     """
 
     name: str
@@ -49,6 +49,7 @@ class RetrievalSet:
     boxes: np.ndarray
     relevance: dict[str, list[Relevance]]
     query_files: list[str]
+    flag: str
 
     def open_images(self, paths: list[str], what: str, in_chans: int, **reading) -> ImageDataset:
         """The images of some paths. what: they are, for people. reading: options of ImageDataset.
@@ -58,13 +59,13 @@ class RetrievalSet:
         for path in paths:
             if not (self.folder / path).exists():
                 raise FileNotFoundError(
-                    f"--data_path: there is no {self.folder / path}, which {self.name} names"
+                    f"{self.flag}: there is no {self.folder / path}, which {self.name} names"
                 )
         dataset = ImageDataset(
             ListedFiles(self.folder, paths),
             f"{self.name} {what}",
             in_chans,
-            "--data_path",
+            self.flag,
             **reading,
         )
         dataset.check_channels()
@@ -120,6 +121,7 @@ def open_revisited(data_path: str, name: str) -> RetrievalSet:
         boxes=np.array(boxes),
         relevance=relevance,
         query_files=[],
+        flag="--data_path",
     )
 
 
@@ -193,6 +195,7 @@ def open_buildings(path: str, name: str) -> RetrievalSet:
         boxes=np.array(boxes),
         relevance={"all": relevance},
         query_files=starts,
+        flag="--dataset",
     )
 
 

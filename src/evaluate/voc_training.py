@@ -15,7 +15,7 @@ from ..optim import build_optimizer
 from ..run import checkpoint
 from ..run.run import average_gradients, place_network
 from .linear_features import ONLY_FLIP
-from .linear_files import check_settings
+from .linear_files import begun
 
 FLIP = {**ONLY_FLIP, "flip_prob": 0.5}
 
@@ -61,12 +61,13 @@ class Training:
         )
 
     def resume(self) -> int:
-        """Take over what the folder holds; the iterations done, 0 if it holds nothing."""
-        state = checkpoint.load_checkpoint(self.folder)
-        checkpoint.check_same_place(state["iteration"] if state else -1, 0, self.folder)
+        """Take over what the folder holds; the iterations done, 0 if it holds nothing.
+
+        Raises CheckpointError if that was made with other settings.
+        """
+        state = begun(self.folder, self.settings, counted_by="iteration")
         if state is None:
             return 0
-        check_settings(state, self.settings, self.folder)
         checkpoint.load_state(self.module, state["module"], self.folder)
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():

@@ -170,7 +170,7 @@ def _map_before_pooling(network, before_max_pooling=False):
 
 @torch.no_grad()
 def shape_of_features(
-    forward: Callable[[Tensor], Tensor], in_chans: int, size: int, arch: str, flag: str = "--size"
+    forward: Callable[[Tensor], Tensor], in_chans: int, size: int, arch: str, flag: str
 ) -> tuple[int, ...]:
     """The shape of the features of one image of size x size pixels, by trying it on a black one.
 
@@ -183,6 +183,10 @@ def shape_of_features(
         if "too small" not in str(error) and "greater than" not in str(error):
             raise
         raise ValueError(f"{flag} {size} is too small for --arch {arch}") from None
+    except ValueError as error:  # of our own networks, which do not know the flag
+        if "too small" not in str(error) and "exceeds images" not in str(error):
+            raise
+        raise ValueError(f"{flag} {size} is too small for --arch {arch}: {error}") from None
 
 
 def stride_of_positions(network: Pretrained, forward: Callable[[Tensor], Tensor]) -> int:
@@ -192,7 +196,9 @@ def stride_of_positions(network: Pretrained, forward: Callable[[Tensor], Tensor]
     """
     if is_vit(network.arch):
         return network.model.patch_size
-    number, _ = shape_of_features(forward, network.in_chans, TRIAL, network.arch)
+    images = torch.zeros(1, network.in_chans, TRIAL, TRIAL)
+    with torch.no_grad():
+        number = forward(images).shape[1]
     stride = TRIAL / math.sqrt(number)
     if not stride.is_integer():
         raise ValueError(

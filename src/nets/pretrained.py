@@ -20,6 +20,7 @@ from .backbones import build_backbone, is_transformer
 from .library_weights import TORCHVISION
 from .recognise import recognise
 from .resnet import TIMM, build_model
+from .weight_folders import heads_of_config
 from .weights import LIBRARIES, fit_weights, read_file, tensors_of
 
 # Flags of the scripts that make a network, and those that say what its images are like.
@@ -114,7 +115,8 @@ def open_pretrained(
     seed: int | None = None,
     **options,
 ) -> Pretrained:
-    """The network of a run's folder, a checkpoint, a released file, or torchvision's weights.
+    """The network of a run's folder, a checkpoint, a released file, a folder of the Hugging Face hub, or
+    torchvision's weights.
 
     path: also an http(s) address; "torchvision:resnet50" or "timm:resnet50" for the weights that these
     packages have of a network; "" for an untrained network. arch: where neither the run nor the file says
@@ -134,7 +136,7 @@ def open_pretrained(
         contents = read_file(path)
         weights = tensors_of(contents, path, checkpoint_key)
         run_args = read_run_args(path) or _args_of(contents)
-        said = {**recognise(weights, arch), **_said_by_timm(path), **settings_of_run(run_args)}
+        said = _said(path, weights, arch, run_args)
     said |= {name: value for name, value in options.items() if value is not None}
     arch = arch or said.get("arch") or "resnet50"
     if image_size is None:
@@ -158,6 +160,8 @@ def open_pretrained(
         seed = said.get("seed") or 0
     model = _build(arch, built_with, run_args, seed)
     if path:
+        if "sobel" in built_with:
+            _fold_as_in_file(model, weights)
         of_swav = _has_swav_head(arch, built_with, run_args)
         _fill(model, weights, arch, path, of_swav=of_swav, feature=feature)
     as_dino = is_transformer(arch) or is_dino(run_args) or checkpoint_key in ("teacher", "student")
@@ -215,11 +219,7 @@ def describe(
     contents = read_file(path)
     run_args = _args_of(contents)
     weights = tensors_of(contents, path, checkpoint_key)
-    return run_args, {
-        **recognise(weights, arch),
-        **_said_by_timm(path),
-        **settings_of_run(run_args),
-    }
+    return run_args, _said(path, weights, arch, run_args)
 
 
 def settings_of_run(run_args: dict) -> dict:
@@ -251,6 +251,14 @@ def _arch_of_library(path):
     if name.startswith(TIMM):
         return name
     return name.removeprefix(TORCHVISION) if name.startswith(TORCHVISION) else None
+
+
+def _said(path, weights, arch, run_args):
+    """What the tensors of a file, what is beside them and their run say, by flag; the last one decides."""
+    said = recognise(weights, arch)
+    if "patch_size" in said and (heads := heads_of_config(path)) is not None:
+        said["num_heads"] = heads
+    return {**said, **_said_by_timm(path), **settings_of_run(run_args)}
 
 
 def _said_by_timm(path):
@@ -309,6 +317,18 @@ def _fill(model, weights, arch, source, *, of_swav, feature):
         weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
         weights = with_names_of_timm(weights, model)
     fit_weights(module, weights, source, allow_missing=later)
+
+
+def _fold_as_in_file(model, weights):
+    """Make Sobel filters and first layer one, where eval_finetune.py --sobel2RGB true has left them so."""
+    from .folded_sobel import (
+        fold_sobel,
+        has_folded_sobel,
+    )  # here, as few networks have such filters
+
+    if has_folded_sobel(weights, model):
+        fold_sobel(model)
+        model.to(memory_format=torch.channels_last)
 
 
 def _take_off(model, feature):

@@ -131,6 +131,7 @@ class ResNet(nn.Module):
         if eval_mode and (output_dim or head_dims or nmb_prototypes):
             raise ValueError("eval_mode=True returns maps: leave out the head and the prototypes")
         self.eval_mode, self.normalize = eval_mode, normalize
+        self.width, self.planes_of_width_one = width, 64 * widen
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_chans, planes, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)

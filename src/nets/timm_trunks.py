@@ -14,6 +14,9 @@ from ..errors import CheckpointError, cause
 # pads its windows. A convolutional network takes neither argument, and needs none.
 ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
+FILE_OF_HUB = "model.safetensors"  # where timm does not say another name
+SECONDS = 5  # after which a server that does not answer is given up
+
 
 def timm_trunk(name: str, in_chans: int = 3, drop_path_rate: float = 0.0) -> tuple[nn.Module, int]:
     """The untrained network `name` of timm up to its pooled features, and their number.
@@ -44,12 +47,48 @@ def timm_weights(name: str) -> dict[str, Tensor]:
     """
     timm = import_timm(name)
     described_by_timm(name)
+    address, is_cached = weights_of_timm(name)
     try:
+        if not is_cached:
+            refuse_unreachable(address)
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of the hub, of the connection or of the file
         raise CheckpointError(
-            f"the weights of timm:{name} cannot be downloaded, and are not in the cache ({cause(error)})"
+            f"the weights of timm:{name} cannot be downloaded, and are not in the cache ({cause(error)}): "
+            f"fetch {address} elsewhere, and give it by --pretrained or --init_from, with --arch "
+            f"timm:{name}"
         ) from error
+
+
+def weights_of_timm(name: str) -> tuple[str, bool]:
+    """(address of the weights that timm has of a network, whether they are downloaded already).
+
+    Of weights that are not in the Hugging Face hub the latter is not known, and said to be true.
+    """
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache  # which timm needs
+
+    said = import_timm(name).get_pretrained_cfg(name)
+    if not said.hf_hub_id:
+        return said.url, True
+    repository, _, revision = said.hf_hub_id.partition("@")
+    file, revision = said.hf_hub_filename or FILE_OF_HUB, revision or None
+    cached = try_to_load_from_cache(repository, file, revision=revision)
+    return hf_hub_url(repository, file, revision=revision), isinstance(cached, str)
+
+
+def refuse_unreachable(address: str) -> None:
+    """Ask the Hugging Face hub for a file once, and raise the error of the connection where there is none.
+
+    The hub's own download tries each of timm's names of a file six times, for a minute and more. An answer,
+    such as that it has another name, is no error here: timm knows the names.
+    """
+    from huggingface_hub import get_hf_file_metadata
+
+    try:
+        get_hf_file_metadata(address, timeout=SECONDS)
+    except Exception as error:
+        if getattr(error, "response", None) is None:  # nobody has answered
+            raise
 
 
 def described_by_timm(name: str) -> dict:

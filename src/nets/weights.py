@@ -1,9 +1,9 @@
 """Reading weights from elsewhere into a network, safely, and saying what fitted.
 
 Files: this repository's, the released SwAV, DeepCluster, DeeperCluster, DeepCluster-v2 and DINO
-checkpoints, torchvision's, safetensors, and those of src.nets.foreign_names: VISSL's, lightly's,
-solo-learn's, MoCo's, DINOv2's, timm's, transformers'. Only tensors, plain containers,
-argparse.Namespace and numpy scalars are unpickled.
+checkpoints, torchvision's, safetensors, folders of the Hugging Face hub, and those of
+src.nets.foreign_names: VISSL's, lightly's, solo-learn's, MoCo's, DINOv2's, timm's, transformers'.
+Only tensors, plain containers, argparse.Namespace and numpy scalars are unpickled.
 """
 
 import argparse
@@ -57,10 +57,10 @@ class Report:
 def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
     """Named tensors of a file, without the "module." of DistributedDataParallel and DataParallel.
 
-    path: a file, the folder of a run, an http(s) address, or "torchvision:resnet50" or "timm:resnet50" for
-    what these packages have. checkpoint_key: the section to take,
-    such as "student", or what the names of the network begin with, such as "momentum_encoder"; None: the
-    first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
+    path: a file, the folder of a run or one in the layout of the Hugging Face hub, an http(s) address, or
+    "torchvision:resnet50" or "timm:resnet50" for what these packages have. checkpoint_key: the section to
+    take, such as "student", or what the names of the network begin with, such as "momentum_encoder"; None:
+    the first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
     ValueError (another key would do) or CheckpointError (not a file of weights).
     """
     return tensors_of(read_file(path), path, checkpoint_key)
@@ -224,7 +224,7 @@ def _sections(contents):
 
 
 def read_file(path: str | Path) -> dict:
-    """What a file or the checkpoint of a run's folder holds; raises as read_weights."""
+    """What a file, the checkpoint of a run's folder or a folder of the hub holds; raises as read_weights."""
     path = str(path)
     if path.startswith(LIBRARIES):
         from .library_weights import (
@@ -233,7 +233,11 @@ def read_file(path: str | Path) -> dict:
 
         return read_library(path)
     if os.path.isdir(path):
-        path = os.path.join(path, "checkpoint.pth")
+        folder, path = path, os.path.join(path, "checkpoint.pth")
+        if not os.path.isfile(path):
+            from .weight_folders import read_folder  # here, as above
+
+            return read_folder(folder)
     file = _local(path)
     try:
         contents = _read(file)

@@ -19,6 +19,7 @@ from ..run import checkpoint, flags, image_flags
 from ..run.flags import at_least_zero, positive
 from ..run.lock import hold_folder
 from .frames import open_frames
+from .neighbours import open_queries
 from .sheets import spread
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,21 @@ def open_images(
         file_names = {names[i]: Path(dataset.file_name(i)).name for i in indices}
         count, mean, std = len(indices), dataset.mean, usual_std(dataset.std)
     return frames, count, (args.mean or mean, args.std or std), file_names
+
+
+def queries_of(
+    args: argparse.Namespace, dataset: ImageDataset | None = None
+) -> tuple[ImageDataset, Sequence[int]]:
+    """(images, indices into them): all of --queries, or else --num_images of the data, evenly spread.
+
+    dataset: the data, where it is open already.
+    """
+    if args.queries:
+        queries = open_queries(args.queries, args.in_chans)
+        return queries, range(len(queries))
+    if dataset is None:
+        dataset = eval_flags.open_split(args)
+    return dataset, spread(len(dataset), args.num_images)
 
 
 def features_of_images(

@@ -10,8 +10,7 @@ from ..labels.features import extract_features
 from ..run.flags import positive
 from . import flags as picture_flags
 from .flags import Command
-from .neighbours import draw_queries, nearest_of_others, open_queries
-from .sheets import spread
+from .neighbours import draw_queries, nearest_of_others
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +18,9 @@ logger = logging.getLogger(__name__)
 def neighbours(args: argparse.Namespace) -> None:
     """Draw images, or those of --queries, and those of the data nearest to them by their features."""
     dataset, folder = eval_flags.open_split(args), Path(args.dump_path)
-    queries, rows = dataset, spread(len(dataset), args.num_images)
+    queries, rows = picture_flags.queries_of(args, dataset)
     own = rows
     if args.queries:
-        queries = open_queries(args.queries, args.in_chans)
-        rows = range(len(queries))
         places = {os.path.abspath(dataset.file_name(i)): i for i in range(len(dataset))}
         own = [places.get(os.path.abspath(queries.file_name(row))) for row in rows]
     if args.top >= len(dataset):

@@ -17,8 +17,6 @@ from ..run.lock import hold_folder
 from . import flags as picture_flags
 from . import responses
 from .flags import Command
-from .neighbours import open_queries
-from .sheets import spread
 from .sobel import draw_sobel
 
 logger = logging.getLogger(__name__)
@@ -27,12 +25,7 @@ logger = logging.getLogger(__name__)
 @torch.no_grad()
 def sobel(args: argparse.Namespace) -> None:
     """Draw what Sobel filters leave of images, and with a network how its first layer responds to it."""
-    if args.queries:
-        dataset = open_queries(args.queries, args.in_chans)
-        indices = range(len(dataset))
-    else:
-        dataset = eval_flags.open_split(args)
-        indices = spread(len(dataset), args.num_images)
+    dataset, indices = picture_flags.queries_of(args)
     device = dist.resolve_device(args.device)
     filters, conv, source = Sobel(args.sobel_padding or 1), None, dataset.name
     mean, std = args.mean or dataset.mean, args.std or dataset.std

@@ -2,13 +2,13 @@
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from src.evaluate.average_precision import average_precision, interpolated_precision
+from src.evaluate.coco_files import read_coco
 from src.evaluate.detection_ap import (
     FOUND,
     LEFT_OUT,
@@ -170,7 +170,9 @@ def coco(tmp_path_factory):
     pytest.importorskip("pycocotools")
     folder = tmp_path_factory.mktemp("coco") / "coco"
     write_coco(folder, {"val2017": 6})
-    return open_detection(str(folder), ["val2017"], with_masks=True)
+    data = open_detection(str(folder), ["val2017"], with_masks=True, keep_contents=True)
+    (folder / "annotations" / "instances_val2017.json").unlink()  # which is not read again
+    return data
 
 
 def as_runs(polygons):
@@ -183,7 +185,7 @@ def test_the_truth_has_an_average_precision_of_1_by_the_rule_of_coco(coco):
     polygons = [segment for objects in coco.objects for segment in objects.segments]
     for detection, runs in zip(detections, as_runs(polygons), strict=True):
         detection["segmentation"] = runs
-    result = coco_precision(coco.annotations[0], detections, with_masks=True)
+    result = coco_precision(coco.contents, detections, with_masks=True)
     for name in ("ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"):
         assert result[name] == pytest.approx(100), name
     assert result["ap_large"] is None  # of more than 96 x 96 px there is none
@@ -198,15 +200,15 @@ def test_whether_a_mask_is_small_is_said_by_its_own_area_and_not_by_its_box(coco
     polygons = [segment for objects in coco.objects for segment in objects.segments]
     for detection, runs in zip(detections, as_runs(polygons), strict=True):
         detection["segmentation"] = runs
-    result = coco_precision(coco.annotations[0], [wrong, *detections], with_masks=True)
+    result = coco_precision(coco.contents, [wrong, *detections], with_masks=True)
     assert result["mask_ap_small"] == pytest.approx(100)
     assert result["ap_small"] < 100  # its box is small
 
 
 def test_truth_without_ids_areas_and_crowds_is_measured_as_with_them(coco, tmp_path):
     detections = truth_as_detections(coco)
-    expected = coco_precision(coco.annotations[0], detections[:-1], with_masks=False)
-    contents = json.loads(Path(coco.annotations[0]).read_text())
+    expected = coco_precision(coco.contents, detections[:-1], with_masks=False)
+    contents = json.loads(json.dumps(coco.contents))
     for zero in (False, True):
         for place, annotation in enumerate(contents["annotations"]):
             for name in ("id", "area", "iscrowd"):
@@ -214,12 +216,23 @@ def test_truth_without_ids_areas_and_crowds_is_measured_as_with_them(coco, tmp_p
             annotation |= {"id": place} if zero else {}  # pycocotools takes an object 0 for none
         file = tmp_path / "bare.json"
         file.write_text(json.dumps(contents))
-        assert coco_precision(str(file), detections[:-1], with_masks=False) == expected
+        bare = read_coco(file, with_masks=False)
+        assert coco_precision(bare, detections[:-1], with_masks=False) == expected
 
 
 def test_nothing_found_in_coco_is_0_and_masks_are_measured_only_where_asked_for(coco):
-    result = coco_precision(coco.annotations[0], [], with_masks=False)
+    result = coco_precision(coco.contents, [], with_masks=False)
     assert result["ap"] == result["ap50"] == 0 and "mask_ap" not in result
+
+
+def test_what_was_read_stays_as_it_is_while_it_is_measured_by(coco):
+    before, detections = json.dumps(coco.contents), truth_as_detections(coco)
+    polygons = [segment for objects in coco.objects for segment in objects.segments]
+    for detection, runs in zip(detections, as_runs(polygons), strict=True):
+        detection["segmentation"] = runs
+    first = coco_precision(coco.contents, detections, with_masks=True)
+    assert json.dumps(coco.contents) == before
+    assert coco_precision(coco.contents, detections, with_masks=True) == first
 
 
 # ============ several processes ============

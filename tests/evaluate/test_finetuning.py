@@ -6,11 +6,11 @@ import torch
 from src.evaluate.finetuning import (
     FineTunedNetwork,
     WeightAverage,
-    fold_sobel,
     groups_by_layer,
     trunk_and_classifier,
 )
 from src.nets.convnets import VGG16, build_convnet
+from src.nets.folded_sobel import fold_sobel
 from src.nets.resnet import build_model
 from src.nets.vision_transformer import VisionTransformer
 

@@ -1,11 +1,14 @@
 """Networks of timm by the name of --arch, and its weights by the name of --pretrained."""
 
+import os
+import socket
 import sys
+import time
 
 import pytest
 import torch
 
-from src.nets import pretrained
+from src.nets import pretrained, timm_trunks
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
 from src.nets.pretrained import IMAGENET_RED, describe, open_pretrained
@@ -13,6 +16,7 @@ from src.nets.resnet import build_model
 from src.nets.timm_trunks import timm_trunk
 
 pytest.importorskip("timm", reason="timm is optional")
+import huggingface_hub
 import timm
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -149,6 +153,7 @@ def test_the_weights_of_timm_go_into_a_vision_transformer_of_ours(monkeypatch):
     torch.manual_seed(0)
     source = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options).eval()
     create = timm.create_model
+    monkeypatch.setattr(timm_trunks, "weights_of_timm", lambda name: ("", True))
     monkeypatch.setattr(
         timm, "create_model", lambda name, pretrained, num_classes: source if pretrained else create
     )
@@ -158,6 +163,50 @@ def test_the_weights_of_timm_go_into_a_vision_transformer_of_ours(monkeypatch):
     torch.testing.assert_close(found.model(images), source(images), rtol=1e-5, atol=1e-5)
     said = describe("timm:vit_tiny_patch16_224", "vit_micro")[1]
     assert (said["arch"], said["patch_size"], said["mean"]) == ("vit_micro", 8, [0.5] * 3)
+
+
+@pytest.mark.parametrize("network", ["no name is known", "nobody answers"])
+def test_without_a_network_there_is_one_attempt_of_some_seconds(hub, monkeypatch, network):
+    attempts = []
+
+    def look_up(host, port, *others, **options):
+        attempts.append(host)
+        if network == "no name is known":
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", port))]
+
+    def connect(self, address):
+        assert 0 < self.gettimeout() <= 5  # the seconds after which it is given up
+        raise TimeoutError(110, "timed out")
+
+    def sleep(seconds):
+        raise AssertionError("waits for another attempt")
+
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(OSError, match="weights of timm:test_resnet cannot be downloaded") as error:
+        open_pretrained("timm:test_resnet")
+    assert attempts == ["huggingface.co"]
+    file = "https://huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
+    assert str(error.value).endswith(
+        f"fetch {file} elsewhere, and give it by --pretrained or --init_from, with --arch "
+        "timm:test_resnet"
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_in_the_cache_is_used_where_nobody_answers(hub, monkeypatch):
+    source = timm.create_model("test_resnet")
+    put_into(hub, "test_resnet", source.state_dict())
+    monkeypatch.setattr(
+        timm_trunks, "refuse_unreachable", lambda _: pytest.fail("asks for what is there")
+    )
+    found = open_pretrained("timm:test_resnet")
+    assert torch.equal(found.model.trunk.conv1[0].weight, source.conv1[0].weight)
 
 
 def test_weights_that_cannot_be_had_are_one_sentence(hub):
