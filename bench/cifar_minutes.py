@@ -538,7 +538,7 @@ def accuracy(results, moment, wanted):
         text += f" ± {statistics.stdev(values):.1f}"
     minutes = statistics.mean(line["minutes"] for line in results)
     if abs(minutes - moment) > 0.05 * moment:
-        text += f" (after {minutes:.2g} min)"
+        text += f" (after {minutes:.3g} min)"
     return text if len(values) == wanted else f"{text} (n = {len(values)})"
 
 
@@ -592,7 +592,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     before = {name: signal.signal(name, minutes.stop) for name in (signal.SIGINT, signal.SIGTERM)}
     given = sys.argv[1:] if argv is None else argv
-    minutes.add("machine", **machine, command=shlex.join(["python -m bench.cifar_minutes", *given]))
+    minutes.add(
+        "machine", **machine, command=shlex.join(["python", "-m", "bench.cifar_minutes", *given])
+    )
     for method in set(args.methods) - set(minutes.methods):
         minutes.say(f"{method}: not run, the package is not installed: pip install {method}")
     for seed in range(args.seeds):
