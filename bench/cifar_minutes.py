@@ -391,11 +391,11 @@ class Minutes:
             nonlocal said
             session.look()
             losses, seconds = session.losses(), before["seconds"] + session.elapsed()
-            if losses and time.monotonic() - said > PROGRESS_SECONDS:
+            if losses and seconds < until and time.monotonic() - said > PROGRESS_SECONDS:
                 said, line = time.monotonic(), losses[-1][1]
                 self.say(
                     f"{method} seed {seed}: epoch {line['epoch_float']:.2f} of {plan['epochs']}, "
-                    f"{line['images_per_second']:.0f} images/s, {max(0, until - seconds):.0f} s to go"
+                    f"{line['images_per_second']:.0f} images/s, {until - seconds:.0f} s to go"
                 )
             return bool(losses) and seconds >= until
 

@@ -17,7 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 20
-STOP_SECONDS = 120  # that a process which was told to stop has for saving
+STOP_SECONDS = (
+    600  # that a process which was told to stop has for saving and for drawing its curves
+)
 OK, FAILED, KILLED, NOT_RUN, STOPPED = "ok", "failed", "time limit", "not run", "stopped"
 
 
