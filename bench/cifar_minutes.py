@@ -96,7 +96,7 @@ SETTINGS = {
 }
 CHOSEN = {  # where, for the foot of the table
     "cpu": "settings: those of --preset cifar with the network and crops of scripts/compare_methods.py",
-    "cuda": "settings: those of --preset cifar at twice the batch and learning rate; none was chosen on a GPU",
+    "cuda": "settings: --preset cifar at twice the batch and learning rate; none was chosen on a GPU",
 }
 TINY = f"--preset tiny {RUN}"
 SMOKE = {
