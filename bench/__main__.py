@@ -13,11 +13,15 @@ import traceback
 
 import bench
 
+# What is no benchmark, and those that train for minutes: python -m bench.cifar_minutes.
+SHARED = {"__main__", "measure", "compare", "processes", "reports"}
+LONG = {"cifar_minutes", "lightly_swav"}
+
 
 def names():
-    """The benchmarks: what is in this folder but for what they share."""
+    """The benchmarks: what is in this folder but for what they share, and what takes minutes."""
     found = {module.name for module in pkgutil.iter_modules(bench.__path__)}
-    return sorted(found - {"__main__", "measure", "compare"})
+    return sorted(found - SHARED - LONG)
 
 
 def main(argv):

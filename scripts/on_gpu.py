@@ -16,8 +16,6 @@ Needs only Python's standard library; the parts need what requirements.txt names
 """
 
 import argparse
-import contextlib
-import datetime
 import importlib.util
 import json
 import os
@@ -26,14 +24,16 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench import reports
+from bench.cifar_minutes import SETTINGS, epoch_times
+from bench.processes import FAILED, KILLED, NOT_RUN, OK, ROOT, NewLines, note_of, run_process
+from bench.reports import markdown_table, num_cores
 
 # ============ what is run ============
 MINUTES = {"tests": 2.0, "bench": 3.0, "profile": 3.0, "cifar": 10.0}  # at most, in this order
@@ -68,27 +68,16 @@ PROFILES = [
     "-m bench.step_profile --method dino --repeats 3",
 ]
 
-# Ten minutes on one large GPU and 16 cores. --preset cifar: ResNet-18 (DINO: ViT-Tiny with patches of
-# 4 px), small stem, crops of 2 x 32 + 2 x 16 px. Learning rates are the preset's for 128 images, times 2.
-CIFAR_FLAGS = (
-    "--preset cifar --mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 --batch_size 256 "
-    "--log_freq 50 --checkpoint_freq 100000 --no-tensorboard"
-)
-CIFAR_METHODS = {  # and the share of the time that each gets
-    "swav": ("main_swav.py --base_lr 0.4 --final_lr 0.0004", 4),
-    "simclr": ("main_simclr.py --base_lr 0.4 --final_lr 0.0004", 2),
-    "dino": ("main_dino.py", 2),
-    "deepclusterv2": ("main_deepclusterv2.py --base_lr 0.4 --final_lr 0.0004", 2),
+# Ten minutes on one large GPU and 16 cores: the command of a method, and the share of the time it gets.
+CIFAR_SHARES = {"swav": 4, "simclr": 2, "dino": 2, "deepclusterv2": 2}
+CIFAR_METHODS = {
+    method: (SETTINGS["cuda"][method].command, share) for method, share in CIFAR_SHARES.items()
 }
 CIFAR_IN_SMALL = {"swav": ("main_swav.py --data_path digits --epochs 1 --knn_freq 1", 1)}
 KNN_SECONDS = 60  # between two k-NN evaluations
 SHORTEST_RUN = 45  # seconds; less is not worth a start
 CIFAR_FILES = "data/cifar-10-batches-py"  # where torchvision has put CIFAR-10, if it was downloaded
 CIFAR_SERVER = ("www.cs.toronto.edu", 443)
-
-POLL_SECONDS = 0.1
-PROGRESS_SECONDS = 20
-OK, FAILED, KILLED, NOT_RUN = "ok", "failed", "time limit", "not run"
 
 
 # ============ results ============
@@ -167,17 +156,6 @@ def result_of(part):
     return f"{part['status']}: {part['note']}" if part["note"] else part["status"]
 
 
-def markdown_table(header, rows):
-    """Lines of a table with a blank one behind it; a bar in a cell is written so that it is none."""
-    table = [header, ["---"] * len(header), *rows]
-    lines = []
-    for row in table:
-        cells = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row]
-        cells = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
 # ============ processes and their time ============
 class Screen:
     """Lines for people, each with the time that is left for everything."""
@@ -188,81 +166,6 @@ class Screen:
     def say(self, text):
         left = max(0, round(self.deadline - time.monotonic()))
         print(f"[{left // 60:2}:{left % 60:02} left] {text}", flush=True)
-
-
-class NewLines:
-    """The JSON lines that a file has got since the last look; the file may not be there yet."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.read_to = 0
-
-    def read(self):
-        if not self.path.exists():
-            return []
-        with open(self.path, "rb") as file:
-            file.seek(self.read_to)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]  # a line that is being written comes next time
-        self.read_to += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
-
-
-def run_process(command, log, deadline, screen, environment=None, watch=lambda: None):
-    """Run `command` until it ends or `deadline` comes, when its whole process group is killed.
-
-    log: the file that its output is appended to. watch: called several times a second and at the end.
-    Returns the status, the seconds, and the output.
-    """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
-    start = last_word = time.monotonic()
-    with open(log, "ab") as file:
-        file.write(f"\n===== {shlex.join(command)}\n".encode())
-        file.flush()
-        output_from = file.tell()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,  # no pipe, which a grandchild that lives on would keep open
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-                watch()
-                if time.monotonic() - last_word > PROGRESS_SECONDS:
-                    last_word = time.monotonic()
-                    rest = max(0, deadline - last_word)
-                    screen.say(f"    {last_word - start:.0f} s, and {rest:.0f} s more at most")
-            killed = process.poll() is None
-        finally:  # also when this script itself is told to end
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    watch()
-    seconds = time.monotonic() - start
-    with open(log, "rb") as file:
-        file.seek(output_from)
-        output = file.read().decode(errors="replace")
-    status = KILLED if killed else OK if process.returncode == 0 else FAILED
-    return status, seconds, output
-
-
-def error_line(output):
-    """The last line of `output` that names an error, else its last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [x for x in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|error:|failed:", x)]
-    return (errors or lines or ["no output"])[-1][:300]
-
-
-def note_of(status, seconds, output):
-    """What a row says of a part that did not go well; nothing of one that did."""
-    if status == KILLED:
-        return f"killed after {seconds:.0f} s; its last line: {error_line(output)}"
-    return error_line(output) if status == FAILED else ""
 
 
 class Task:
@@ -298,7 +201,7 @@ class Task:
             [sys.executable, *shlex.split(arguments), "--json", str(tables.path)],
             self.log,
             min(self.deadline, time.monotonic() + seconds),
-            self.screen,
+            self.screen.say,
             self.environment,
             watch,
         )
@@ -323,7 +226,7 @@ def run_tests(task):
         [sys.executable, *shlex.split(command)],
         task.log,
         task.deadline,
-        task.screen,
+        task.screen.say,
         task.environment,
     )
     note = note_of(status, seconds, output)
@@ -380,7 +283,7 @@ def train(task, method, script, data, seconds):
     """Train by a method for `seconds`: two epochs to see how long one takes, then as many as fit."""
     deadline = time.monotonic() + seconds
     workers = max(1, num_cores() - 1)  # one core is the training's own
-    arguments = f"{script} --data_path {shlex.quote(data)} {CIFAR_FLAGS} --workers {workers}"
+    arguments = f"{script} --data_path {shlex.quote(data)} --workers {workers}"
     if task.args.smoke:
         arguments = script
     arguments += f" --device {task.args.device}"
@@ -392,7 +295,8 @@ def train(task, method, script, data, seconds):
     if not task.args.smoke:
         trial = follow(task, method, f"{arguments} --epochs 2 --knn_freq 2", deadline, "trial")
         times = epoch_times(trial["lines"])
-        if trial["status"] != OK or times is None:
+        has_knn = any("knn" in line for _, line in trial["lines"])
+        if trial["status"] != OK or times is None or not has_knn:
             note = trial["note"] or "the log of two epochs has no k-NN: the images need labels"
             status = FAILED if trial["status"] == OK else trial["status"]
             command = f"{shown} --epochs 2 --knn_freq 2"
@@ -451,7 +355,7 @@ def follow(task, method, arguments, deadline, folder):
         [sys.executable, *shlex.split(arguments), "--dump_path", str(path)],
         task.log,
         deadline,
-        task.screen,
+        task.screen.say,
         task.environment,
         watch,
     )
@@ -459,16 +363,6 @@ def follow(task, method, arguments, deadline, folder):
         shutil.copyfile(log.path, task.args.out / f"cifar_{method}.jsonl")
     note = note_of(status, seconds, output)
     return {"status": status, "seconds": seconds, "note": note, "lines": lines}
-
-
-def epoch_times(lines):
-    """Seconds before the first epoch, of an epoch and of a k-NN, from a trial of two; None without."""
-    ends = {line["epoch_float"]: moment for moment, line in lines if "loss" in line}
-    knn = [moment for moment, line in lines if "knn" in line]
-    if 1.0 not in ends or 2.0 not in ends or not knn:
-        return None
-    epoch = max(ends[2.0] - ends[1.0], POLL_SECONDS)
-    return max(0.0, ends[1.0] - epoch), epoch, max(0.0, knn[-1] - ends[2.0])
 
 
 def plan_run(seconds, first, epoch, knn):
@@ -507,65 +401,11 @@ def unpack(archive, folder):
 
 
 # ============ the machine ============
-QUESTIONS = """
-import json, sys, torch
-try:
-    from torchvision import __version__ as torchvision
-except ImportError:
-    torchvision = "none"
-facts = {"torch": torch.__version__, "torchvision": torchvision, "python": sys.version.split()[0]}
-facts |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-facts |= {"card": "no GPU", "card_memory": "-"}
-device = torch.device(sys.argv[1])
-if device.type == "cuda" and torch.cuda.is_available():
-    card = torch.cuda.get_device_properties(device)
-    facts |= {"card": card.name, "card_memory": f"{card.total_memory / 2**30:.0f} GiB"}
-print(json.dumps(facts))
-"""
-
-
 def describe_machine(args):
-    """Card, driver, versions, commit, date and command; ValueError where PyTorch or the GPU is missing."""
-    asked = [sys.executable, "-c", QUESTIONS, args.device]
-    answer = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT)
-    if answer.returncode:
-        raise ValueError(f"PyTorch does not work here: {error_line(answer.stderr)}")
-    facts = json.loads(answer.stdout.splitlines()[-1])
-    if args.device != "cpu" and facts["card"] == "no GPU":
-        raise ValueError(
-            f"--device {args.device} is not there for PyTorch: --device cpu --smoke tries this script"
-        )
-    question = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        **facts,
-        "driver": (output_of(question) or "none").splitlines()[0],
-        "cores": num_cores(),
-        "commit": args.commit or commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["bash", "scripts/on_gpu.sh", *args.given]),
-    }
-
-
-def num_cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def commit():
-    """The commit, and whether tracked files differ from it; "unknown" where git does not say it."""
-    head = output_of(["git", "rev-parse", "--short=10", "HEAD"])
-    if not head:
-        return "unknown"
-    changed = output_of(["git", "status", "--porcelain", "--untracked-files=no"])
-    return f"{head} with changes" if changed else head
-
-
-def output_of(command):
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except OSError:
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    """Machine, versions, commit, date and command; ValueError where PyTorch or the GPU is missing."""
+    facts = reports.describe_machine(args.device)
+    command = shlex.join(["bash", "scripts/on_gpu.sh", *args.given])
+    return {**facts, "commit": args.commit or facts["commit"], "command": command}
 
 
 # ============ arguments ============

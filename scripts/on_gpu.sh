@@ -10,4 +10,4 @@ python=python3
 if [ -x .venv/bin/python ]; then
     python=.venv/bin/python
 fi
-exec "$python" scripts/on_gpu.py "$@"
+exec "$python" -m scripts.on_gpu "$@"

@@ -328,11 +328,15 @@ def test_a_method_that_fails_leaves_the_others_their_time(on_gpu, monkeypatch, t
     assert parts(out)["dino"]["status"] == "ok"
 
 
-def test_the_first_of_two_epochs_tells_how_long_the_start_takes(on_gpu):
-    lines = [(11.0, {"loss": 1, "epoch_float": 0.5}), (12.0, {"loss": 1, "epoch_float": 1.0})]
-    lines += [(15.0, {"loss": 1, "epoch_float": 2.0}), (19.0, {"knn": 50.0, "epoch_float": 2.0})]
-    assert on_gpu.epoch_times(lines) == (9.0, 3.0, 4.0)
-    assert on_gpu.epoch_times(lines[:3]) is None
+def test_a_trial_without_a_knn_is_a_failure_that_says_so(on_gpu, monkeypatch, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(STAND_IN.replace("% int(args.knn_freq) == 0", "< 0"))
+    monkeypatch.setattr(on_gpu, "CIFAR_METHODS", {"swav": (str(script), 1)})
+    monkeypatch.setattr(on_gpu, "SHORTEST_RUN", 0.5)
+    out = tmp_path / "out"
+    argv = ["cifar", "--minutes", "0.5", "--data_path", str(tmp_path), "--out", str(out)]
+    assert on_gpu.main(argv) == 1
+    assert "the images need labels" in parts(out)["swav"]["note"]
 
 
 def archive(path, names):
@@ -387,9 +391,8 @@ def test_the_training_runs_have_flags_that_their_scripts_have(on_gpu):
     for script, _ in [*on_gpu.CIFAR_METHODS.values(), *on_gpu.CIFAR_IN_SMALL.values()]:
         name, *flags = shlex.split(script)
         module = importlib.import_module(name.removesuffix(".py"))
-        flags += [*shlex.split(on_gpu.CIFAR_FLAGS), "--epochs", "9", "--knn_freq", "2"]
-        args = module.get_parser().parse_args(flags)
-        assert args.preset == "cifar" and args.batch_size == 256 and not args.tensorboard
+        args = module.get_parser().parse_args([*flags, "--epochs", "9", "--knn_freq", "2"])
+        assert args.knn_freq == 2 and args.epochs == 9
 
 
 def test_a_table_is_also_a_line_of_json(tmp_path, capsys):
