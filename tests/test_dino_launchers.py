@@ -98,7 +98,7 @@ def test_a_script_has_the_values_of_the_published_run(path, tmp_path):
         found = getattr(args, name)
         assert (list(found) if isinstance(found, tuple) else found) == value, name
     assert args.precision == ("auto" if args.use_fp16 else "fp32")
-    crops = main_dino.resolutions(args)
+    crops = main_dino.crop_options(args)
     assert crops["num_crops"] == [2, args.local_crops_number]
     assert crops["size_crops"] == [224, 96]
     assert f"gpus={gpus}" in sbatch_lines(path)

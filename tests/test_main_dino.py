@@ -192,12 +192,15 @@ def test_the_published_command_line_is_understood_and_means_the_published_values
         "--dist_url env:// --local_rank 0"
     )
     args = main_dino.flags.parse_args(main_dino.get_parser(), main_dino.PRESETS, argv)
-    assert list(main_dino.resolutions(args).values()) == [
-        [2, 10],
-        [224, 96],
-        [0.25, 0.05],
-        [1.0, 0.25],
-    ]
+    assert main_dino.crop_options(args) == {
+        "num_crops": [2, 10],
+        "size_crops": [224, 96],
+        "min_scale_crops": [0.25, 0.05],
+        "max_scale_crops": [1.0, 0.25],
+        "seed": 0,
+        "interpolation": "bicubic",
+        "reduced_decoding": False,
+    }
     assert (args.color_jitter, args.interpolation) == ([0.4, 0.4, 0.2, 0.1], "bicubic")
     assert (args.blur, args.solarize) == ([1.0, 0.1, 0.5], [0.0, 0.2, 0.0])
     assert args.lr * main_dino.flags.lr_factor(args, 1024) == 0.002
