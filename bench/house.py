@@ -69,24 +69,31 @@ def _reads(scope: ast.AST, name: str, assignment: ast.Assign) -> int:
 
 def splatted_literals(tree: ast.AST) -> list[int]:
     """Lines that bind a literal tuple or dict to a name whose only use is a splat in the next statement."""
+    found = []
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if not isinstance(block, list):
+                continue
+            found += [
+                statement
+                for statement, following in zip(block, block[1:], strict=False)
+                if isinstance(statement, ast.Assign)
+                and isinstance(statement.value, ast.Tuple | ast.Dict)
+                and isinstance(statement.targets[0], ast.Name)
+                and statement.targets[0].id in _splatted_names(following)
+            ]
+    if not found:
+        return []
     functions = ast.FunctionDef | ast.AsyncFunctionDef
     scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, functions))]
-    lines = set()
-    for scope in scopes:
-        for node in ast.walk(scope):
-            for field in ("body", "orelse", "finalbody"):
-                block = getattr(node, field, None)
-                if not isinstance(block, list):
-                    continue
-                for statement, following in zip(block, block[1:], strict=False):
-                    if (
-                        isinstance(statement, ast.Assign)
-                        and isinstance(statement.value, ast.Tuple | ast.Dict)
-                        and isinstance(statement.targets[0], ast.Name)
-                        and statement.targets[0].id in _splatted_names(following)
-                        and _reads(scope, statement.targets[0].id, statement) == 1
-                    ):
-                        lines.add(statement.lineno)
+    lines = {
+        statement.lineno
+        for statement in found
+        for scope in scopes
+        if any(node is statement for node in ast.walk(scope))
+        and _reads(scope, statement.targets[0].id, statement) == 1
+    }
     return sorted(lines)
 
 

@@ -31,7 +31,6 @@ from tests.test_scripts import LAUNCHER_FLAGS
 ROOT = Path(__file__).parent.parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in python_files(ROOT)}
 TEXTS = {name: path.read_text() for name, path in FILES.items()}
-TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 METHODS = [name for name in SCRIPTS if name.startswith("main_")]
 # Modules of src/ by dotted name.
@@ -84,6 +83,12 @@ UNREAD_FLAGS = {}
 
 
 # ============ what does not keep a rule ============
+@functools.cache
+def trees():
+    """The parsed files by name: a second or two, which only these tests are to wait for."""
+    return {name: ast.parse(text) for name, text in TEXTS.items()}
+
+
 def room_of(module):
     """The room of a module of src/, by dotted name: src.nets.resnet -> nets; a single file is one too."""
     return module.split(".")[1] if "." in module else ""
@@ -165,7 +170,7 @@ def over_budget():
 
 def counts(rule):
     """How often each file breaks a rule on trees, where it does."""
-    found = {name: len(rule(tree)) for name, tree in TREES.items()}
+    found = {name: len(rule(tree)) for name, tree in trees().items()}
     return {name: count for name, count in found.items() if count}
 
 
@@ -173,7 +178,7 @@ def long_functions():
     """Functions of more than 90 lines: file:function: lines."""
     return {
         f"{name}:{function}": num_lines(node)
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for function, node in functions_of(tree)
         if num_lines(node) > FUNCTION_LINES
     }
@@ -183,7 +188,7 @@ def takers_of_args():
     """Functions of src/ that take a whole command line, outside the files of flags: 1."""
     return {
         f"{name}:{function}": 1
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         if name.startswith("src/") and not FLAG_FILES.fullmatch(name)
         for function, node in functions_of(tree)
         for parameter in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -194,7 +199,7 @@ def takers_of_args():
 def untyped_functions():
     """Public functions of src/ with a parameter or a result that names no type: 1."""
     found = {}
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         if not name.startswith("src/"):
             continue
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -236,7 +241,7 @@ def names_read(tree):
 
 def unread_flags():
     """Flags that neither their script nor what it needs of src/ reads: script --flag: 1."""
-    read_by = {name: names_read(tree) for name, tree in TREES.items()}
+    read_by = {name: names_read(tree) for name, tree in trees().items()}
     found = {}
     for script in SCRIPTS:
         if not re.match("main_|eval_|visualize|export", script):
@@ -291,11 +296,11 @@ def test_nothing_imports_a_script():
     scripts = {name for name in SCRIPTS if re.match("main_|eval_|visualize|extract|export", name)}
     for name in FILES:
         if name.startswith("src/") or "/" not in name:
-            assert not scripts & set(imported_names(TREES[name])), name
+            assert not scripts & set(imported_names(trees()[name])), name
 
 
 def test_imports_inside_src_are_relative_and_nowhere_else():
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for imported in imported_names(tree):
             if name.startswith("src/"):
                 assert imported.partition(".")[0] != "src", (name, imported)
