@@ -104,6 +104,7 @@ def test_a_script_has_the_values_of_the_published_run(path, tmp_path):
     assert f"gpus={gpus}" in sbatch_lines(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_the_network_loss_and_optimizer_of_a_script_can_be_built(path, tmp_path):
     args = parsed(path, tmp_path)

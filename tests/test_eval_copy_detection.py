@@ -200,6 +200,7 @@ def test_images_that_cannot_be_read_are_left_out_or_must_be_mended(tmp_path, oth
 
 
 # ============ going on ============
+@pytest.mark.slow
 def test_stopped_and_started_again_the_features_are_the_same_to_the_last_bit(
     tmp_path, copydays, others, monkeypatch
 ):

@@ -298,6 +298,7 @@ def test_batch_norms_are_not_decayed_and_all_other_parameters_are():
 
 
 # ============ misuse ============
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -178,6 +178,7 @@ def test_sobel_filters_are_folded_into_the_first_convolution(images, tmp_path):
     assert not any(name.startswith("backbone.sobel") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vgg16", "resnet10"])
 @torch.no_grad()
 def test_a_network_with_folded_sobel_filters_is_opened_with_the_same_features(
@@ -219,6 +220,7 @@ def first_layer(model):
     return next(name for name in model.state_dict() if name.endswith("weight"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_last_bit(images, tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", images, *ALL, network=VIT)
     taken, norm = iter(range(99)), finetuning.nn.utils.clip_grad_norm_

@@ -479,6 +479,7 @@ def test_the_neighbour_sheet_shows_images_and_frames_them_by_label(tmp_path, ima
     assert green > (sheet == neighbours.WRONG).all(2).sum()
 
 
+@pytest.mark.slow
 def test_faiss_gives_the_same_table(tmp_path):
     pytest.importorskip("faiss")
     expected, _ = evaluate(tmp_path, *NETWORK)

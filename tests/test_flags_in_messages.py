@@ -105,6 +105,7 @@ def flags_said(node):
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["eval_copy_detection", "eval_image_retrieval"])
 def test_the_flags_in_the_messages_of_retrieval_are_flags_of_the_script(script):
     parser = importlib.import_module(script).get_parser()

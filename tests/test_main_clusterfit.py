@@ -59,6 +59,7 @@ def few(tmp_path_factory):
 
 
 # ============ the two steps ============
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_promises(whole):
     folder, values = whole
     assert sorted(values) == list(range(20))
@@ -87,6 +88,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert re.search(r"clusters 12 of 1,297 images in .* NMI 0\.\d\d with the labels", text)
 
 
+@pytest.mark.slow
 def test_the_clusters_are_those_of_the_unit_rows_and_their_file_says_what_they_are(whole):
     folder = whole[0] / "clusters"
     summary = json.loads((folder / "clusters.json").read_text())
@@ -103,6 +105,7 @@ def test_the_clusters_are_those_of_the_unit_rows_and_their_file_says_what_they_a
     assert summary["settings"]["niter"] == 5 and 0.2 < summary["nmi_labels"] < 1
 
 
+@pytest.mark.slow
 def test_the_clusters_are_learned(whole):
     values = [whole[1][i] for i in range(20)]
     assert abs(values[0] - math.log(12)) < 0.3
@@ -158,6 +161,7 @@ def test_several_processes_make_the_clusters_that_one_makes(tmp_path, world_size
 
 
 # ============ the teacher ============
+@pytest.mark.slow
 def test_the_teacher_is_the_network_of_a_run_with_its_own_images(whole):
     dataset = open_dataset("digits")
     features, indices = main_clusterfit.open_teacher(str(whole[0]), dataset)("cpu")

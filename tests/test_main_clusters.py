@@ -55,6 +55,7 @@ def whole(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @both
 def test_a_run_leaves_what_the_readme_promises(whole, method):
     folder, values = whole[method]
@@ -89,6 +90,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, method):
     assert (folder / "plots" / "curves.png").exists() and (folder / "plots" / "crops.png").exists()
 
 
+@pytest.mark.slow
 def test_the_head_of_deepclusterv2_is_the_centroids(whole):
     state = torch.load(whole["deepclusterv2"][0] / "checkpoint.pth", weights_only=True)
     for head, size in enumerate((10, 12)):
@@ -97,6 +99,7 @@ def test_the_head_of_deepclusterv2_is_the_centroids(whole):
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(size))
 
 
+@pytest.mark.slow
 def test_selav2_gives_all_prototypes_equal_shares(whole):
     """Equal for the soft assignment; rounded to one prototype each, nearly so."""
     first, second = assignments(whole["selav2"][0])
@@ -220,6 +223,7 @@ def test_data_without_labels_and_broken_files_train_through(tmp_path, method):
     assert all("nmi_labels" not in line for line in assignments(run))
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     "argv, words",

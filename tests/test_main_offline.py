@@ -72,6 +72,7 @@ def whole(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @both
 def test_a_run_leaves_what_the_readme_promises(whole, method):
     folder, values = whole[method]
@@ -349,6 +350,7 @@ def test_a_new_run_begins_where_it_is_told(tmp_path, method, flags):
     assert [line["epoch"] for line in assignments(tmp_path)] == [1]
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     "argv, words",
@@ -379,6 +381,7 @@ def test_bad_input_is_one_sentence_and_status_2(whole, tmp_path, capsys, method,
     assert stop.value.code == 2 and words in error and error.strip().count("\n") == 0, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, argv, words",
     [
@@ -466,6 +469,7 @@ def test_labels_follow_the_images_through_rotation_and_draws(tmp_path, monkeypat
     assert counts.max() < 1.25 * counts.min()  # uniform over sub-classes, whatever their sizes
 
 
+@pytest.mark.slow
 def test_the_plan_names_what_uniform_predictions_cost(whole):
     first = whole["deepercluster"][1][0]
     assert first == pytest.approx(math.log(8) + math.log(6), rel=0.02)

@@ -52,6 +52,7 @@ def few(tmp_path_factory):
     return ["--data_path", folder, "--preset", "tiny", "--batch_size", 10, "--epochs", 1]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_promises(whole):
     folder, values = whole
     assert sorted(values) == list(range(20))
@@ -74,6 +75,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert "ln(4) = 1.386" in text and "times 0.5 after epochs 1" in text
 
 
+@pytest.mark.slow
 def test_rotations_are_learned(whole):
     values = [whole[1][i] for i in range(20)]
     assert abs(values[0] - math.log(4)) < 0.1
@@ -163,6 +165,7 @@ def test_vgg16_trains(few, tmp_path):
     assert train(tmp_path, *few, *argv)[0] == 0
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_given_weights(whole, few, tmp_path):
     train(tmp_path, *few, "--lr", 1e-9, "--init_from", whole[0])
     states = [
@@ -245,6 +248,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     assert not list(tmp_path.glob("run/*.pth"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_method_is_refused_and_left_as_it_is(whole, tmp_path):
     state = torch.load(whole[0] / "checkpoint.pth", weights_only=True)
     torch.save({**state, "method": "deepcluster"}, tmp_path / "checkpoint.pth")

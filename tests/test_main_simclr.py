@@ -39,6 +39,7 @@ def whole(tmp_path_factory):
     return folder, values
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_promises(whole):
     folder, values = whole
     assert sorted(values) == list(range(20))
@@ -60,6 +61,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert "2 positives and 381 negatives" in text and "ln(1 + 381) = 5.945" in text
 
 
+@pytest.mark.slow
 def test_the_loss_falls(whole):
     values = [whole[1][i] for i in range(20)]
     assert sum(values[-5:]) / 5 < sum(values[:5]) / 5 - 0.1
@@ -175,6 +177,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, argv, words):
     assert not list(tmp_path.glob("run/*.pth"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_method_is_refused_and_left_as_it_is(whole, tmp_path):
     state = torch.load(whole[0] / "checkpoint.pth", weights_only=True)
     torch.save({**state, "method": "swav"}, tmp_path / "checkpoint.pth")

@@ -145,6 +145,7 @@ def test_one_epoch_and_one_more_equal_two(whole, tmp_path, monkeypatch):
     assert status == 0 and values == whole[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_reduced_decoding_goes_on_to_the_last_bit(tmp_path, monkeypatch):
     folder = images(tmp_path / "images", 64, size=120)
     argv = ("--data_path", folder, "--preset", "tiny", "--batch_size", 16, "--epochs", 1)

@@ -375,6 +375,7 @@ def make_run(folder, **changes):
     return {name: module.backbone.eval() for name, module in networks.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["teacher", "student"])
 def test_a_run_needs_no_other_flag_and_its_teacher_is_shown(tmp_path, key):
     networks = make_run(tmp_path / "run")

@@ -107,6 +107,7 @@ def test_every_image_is_in_the_cluster_of_its_nearest_prototype(run, tmp_path):
     assert summary["images"] == 60 and summary["num_clusters"] == 12
 
 
+@pytest.mark.slow
 def test_the_csv_has_each_image_once_in_the_order_of_the_data(run, tmp_path):
     folder, _ = run
     cluster("--pretrained", folder)

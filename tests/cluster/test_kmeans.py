@@ -370,6 +370,7 @@ def test_plus_plus_finds_all_blobs_of_which_random_misses_some():
         assert hit[0] == 30 and hit[1] < 30
 
 
+@pytest.mark.slow
 def test_plus_plus_draws_by_squared_distance():
     rows = torch.tensor([[0.0], [1.0], [3.0]])
     drawn = torch.zeros(3, 3)

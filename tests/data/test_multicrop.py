@@ -217,6 +217,7 @@ def test_batches_are_the_same_for_any_number_of_workers():
         assert torch.equal(alone[1][0][1][row], dataset[(2, index)][0][1])
 
 
+@pytest.mark.slow
 def test_batches_go_on_from_the_middle_as_if_never_stopped():
     whole, rest = epoch_batches(0), epoch_batches(0, start=30)
     assert len(rest) == len(whole) - 30

@@ -94,6 +94,7 @@ def test_the_last_stage_and_a_batch_norm_are_the_head_of_c4():
     assert losses.keys() == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "arch", "words"),
     [

@@ -78,6 +78,7 @@ class OneSize(torch.nn.Module):
     forward_backbone = forward
 
 
+@pytest.mark.slow
 def test_a_network_of_one_size_becomes_a_program_of_that_size_and_any_number_of_images():
     model = OneSize().eval()
     program, any_size = trace(model, in_chans=3, image_size=16)
