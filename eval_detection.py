@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     setup_logging(folder, process.rank == 0)
     if process.rank == 0:  # not before: what may not go on leaves the folder as it was
-        describe_run(vars(args), folder)
+        describe_run(eval_flags.with_network(args, network), folder)
     log_plan(args, data, images, tested, network.origin, total)
 
     # ============ training ============

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         return finish()
     setup_logging(folder, process.rank == 0)
     if process.rank == 0:  # not before: what may not go on leaves the folder as it was
-        describe_run(vars(args), folder)
+        describe_run(eval_flags.with_network(args, network), folder)
     plan = make_plan(args, len(train) // total, total, peak_lr)
     log_plan(args, train, val, plan, network.origin, num_classes, peak_lr)
 

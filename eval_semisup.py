@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     start = state.resume()
     setup_logging(folder, process.rank == 0)
     if process.rank == 0:  # not before: what may not go on leaves the folder as it was
-        describe_run({**vars(args), "size_crops": [args.size]}, folder)
+        described = eval_flags.with_network(args, network)
+        describe_run({**described, "size_crops": [args.size]}, folder)
     plan = make_plan(args, len(train) // total, total)
     log_plan(args, train, val, plan, network.origin, labels, num_classes)
 

@@ -321,3 +321,18 @@ def test_what_is_wrong_is_one_sentence_and_status_2(argv, sentence, images, tmp_
     assert exit.value.code == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1 and sentence in said[0]
+
+
+@torch.no_grad()
+def test_what_only_the_file_says_of_its_network_is_known_of_a_run_that_fine_tuned_it(
+    images, tmp_path
+):
+    """solo-learn's stem for small images pads by 2, which no flag and no tensor of the run says."""
+    theirs = open_pretrained("", "resnet10", stem="small", width=0.125, stem_padding=2).model
+    weights = {f"backbone.{name}": x for name, x in theirs.state_dict().items()}
+    beside = {"classifier.weight": torch.zeros(2, 64), "projector.0.weight": torch.zeros(2, 64)}
+    torch.save({"state_dict": weights | beside}, tmp_path / "solo.pth")
+    network = ["--pretrained", tmp_path / "solo.pth", "--arch", "resnet10", "--size", 8]
+    with torch.enable_grad():
+        run(tmp_path, images, "--epochs", 1, network=map(str, network))
+    assert open_pretrained(tmp_path / "finetune").options["stem_padding"] == 2

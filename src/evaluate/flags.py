@@ -162,6 +162,14 @@ def open_network(args: argparse.Namespace, feature: str = "backbone", **options)
     )
 
 
+def with_network(args: argparse.Namespace, network: Pretrained) -> dict:
+    """The command line, and what the network was built with where no flag says it: for args.json."""
+    built_with = {
+        name: value for name, value in network.options.items() if getattr(args, name, None) is None
+    }
+    return {**vars(args), **built_with}
+
+
 def open_split(args: argparse.Namespace) -> ImageDataset:
     """The images of --split, of --train_path or --val_path where it is given, else of --data_path.
 
