@@ -671,12 +671,13 @@ def place_network(
 def refuse_narrow(module: nn.Module, device: torch.device) -> None:
     """Raise ValueError for a ResNet that is too narrow to be trained on the CPU.
 
-    Seen with torch 2.14.1 on x86: the backward pass of a 1x1 convolution of stride 2 with fewer than 8
-    channels, laid out channels last, writes outside of its tensors; the process aborts, or computes with
-    other numbers. With channels first, with other kernels and in ViTs, AlexNet and VGG-16 it was not seen.
+    Seen with torch 2.14.1 on x86: oneDNN's backward pass of a 1x1 convolution of stride 2 with fewer than
+    8 channels, laid out channels last, writes outside of its tensors; the process aborts, or computes with
+    other numbers. With channels first, with other kernels, in ViTs, AlexNet and VGG-16, and without oneDNN
+    (torch.backends.mkldnn) it was not seen.
     """
     resnet = next((m for m in module.modules() if isinstance(m, ResNet)), None)
-    if device.type != "cpu" or resnet is None:
+    if device.type != "cpu" or not torch.backends.mkldnn.enabled or resnet is None:
         return
     channels = min(
         (
