@@ -91,17 +91,17 @@ def test_two_processes_with_uneven_rows_or_none_find_what_one_finds(half):
 
 
 def test_a_fit_that_was_stopped_and_saved_goes_on_to_the_last_bit(monkeypatch):
-    monkeypatch.setattr(logistic, "STEPS", 5)
+    monkeypatch.setattr(logistic, "STEPS", 2)
     features, labels = made()
     _, whole = fit(features, labels, 0.01, False)
     file = io.BytesIO()
 
-    def stop_at_ten(state):
-        if state["steps"] == 10:
+    def stop_at_four(state):
+        if state["steps"] == 4:
             torch.save(state, file)
-        return state["steps"] == 10
+        return state["steps"] == 4
 
-    problem, nothing = fit(features, labels, 0.01, False, on_steps=stop_at_ten)
+    problem, nothing = fit(features, labels, 0.01, False, on_steps=stop_at_four)
     assert nothing is None
     file.seek(0)
     state = torch.load(file, weights_only=True)
@@ -116,3 +116,16 @@ def test_of_each_class_a_share_is_held_out_and_never_the_only_image():
     assert torch.equal(mask, held_out(labels, 0.2, seed=0))
     assert not torch.equal(mask, held_out(labels, 0.2, seed=1))
     assert len(draw(labels, per_class=1)) == 4
+
+
+def test_features_that_vary_along_few_directions_take_few_steps():
+    """Without L the smallest penalty takes 1,700 steps here."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(600, 24, generator=generator)
+    features = logistic.unit_rows(directions * torch.logspace(0, -2, 24) + 1, "cpu")
+    noise = 4 * torch.randn(600, 4, generator=generator)
+    labels = (directions @ torch.randn(24, 4, generator=generator) + noise).argmax(1)
+    steps = []
+    for penalty in (1.0, 1e-2, 1e-4):
+        fit(features, labels, penalty, False, on_steps=lambda state: steps.append(state["steps"]))
+    assert max(steps) <= 40

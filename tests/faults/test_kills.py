@@ -72,7 +72,7 @@ def test_a_run_killed_many_times_in_a_row_misses_no_line_and_has_none_twice(
     expected, seconds = uninterrupted(method, *LASTING[method])
     words = methods.arguments(method, digits, *LASTING[method])
     folder, num_lines = tmp_path / "run", len(methods.log_of(expected))
-    num_kills, kills, starts = max(10, rounds), 0, 0
+    num_kills, kills, starts = max(5, rounds), 0, 0
     with figures.fault("SIGKILL, many in a row", count=num_kills):
         while kills < num_kills:
             starts += 1
