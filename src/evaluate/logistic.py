@@ -116,7 +116,9 @@ def minimise(
         solver_state = None  # of a version without L: that fit is begun anew
     if solver_state is not None:
         steps, before = solver_state["steps"], solver_state["before"]
-    parameter = torch.nn.Parameter(weights @ root if solver_state is None else solver_state["point"])
+    parameter = torch.nn.Parameter(
+        weights @ root if solver_state is None else solver_state["point"]
+    )
     solver = torch.optim.LBFGS(
         [parameter],
         max_iter=STEPS,
