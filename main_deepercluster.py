@@ -139,7 +139,7 @@ def rotate(crops: Tensor, rotations: Tensor) -> Tensor:
     turned = crops.clone()
     for quarter_turns in (1, 2, 3):
         rows = (rotations == quarter_turns).nonzero().flatten()
-        rows = rows.to(crops.device, non_blocking=True)  # else the host waits for the GPU
+        rows = dist.to_device(rows, crops.device)
         turned[rows] = torch.rot90(crops[rows], quarter_turns, (2, 3))
     return turned
 

@@ -31,7 +31,7 @@ class PseudoLabels:
 
     def of(self, indices: Tensor, device: torch.device) -> Tensor:
         """(heads, B) for a batch."""
-        return self.labels[:, indices].to(device, non_blocking=True)
+        return dist.to_device(self.labels[:, indices], device)
 
     def replace(self, indices: Tensor, assignments: Tensor, epoch: int) -> Tensor | None:
         """Make labels of the assignments (heads, n) of this process's rows (n,) and of the others'.
