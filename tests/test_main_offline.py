@@ -174,7 +174,8 @@ def test_a_run_killed_inside_the_clustering_goes_on_there(whole, tmp_path, monke
     assert torch.equal(labels_of(tmp_path), labels_of(whole["deepercluster"][0]))
 
 
-@pytest.mark.parametrize("moment", ["features", pytest.param("k-means", marks=slow)])
+@slow
+@pytest.mark.parametrize("moment", ["features", "k-means"])
 def test_deepcluster_leaves_its_clustering_at_once(whole, tmp_path, monkeypatch, moment):
     deepcluster = script("deepcluster")
     name = "extract_features" if moment == "features" else "euclidean_kmeans"
