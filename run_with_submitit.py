@@ -127,16 +127,20 @@ def check_data(args: argparse.Namespace) -> None:
     """
     for name in DATA:
         for path in paths_of(args, name):
+            if path in (*NAMES, *REVISITED) or exists(path):
+                continue
             if ".tar" in path:
                 expand_shards(path, f"--{name}")
-            elif path not in (*NAMES, *REVISITED) and not exists(path):
+            else:
                 raise FileNotFoundError(
                     f"--{name} {path} does not exist: give a path that is there on this machine and on all "
                     "nodes"
                 )
     for name in WEIGHTS:
         for path in paths_of(args, name):
-            if not path.startswith((*LIBRARIES, "http://", "https://")) and not exists(path):
+            if not path.startswith((*LIBRARIES, "http://", "https://")) and not os.path.exists(
+                path
+            ):
                 print(
                     f"WARNING: --{name} {path} does not exist on this machine: the job fails unless it is "
                     "there, for all nodes, when it begins"

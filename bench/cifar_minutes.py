@@ -35,6 +35,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,7 +232,7 @@ class Minutes:
         self.methods = [x for x in args.methods if x != "lightly" or is_installed("lightly")]
         self.data, self.lines = args.data_path, []
         if args.held_out:
-            self.data = str(self.out / "held_out.csv")
+            self.data = str(held_out_list(args.data_path, self.out))
         if self.file.exists():
             for line in self.file.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
@@ -248,6 +249,11 @@ class Minutes:
                 raise ValueError(
                     f"--out {self.out} holds {method} by another command ({line['command']}): use another "
                     "--out"
+                )
+            if line.get("knn_flags", "") != self.args.knn_flags:
+                raise ValueError(
+                    f"--out {self.out} holds {method} with --knn_flags '{line.get('knn_flags', '')}': use "
+                    "another --out"
                 )
             if line["schedule"] != self.args.minutes[-1]:
                 raise ValueError(
@@ -349,6 +355,7 @@ class Minutes:
             "plan",
             method=method,
             command=self.command(method),
+            knn_flags=self.args.knn_flags,
             schedule=minutes,
             epochs=epochs,
             seconds_before=round(first, 2),
@@ -443,6 +450,7 @@ class Minutes:
             images_per_second=round(epochs * plan["images_an_epoch"] / clock["seconds"], 1),
             top1=round(top1, 3),
             command=self.command(method),
+            knn_flags=self.args.knn_flags,
             schedule=self.args.minutes[-1],
         )
         self.say(f"{method} seed {seed}: {top1:.2f} % after {minutes:.1f} minutes")
@@ -469,6 +477,11 @@ def quoted(path):
 
 
 # ============ images to choose settings with ============
+def held_out_list(data_path: str, folder: Path) -> Path:
+    """Where hold_out writes the list of some images: other images have another list."""
+    return folder / f"held_out_{zlib.crc32(data_path.encode()):08x}.csv"
+
+
 def hold_out(data_path: str, folder: Path) -> Path:
     """Write a list that splits training images, every tenth for validation; returns its path.
 
@@ -480,7 +493,7 @@ def hold_out(data_path: str, folder: Path) -> Path:
     dataset = open_dataset(data_path, "train")
     if dataset.labels is None:
         raise ValueError(f"--data_path {data_path} has no labels, which k-NN needs")
-    path = folder / "held_out.csv"
+    path = held_out_list(data_path, folder)
     spare = path.with_suffix(".part")
     with spare.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -573,6 +586,8 @@ def report(lines: list[dict], args) -> str:
     )
     if args.flags:
         foot += f"; and `{args.flags}`"
+    if args.knn_flags:
+        foot += f"; k-NN with `{args.knn_flags}`"
     return "\n".join([*about, *lead, *markdown_table(header, rows), f"{foot}.", ""])
 
 

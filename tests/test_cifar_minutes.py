@@ -198,7 +198,7 @@ def test_images_that_are_no_files_are_written_as_they_are(tmp_path, monkeypatch)
     rows = read_list(cifar_minutes.hold_out("digits", tmp_path))
     monkeypatch.undo()
     assert [x["split"] for x in rows] == ["val", *["train"] * 9, "val", "train"]
-    val = datasets.open_dataset(str(tmp_path / "held_out.csv"), "val")
+    val = datasets.open_dataset(str(next(tmp_path.glob("held_out_*.csv"))), "val")
     assert (val.read(1) == whole.read(10)).all()
 
 
@@ -314,8 +314,17 @@ def test_results_of_other_settings_or_another_schedule_are_not_taken_over(tmp_pa
     assert cifar_minutes.Minutes(cifar_minutes.parse_args(argv)).find("result", method="swav")
     assert cifar_minutes.main([*argv, "--flags", "--width 0.5"]) == 2
     assert "holds swav by another command" in capsys.readouterr().err
+    assert cifar_minutes.main([*argv, "--knn_flags", "--nb_knn 1"]) == 2
+    assert "holds swav with --knn_flags ''" in capsys.readouterr().err
     assert cifar_minutes.main([*argv, "--minutes", "1", "10"]) == 2
     assert "with a schedule of 0.05 minutes" in capsys.readouterr().err
+
+
+def test_held_out_images_of_another_folder_have_a_list_of_their_own(tmp_path):
+    one, other = (
+        cifar_minutes.held_out_list(path, tmp_path) for path in ("/a/images", "/b/images")
+    )
+    assert one != other and one.parent == other.parent == tmp_path
 
 
 # ============ the table ============

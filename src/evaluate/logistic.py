@@ -63,8 +63,15 @@ class Problem:
         return loss.item(), parts[:-1].view(weights.shape) + self.curvature * penalised
 
     def root_of_hessian(self, weights: Tensor) -> Tensor:
-        """L (D, D), lower triangular, at some weights; the same on all processes, which all call it."""
+        """L (D, D), lower triangular, at some weights; the same on all processes, which all call it.
+
+        The identity where there are no more rows than features, whose Hessian soon is another one, and
+        where the penalty is too small beside features that repeat each other.
+        """
         width = self.shape[1]
+        identity = torch.eye(width, dtype=weights.dtype, device=weights.device)
+        if self.num_rows <= width:
+            return identity
         hessian = weights.new_zeros(width, width)
         for rows in self.features.split(self.block):
             likelihood = scores_of(rows, weights, self.intercept).softmax(1)
@@ -75,7 +82,8 @@ class Problem:
             hessian.addmm_((rows * spread).t(), rows)
         hessian = dist.all_reduce_sum(hessian) / self.num_rows
         hessian.diagonal().add_(self.curvature)
-        return torch.linalg.cholesky(hessian)
+        root, failed = torch.linalg.cholesky_ex(hessian)
+        return identity if failed else root
 
     def _add_block(self, rows, labels, weights, gradient):
         """The sum of the cross-entropies of some rows; adds its gradient."""

@@ -44,7 +44,8 @@ def read_shards(index: str) -> dict:
         raise CheckpointError(f"{index} cannot be read ({cause(error)})") from error
     file_of = contents.get("weight_map") if isinstance(contents, dict) else None
     is_usable = isinstance(file_of, dict) and all(
-        isinstance(file, str) and file == os.path.basename(file) for file in file_of.values()
+        isinstance(file, str) and file == os.path.basename(file) and file.strip(".")
+        for file in file_of.values()
     )
     if not is_usable or not file_of:
         raise CheckpointError(
@@ -73,4 +74,4 @@ def heads_of_config(path: str | Path) -> int | None:
     except (ValueError, OSError):
         return None  # as of a folder without it: the tensors say the rest
     heads = config.get("num_attention_heads") if isinstance(config, dict) else None
-    return heads if isinstance(heads, int) and heads > 0 else None
+    return heads if type(heads) is int and heads > 0 else None

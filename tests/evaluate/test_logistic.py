@@ -1,6 +1,7 @@
 """src.evaluate.logistic: scikit-learn's logistic regression, processes, resuming."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -129,3 +130,24 @@ def test_features_that_vary_along_few_directions_take_few_steps():
     for penalty in (1.0, 1e-2, 1e-4):
         fit(features, labels, penalty, False, on_steps=lambda state: steps.append(state["steps"]))
     assert max(steps) <= 40
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("penalty", [1e-6, 1e-14, 1e-20])
+def test_features_that_repeat_each_other_or_are_more_than_the_rows_have_a_minimum(
+    penalty, intercept
+):
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randn(60, 1, generator=generator)
+    labels = torch.arange(60) % 4
+    for features in (column.expand(60, 6), torch.ones(60, 6), torch.randn(60, 80)):
+        steps = []
+        problem, weights = fit(
+            logistic.unit_rows(features, "cpu"),
+            labels,
+            penalty,
+            intercept,
+            on_steps=lambda state, steps=steps: steps.append(state["steps"]),
+        )
+        assert weights.isfinite().all() and max(steps, default=0) <= 400
+        assert problem.loss_and_gradient(weights)[0] <= math.log(4)

@@ -134,7 +134,13 @@ def test_a_folder_that_cannot_be_read_as_weights_is_one_sentence(tmp_path):
         open_pretrained(folder)
     (folder / part).write_bytes(whole)
     open_pretrained(folder)
-    for weight_map in ({}, ["a"], {"conv1.weight": 3}, {"conv1.weight": "../elsewhere.bin"}):
+    for weight_map in (
+        {},
+        ["a"],
+        {"conv1.weight": 3},
+        {"conv1.weight": "../elsewhere.bin"},
+        {"conv1.weight": ""},
+    ):
         hurt_index(folder, weight_map=weight_map)
         with pytest.raises(OSError, match="index.json .*weight_map"):
             open_pretrained(folder)
