@@ -261,22 +261,23 @@ class Minutes:
                     "another --out, or end --minutes with that"
                 )
 
+    def workers(self, method):
+        """Loader processes of a method's training and of its k-NN."""
+        workers = self.settings[method].workers
+        return max(1, num_cores() - 1) if workers is None else workers
+
     def command(self, method):
         """The command of a method without what differs between its runs."""
-        settings = self.settings[method]
-        workers = max(1, num_cores() - 1) if settings.workers is None else settings.workers
         return (
-            f"{settings.command} --data_path {shlex.quote(self.data)} --workers {workers} "
-            f"--device {self.args.device} {self.args.flags}"
+            f"{self.settings[method].command} --data_path {shlex.quote(self.data)} "
+            f"--workers {self.workers(method)} --device {self.args.device} {self.args.flags}"
         ).strip()
 
     def knn_command(self, method, folder):
         """The command that evaluates a run."""
-        workers = self.settings[method].workers
-        workers = max(1, num_cores() - 1) if workers is None else workers
         return (
             f"{KNN} --data_path {shlex.quote(self.data)} --pretrained {shlex.quote(str(folder))} "
-            f"--workers {workers} --device {self.args.device} {self.settings[method].knn} "
+            f"--workers {self.workers(method)} --device {self.args.device} {self.settings[method].knn} "
             f"{self.args.knn_flags}"
         ).strip()
 

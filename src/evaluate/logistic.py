@@ -74,9 +74,9 @@ class Problem:
             return identity
         hessian = weights.new_zeros(width, width)
         for rows in self.features.split(self.block):
+            rows = rows.double()
             likelihood = scores_of(rows, weights, self.intercept).softmax(1)
             spread = (likelihood * (1 - likelihood)).mean(1, keepdim=True)  # (b, 1)
-            rows = rows.double()
             if self.intercept:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
             hessian.addmm_((rows * spread).t(), rows)
