@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .heads import apply_head, build_head, forward_crops
@@ -195,6 +196,7 @@ resnext101_32x8d = partial(resnet101, groups=32, width_per_group=8)
 ARCHITECTURES = {name: network for name, network in globals().items() if type(network) is partial}
 # Vision transformers, which main_dino.py trains; see src.nets.backbones.
 TRANSFORMERS = re.compile(r"(vit|deit)_(micro|tiny|small|base|large)|xcit_.*")
+SAFE_CHANNELS = 8  # see refuse_narrow
 TIMM = "timm:"  # before the name of a network of timm
 
 
@@ -303,4 +305,35 @@ def refuse_unknown(arch: str) -> None:
         raise ValueError(
             f"--arch {arch} is not known: use one of {', '.join(ARCHITECTURES)}, any torchvision "
             "classification model, such as vgg16 or convnext_tiny, or timm:NAME for one of timm"
+        )
+
+
+def refuse_narrow(module: nn.Module, device: torch.device) -> None:
+    """Raise ValueError for a ResNet that is too narrow to be trained on the CPU.
+
+    Seen with torch 2.14.1 on x86: oneDNN's backward pass of a 1x1 convolution of stride 2 with fewer than
+    8 channels, laid out channels last, writes outside of its tensors; the process aborts, or computes with
+    other numbers. With channels first, with other kernels, in ViTs, AlexNet and VGG-16, and without oneDNN
+    (torch.backends.mkldnn) it was not seen.
+    """
+    resnet = next((m for m in module.modules() if isinstance(m, ResNet)), None)
+    if device.type != "cpu" or not torch.backends.mkldnn.enabled or resnet is None:
+        return
+    channels = min(
+        (
+            layer.in_channels
+            for layer in module.modules()
+            if isinstance(layer, nn.Conv2d)
+            and (layer.kernel_size, layer.stride) == ((1, 1), (2, 2))
+            and layer.weight.requires_grad
+        ),
+        default=SAFE_CHANNELS,
+    )
+    if channels < SAFE_CHANNELS:
+        least_planes = math.ceil(SAFE_CHANNELS * resnet.conv1.out_channels / channels)
+        least = least_planes / resnet.planes_of_width_one
+        raise ValueError(
+            f"--width {resnet.width:g} makes a convolution of stride 2 that sees {channels} channels, and "
+            f"with fewer than {SAFE_CHANNELS} torch corrupts its memory while it trains them on a CPU: use "
+            f"at least --width {least:g}, or a GPU"
         )

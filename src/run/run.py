@@ -35,7 +35,7 @@ from ..data.datasets import ImageDataset
 from ..data.loading import Loader
 from ..data.multicrop import MultiCropDataset, generator
 from ..errors import RunError
-from ..nets.resnet import ResNet
+from ..nets.resnet import refuse_narrow
 from ..optim import LARC, grad_norm, norms, same_kind
 from . import checkpoint
 from .health import UNIQUE_DISTANCE, Trouble, count_unique, in_float64
@@ -47,7 +47,6 @@ from .stop import StopSignal, finish, leave
 logger = logging.getLogger(__name__)
 
 STOP_CHECK = 10  # iterations between agreeing on a signal, when there are several processes
-SAFE_CHANNELS = 8  # see refuse_narrow
 NUM_PICTURED = 4  # images on the sheet of crops
 HISTORY = 10  # log lines that a diagnosis sees
 PACE_AFTER = 10  # iterations of a process, of which the first is slow
@@ -655,7 +654,7 @@ def place_network(
 
     Channels last, batch norm over groups of processes, compiled on request. Names of parameters stay
     as they are. Raises ValueError naming --sync_bn or --syncbn_process_group_size, and --width as
-    refuse_narrow.
+    src.nets.resnet.refuse_narrow.
     """
     refuse_narrow(module, process.device)
     module = module.to(process.device, memory_format=torch.channels_last)
@@ -666,37 +665,6 @@ def place_network(
     if compiled:
         module.compile()
     return module
-
-
-def refuse_narrow(module: nn.Module, device: torch.device) -> None:
-    """Raise ValueError for a ResNet that is too narrow to be trained on the CPU.
-
-    Seen with torch 2.14.1 on x86: oneDNN's backward pass of a 1x1 convolution of stride 2 with fewer than
-    8 channels, laid out channels last, writes outside of its tensors; the process aborts, or computes with
-    other numbers. With channels first, with other kernels, in ViTs, AlexNet and VGG-16, and without oneDNN
-    (torch.backends.mkldnn) it was not seen.
-    """
-    resnet = next((m for m in module.modules() if isinstance(m, ResNet)), None)
-    if device.type != "cpu" or not torch.backends.mkldnn.enabled or resnet is None:
-        return
-    channels = min(
-        (
-            layer.in_channels
-            for layer in module.modules()
-            if isinstance(layer, nn.Conv2d)
-            and (layer.kernel_size, layer.stride) == ((1, 1), (2, 2))
-            and layer.weight.requires_grad
-        ),
-        default=SAFE_CHANNELS,
-    )
-    if channels < SAFE_CHANNELS:
-        least_planes = math.ceil(SAFE_CHANNELS * resnet.conv1.out_channels / channels)
-        least = least_planes / resnet.planes_of_width_one
-        raise ValueError(
-            f"--width {resnet.width:g} makes a convolution of stride 2 that sees {channels} channels, and "
-            f"with fewer than {SAFE_CHANNELS} torch corrupts its memory while it trains them on a CPU: use "
-            f"at least --width {least:g}, or a GPU"
-        )
 
 
 def average_gradients(module: nn.Module, process: dist.Process) -> nn.Module:

@@ -11,12 +11,13 @@ import main_swav
 from src.errors import CheckpointError, RunError
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
+from src.nets.resnet import refuse_narrow
 from src.run import flags
 from src.run import run as run_module
 from src.run.checkpoint import check_is_of_a_run, load_checkpoint, save_checkpoint
 from src.run.health import Trouble
 from src.run.log import RunLog
-from src.run.run import Run, refuse_narrow
+from src.run.run import Run
 from tests.gloo import run_ranks
 from tests.runs import signal_handlers as signal_handlers
 
