@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from .heads import apply_head, build_head, forward_crops
@@ -81,8 +80,24 @@ def shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Module:
     """A strided 1x1 convolution where the residual branch changes the shape, else the identity."""
     if stride == 1 and in_planes == out_planes:
         return nn.Identity()
-    convolution = nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+    convolution = ProjectionShortcut(in_planes, out_planes, 1, stride, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_planes))
+
+
+class ProjectionShortcut(nn.Conv2d):
+    """A 1x1 convolution: images (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
+
+    He et al. 2016, arXiv:1512.03385, section 3.3. On a CPU with few channels it convolves the pixels that the
+    stride keeps, which is the same. Seen with torch 2.14.1 on two processors: with fewer than 16 channels,
+    channels last, oneDNN's backward pass of a strided 1x1 convolution writes outside of its tensors, and
+    the process aborts or computes nonsense.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels >= 16 or x.device.type != "cpu":
+            return super().forward(x)
+        across, down = self.stride
+        return nn.functional.conv2d(x[:, :, ::across, ::down], self.weight)
 
 
 class ResNet(nn.Module):
@@ -132,7 +147,6 @@ class ResNet(nn.Module):
         if eval_mode and (output_dim or head_dims or nmb_prototypes):
             raise ValueError("eval_mode=True returns maps: leave out the head and the prototypes")
         self.eval_mode, self.normalize = eval_mode, normalize
-        self.width, self.planes_of_width_one = width, 64 * widen
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_chans, planes, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -196,7 +210,6 @@ resnext101_32x8d = partial(resnet101, groups=32, width_per_group=8)
 ARCHITECTURES = {name: network for name, network in globals().items() if type(network) is partial}
 # Vision transformers, which main_dino.py trains; see src.nets.backbones.
 TRANSFORMERS = re.compile(r"(vit|deit)_(micro|tiny|small|base|large)|xcit_.*")
-SAFE_CHANNELS = 8  # see refuse_narrow
 TIMM = "timm:"  # before the name of a network of timm
 
 
@@ -305,35 +318,4 @@ def refuse_unknown(arch: str) -> None:
         raise ValueError(
             f"--arch {arch} is not known: use one of {', '.join(ARCHITECTURES)}, any torchvision "
             "classification model, such as vgg16 or convnext_tiny, or timm:NAME for one of timm"
-        )
-
-
-def refuse_narrow(module: nn.Module, device: torch.device) -> None:
-    """Raise ValueError for a ResNet that is too narrow to be trained on the CPU.
-
-    Seen with torch 2.14.1 on x86: oneDNN's backward pass of a 1x1 convolution of stride 2 with fewer than
-    8 channels, laid out channels last, writes outside of its tensors; the process aborts, or computes with
-    other numbers. With channels first, with other kernels, in ViTs, AlexNet and VGG-16, and without oneDNN
-    (torch.backends.mkldnn) it was not seen.
-    """
-    resnet = next((m for m in module.modules() if isinstance(m, ResNet)), None)
-    if device.type != "cpu" or not torch.backends.mkldnn.enabled or resnet is None:
-        return
-    channels = min(
-        (
-            layer.in_channels
-            for layer in module.modules()
-            if isinstance(layer, nn.Conv2d)
-            and (layer.kernel_size, layer.stride) == ((1, 1), (2, 2))
-            and layer.weight.requires_grad
-        ),
-        default=SAFE_CHANNELS,
-    )
-    if channels < SAFE_CHANNELS:
-        least_planes = math.ceil(SAFE_CHANNELS * resnet.conv1.out_channels / channels)
-        least = least_planes / resnet.planes_of_width_one
-        raise ValueError(
-            f"--width {resnet.width:g} makes a convolution of stride 2 that sees {channels} channels, and "
-            f"with fewer than {SAFE_CHANNELS} torch corrupts its memory while it trains them on a CPU: use "
-            f"at least --width {least:g}, or a GPU"
         )

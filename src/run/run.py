@@ -35,7 +35,6 @@ from ..data.datasets import ImageDataset
 from ..data.loading import Loader
 from ..data.multicrop import MultiCropDataset, generator
 from ..errors import RunError
-from ..nets.resnet import refuse_narrow
 from ..optim import LARC, grad_norm, norms, same_kind
 from . import checkpoint
 from .health import UNIQUE_DISTANCE, Trouble, count_unique, in_float64
@@ -653,10 +652,8 @@ def place_network(
     """Move a network to its device for training, and return it.
 
     Channels last, batch norm over groups of processes, compiled on request. Names of parameters stay
-    as they are. Raises ValueError naming --sync_bn or --syncbn_process_group_size, and --width as
-    src.nets.resnet.refuse_narrow.
+    as they are. Raises ValueError naming --sync_bn or --syncbn_process_group_size.
     """
-    refuse_narrow(module, process.device)
     module = module.to(process.device, memory_format=torch.channels_last)
     if process.world_size > 1:
         from ..dist.syncbn import sync_batchnorm

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from src.nets.resnet import (
     ARCHITECTURES,
     BasicBlock,
     Bottleneck,
+    ProjectionShortcut,
     build_model,
     resnet18,
     resnet50,
@@ -194,6 +196,36 @@ def test_narrow_trunks_run_at_any_width(arch, width):
         expansion = 1 if arch == "resnet10" else 4
         assert model.num_features == 8 * round(64 * width) * expansion
         assert model(torch.empty(2, 3, 32, 32)).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 12, 16])
+def test_narrow_shortcuts_have_the_gradients_of_their_definition(channels):
+    """With fewer than 16 channels torch 2.14.1 writes outside of its tensors on some processors."""
+    shortcut = ProjectionShortcut(channels, 16, 1, 2, bias=False).to(
+        memory_format=torch.channels_last
+    )
+    images = torch.randn(32, channels, 56, 56).to(memory_format=torch.channels_last)
+    images.requires_grad_()
+    out = shortcut(images)
+    gradient = torch.randn(out.shape)
+    out.backward(gradient)
+    weight = shortcut.weight.detach().double()[:, :, 0, 0]
+    kept = images.detach().double()[:, :, ::2, ::2]
+    expected = torch.zeros(images.shape, dtype=torch.float64)
+    expected[:, :, ::2, ::2] = torch.einsum("dc,ndhw->nchw", weight, gradient.double())
+    close = partial(torch.testing.assert_close, check_dtype=False, rtol=1e-4, atol=1e-4)
+    close(out.detach(), torch.einsum("dc,nchw->ndhw", weight, kept))
+    close(images.grad, expected)
+    expected = torch.einsum("nchw,ndhw->dc", kept, gradient.double())
+    close(shortcut.weight.grad[:, :, 0, 0], expected, atol=1e-3)
+
+
+def test_shortcuts_of_a_stride_are_convolutions_that_a_gpu_computes_as_one():
+    with torch.device("meta"):
+        model = resnet50(width=0.0625)
+        strided = [m for m in model.modules() if isinstance(m, ProjectionShortcut)]
+        assert [m.in_channels for m in strided] == [4, 16, 32, 64]
+        assert strided[1](torch.empty(2, 16, 9, 9)).shape == (2, 32, 5, 5)
 
 
 # ============ heads ============

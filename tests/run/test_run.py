@@ -9,10 +9,6 @@ import torch
 
 import main_swav
 from src.errors import CheckpointError, RunError
-from src.nets.backbones import build_backbone
-from src.nets.convnets import build_convnet
-from src.nets.resnet import refuse_narrow
-from src.run import flags
 from src.run import run as run_module
 from src.run.checkpoint import check_is_of_a_run, load_checkpoint, save_checkpoint
 from src.run.health import Trouble
@@ -229,43 +225,3 @@ def test_heads_that_are_shared_out_count_once_on_any_number_of_processes():
     (alone,) = run_ranks(_unique_of_shared_heads, 1)
     assert alone == ({"unique": 2 + 3 + 4 + 5}, ", 14 of 24 unique")
     assert run_ranks(_unique_of_shared_heads, 3) == [alone] * 3
-
-
-# ============ narrow networks ============
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("arch", "width", "channels", "least"),
-    [("resnet10", 0.0625, 4, 0.125), ("resnet18", 0.11, 7, 0.125), ("resnet50", 0.02, 4, 0.03125)],
-)
-def test_a_resnet_in_whose_training_torch_would_corrupt_memory_is_refused(
-    arch, width, channels, least
-):
-    model = torch.nn.ModuleDict({"backbone": build_backbone(arch, width=width)})
-    words = (
-        f"^--width {width} makes a convolution of stride 2 that sees {channels} channels, .* on a CPU: "
-        f"use at least --width {least}, or a GPU$"
-    )
-    with pytest.raises(ValueError, match=words):
-        refuse_narrow(model, CPU)
-    refuse_narrow(model, torch.device("cuda"))
-    refuse_narrow(build_backbone(arch, width=least), CPU)
-    for parameter in model.parameters():  # nothing is trained
-        parameter.requires_grad = False
-    refuse_narrow(model, CPU)
-
-
-def test_narrow_networks_without_such_convolutions_are_trained():
-    refuse_narrow(build_backbone("vit_micro", width=0.0625), CPU)
-    refuse_narrow(build_convnet("vgg16", sobel=True, width=1 / 32), CPU)
-
-
-def test_a_narrow_resnet_is_one_sentence_and_status_2(tmp_path, capfd):
-    words = ["--arch", "resnet10", "--width", "0.0625", "--dump_path", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as exit:
-        flags.run(lambda: main_swav.main([*words, "--device", "cpu", "--workers", "0"]))
-    said = capfd.readouterr().err.strip().splitlines()
-    assert exit.value.code == 2 and len(said) == 1
-    assert said[0].startswith("error: --width 0.0625 ") and "--width 0.125" in said[0]
-    assert not (tmp_path / "run" / "checkpoint.pth").exists()
