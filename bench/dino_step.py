@@ -1,9 +1,9 @@
 """A whole DINO training step on crops in memory: both networks, loss, backward, clipping, AdamW, teacher.
 
-Published form: attention as a softmax over written-out scores, all tokens through the last block, a
-log-softmax per pair of crops, the loss read by the host, gradients clipped and the teacher updated
-parameter by parameter (on a GPU with fp16 autocast and loss scaling, as the published runs). Ours: the
-operations of main_dino.train_one_epoch (on a GPU in bf16, and compiled with --compile).
+Published form: attention as a softmax over written-out scores, all tokens through the last block, a pass
+of each size of crops, a log-softmax per pair of crops, the loss read by the host, gradients clipped and
+the teacher updated parameter by parameter (on a GPU with fp16 autocast and loss scaling, as the published
+runs). Ours: the operations of main_dino.train_one_epoch (on a GPU in bf16, and compiled with --compile).
 Floor: the matrix products of both networks, forward and for the student twice that backward; those
 of the last layer, (V B) x 256 x K, are alike on both sides.
 
@@ -33,13 +33,15 @@ CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 1e-5, 0.04
 SMOKE = {"arch": "vit_micro", "patch_size": 4, "batch": 2, "sizes": [16, 8], "out_dim": 64}
 
 
-def attention(module, x, class_only):
-    queries, keys, values = module.split(x)
+def attention(module, x, class_only, packed):
+    queries, keys, values = module.split(module.qkv(x))
     scores = (queries @ keys.transpose(-2, -1)) * queries.shape[-1] ** -0.5  # (B, heads, T, T)
     return module.proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
 
 
 def all_tokens(backbone, x):
+    if not isinstance(x, torch.Tensor):  # of several sizes: a pass of each
+        return torch.cat([all_tokens(backbone, images) for images in x])
     x = backbone.tokens(x)
     for block in backbone.blocks:
         x = block(x)

@@ -108,7 +108,7 @@ CEILINGS = {
     "network of main_deepclusterv2": (540, 0),
     "network of main_selav2": (540, 0),
     "network of main_simclr": (540, 0),
-    "network of main_dino": (500, 0),
+    "network of main_dino": (395, 0),
     "network of main_deepcluster": (50, 0),
     "network of main_deepercluster": (100, 0),
     "network of main_rotnet": (51, 0),

@@ -58,7 +58,7 @@ BUDGETS = {
     "main_selav2": (31, 7500),
     "main_deepclusterv2": (32, 7700),
     "main_rotnet": (32, 7350),
-    "main_dino": (31, 7500),
+    "main_dino": (31, 7550),
     "main_deepcluster": (39, 8650),
     "main_deepercluster": (42, 9500),
     "main_clusterfit": (37, 8300),

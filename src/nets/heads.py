@@ -92,8 +92,8 @@ def apply_head(
 def forward_crops(backbone: Callable[[Tensor], Tensor], crops: Tensor | Sequence[Tensor]) -> Tensor:
     """Pass a tensor or a list of crops (B, C, S_i, S_i) through `backbone`, rows in input order.
 
-    Consecutive crops of one size share one pass, so that batch statistics are those of a
-    resolution. Raises ValueError on an empty list.
+    Consecutive crops of one size share one pass, so that batch statistics are those of a resolution; a
+    backbone with `forward_sizes` takes all of these batches at once. Raises ValueError on an empty list.
     """
     if isinstance(crops, Tensor):
         return backbone(crops)
@@ -105,5 +105,8 @@ def forward_crops(backbone: Callable[[Tensor], Tensor], crops: Tensor | Sequence
             groups[-1].append(crop)
         else:
             groups.append([crop])
-    features = [backbone(torch.cat(group) if len(group) > 1 else group[0]) for group in groups]
+    batches = [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
+    if len(batches) > 1 and hasattr(backbone, "forward_sizes"):
+        return backbone(batches)  # by __call__, which may be compiled
+    features = [backbone(batch) for batch in batches]
     return torch.cat(features) if len(features) > 1 else features[0]

@@ -25,20 +25,30 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Tokens (B, T, D) -> queries, keys and values, each (B, heads, T, D / heads)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, 3 D) -> queries, keys and values, each (B, heads, T, D / heads)."""
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        queries, keys, values = self.split(x)
+    def attend(self, qkv: Tensor, class_only: bool = False) -> Tensor:
+        """(B, T, 3 D) -> (B, T, D), or (B, 1, D) of the class token alone."""
+        queries, keys, values = self.split(qkv)
         queries = queries[:, :, :1] if class_only else queries
         x = F.scaled_dot_product_attention(queries, keys, values)  # (B, heads, T or 1, D / heads)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return x.transpose(1, 2).flatten(2)
+
+    def forward(
+        self, x: Tensor, class_only: bool = False, packed: Sequence[torch.Size] | None = None
+    ) -> Tensor:
+        qkv = self.qkv(x)
+        if packed is None:
+            return self.proj(self.attend(qkv, class_only))
+        batches = [self.attend(batch) for batch in unpack(qkv, packed)]
+        return self.proj(pack(batches))
 
     def weights(self, x: Tensor) -> Tensor:
         """What every token attends to, (B, T, D) -> (B, heads, T, T); rows sum to 1."""
-        queries, keys, _ = self.split(x)
+        queries, keys, _ = self.split(self.qkv(x))
         scale = queries.shape[-1] ** -0.5
         return (queries * scale @ keys.transpose(-2, -1)).softmax(dim=-1)
 
@@ -97,7 +107,8 @@ class Block(nn.Module):
     drop_path_rate: how often a branch of a sample is left out in training, see
     VisionTransformer.draw_branches. layer_scale: where the factors of the branches start, None: there
     are none. class_only: token 0 alone, (B, 1, D); no output needs more of the last. shares: (2, B, 1, 1),
-    of each branch of each sample what is added, None: all.
+    of each branch of each sample what is added, None: all. packed: x is several batches in one, (N, D), see
+    pack; shares are then of each token, (2, N, 1).
     """
 
     def __init__(
@@ -119,14 +130,20 @@ class Block(nn.Module):
         if layer_scale is not None:
             self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, class_only: bool = False, shares: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        class_only: bool = False,
+        shares: Tensor | None = None,
+        packed: Sequence[torch.Size] | None = None,
+    ) -> Tensor:
         of_attention, of_mlp = (None, None) if shares is None else shares
-        branch = self.ls1(self.attn(self.norm1(x), class_only))
+        branch = self.ls1(self.attn(self.norm1(x), class_only, packed))
         x = self.add(x[:, :1] if class_only else x, branch, of_attention)
         return self.add(x, self.ls2(self.mlp(self.norm2(x))), of_mlp)
 
     def add(self, x: Tensor, branch: Tensor, share: Tensor | None) -> Tensor:
-        """Add a share (B, 1, 1) of a branch's output (B, N, D), where None is all of it."""
+        """Add a share (B, 1, 1) of a branch's output (B, T, D), where None is all of it."""
         return x + branch if share is None else _AddShare.apply(x, branch, share)
 
 
@@ -263,7 +280,27 @@ class VisionTransformer(nn.Module):
         x = self.before_last_block(x, shares)
         return self.norm(self.blocks[-1](x, class_only=True, shares=shares[-1])[:, 0])
 
-    forward = forward_backbone
+    def forward_sizes(self, batches: Sequence[Tensor]) -> Tensor:
+        """Batches of images, each of a size of its own -> class tokens (sum of B, D), rows in their order.
+
+        The same as a pass of each, but all of them share the linear layers and norms of every block but the
+        last, as those of DINOv2 do (arXiv:2304.07193, section 5): fewer launches, larger products.
+        """
+        shares = [self.draw_branches(images.shape[0], images.device) for images in batches]
+        tokens = [self.tokens(images) for images in batches]  # (B, T, D) each
+        packed, x = [batch.shape[:2] for batch in tokens], pack(tokens)  # (N, D)
+        of_tokens = shares_of_tokens(shares, packed)
+        for block, share in zip(self.blocks[:-1], of_tokens[:-1], strict=True):
+            x = block(x, shares=share, packed=packed)
+        last = [
+            self.blocks[-1](batch, class_only=True, shares=share[-1])[:, 0]
+            for batch, share in zip(unpack(x, packed), shares, strict=True)
+        ]
+        return self.norm(torch.cat(last))
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """forward_backbone of images, forward_sizes of a list of batches."""
+        return self.forward_backbone(x) if isinstance(x, Tensor) else self.forward_sizes(x)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> attention of the last block, (B, heads, T, T), rows sum to 1.
@@ -287,6 +324,30 @@ class VisionTransformer(nn.Module):
             if i >= self.depth - n:
                 outputs.append(self.norm(x))
         return outputs
+
+
+def pack(batches: Sequence[Tensor]) -> Tensor:
+    """Tokens of several batches, (B, T, D) each -> the tokens of all, (N, D), N the sum of B T."""
+    return torch.cat([batch.flatten(0, 1) for batch in batches])
+
+
+def unpack(x: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+    """The reverse of pack: (N, D) -> batches (B, T, D). sizes: (B, T) of each."""
+    batches = x.split([size.numel() for size in sizes])
+    return [batch.unflatten(0, size) for batch, size in zip(batches, sizes, strict=True)]
+
+
+def shares_of_tokens(
+    shares: Sequence[Sequence[Tensor | None]], sizes: Sequence[torch.Size]
+) -> Sequence[Tensor | None]:
+    """The shares of draw_branches of several batches, of each token as pack puts them: (2, N, 1) a block."""
+    if shares[0][0] is None:
+        return shares[0]
+    batches = [
+        torch.stack(list(share)).expand(-1, -1, -1, size[1], -1).flatten(2, 3)  # (depth, 2, B T, 1)
+        for share, size in zip(shares, sizes, strict=True)
+    ]
+    return torch.cat(batches, dim=2).unbind(0)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

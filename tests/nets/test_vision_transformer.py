@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from src.nets.heads import forward_crops
 from src.nets.vision_transformer import (
     ARCHITECTURES,
     VisionTransformer,
@@ -197,7 +198,7 @@ def test_the_attention_shown_is_the_attention_computed():
     last = model.blocks[-1]
     shares = model.draw_branches(len(x), x.device)
     tokens = last.norm1(model.before_last_block(x, shares))  # (B, T, D)
-    values = last.attn.split(tokens)[2]
+    values = last.attn.split(last.attn.qkv(tokens))[2]
     weights = model.get_last_selfattention(x)
     assert weights.max() > 2 / weights.shape[-1]  # far from uniform
     expected = last.attn.proj((weights @ values).transpose(1, 2).flatten(2))
@@ -382,6 +383,39 @@ def test_width_and_depth():
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         small(**options)
+
+
+# ============ images of several sizes in one pass ============
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5, "num_registers": 2}])
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+def test_sizes_that_share_a_pass_have_the_features_and_gradients_of_passes_of_their_own(
+    options, drop_path_rate
+):
+    torch.manual_seed(0)
+    model = small(drop_path_rate=drop_path_rate, depth=3, **options).double().train()
+    batches = [torch.randn(b, 3, side, side).double() for b, side in ((2, 32), (5, 16), (1, 24))]
+
+    def features_and_gradients(forward):
+        torch.manual_seed(1)
+        model.zero_grad()
+        features = forward()
+        (features * torch.arange(features.numel()).view_as(features).sin()).sum().backward()
+        return [features.detach()] + [parameter.grad for parameter in model.parameters()]
+
+    together = features_and_gradients(lambda: model(batches))
+    apart = features_and_gradients(lambda: torch.cat([model(images) for images in batches]))
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_crops_of_a_transformer_share_a_pass_in_the_order_of_the_crops():
+    model = small(depth=2).eval()
+    crops = [torch.randn(2, 3, side, side) for side in (32, 16, 16, 32)]
+    with torch.no_grad():
+        expected = torch.cat([model(crop) for crop in crops])
+        torch.testing.assert_close(forward_crops(model, crops), expected, rtol=1e-5, atol=1e-6)
 
 
 # ============ stochastic depth ============
