@@ -42,9 +42,10 @@ def attention(module, x, class_only, packed):
 def all_tokens(backbone, x):
     if not isinstance(x, torch.Tensor):  # of several sizes: a pass of each
         return torch.cat([all_tokens(backbone, images) for images in x])
+    shares = backbone.draw_branches(len(x), x.device)
     x = backbone.tokens(x)
-    for block in backbone.blocks:
-        x = block(x)
+    for block, share in zip(backbone.blocks, shares, strict=True):
+        x = block(x, shares=share)
     return backbone.norm(x)[:, 0]
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run the tests, on all cores, with one thread in each process.
-#   bash scripts/test.sh                  the fast ones, about three and a half minutes on two cores
+#   bash scripts/test.sh                  the fast ones, about three minutes on two cores
 #   bash scripts/test.sh --all            the fast ones, then the slow ones
 #   bash scripts/test.sh tests/test_swav.py -k queue        other arguments go to pytest
 set -euo pipefail
