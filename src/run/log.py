@@ -266,6 +266,27 @@ def _place(line):
     return line["epoch_float"], "assignment_seconds" in line, "knn" in line
 
 
+class Pauses:
+    """How long a run takes before each epoch: for assignments, and for k-NN and saving after the last.
+
+    begin() where an epoch is over, end() where the next one begins.
+    """
+
+    def __init__(self):
+        self.begun, self.seconds = time.monotonic(), []
+
+    def begin(self) -> None:
+        self.begun = time.monotonic()
+
+    def end(self) -> None:
+        self.seconds.append(time.monotonic() - self.begun)
+
+    def mean(self) -> float:
+        """Seconds of a pause so far, 0 before the first, which counts only as long as there is no other."""
+        seen = self.seconds[1:] or self.seconds
+        return sum(seen) / max(1, len(seen))
+
+
 class Stopwatch:
     """Rate, share of time spent waiting for data, and time to go.
 

@@ -39,7 +39,7 @@ from ..optim import LARC, grad_norm, norms, same_kind
 from . import checkpoint
 from .health import UNIQUE_DISTANCE, Trouble, count_unique, in_float64
 from .lock import hold_folder
-from .log import RunLog, Stopwatch, describe_run, duration
+from .log import Pauses, RunLog, Stopwatch, describe_run, duration
 from .nonfinite import REMEDIES, FiniteSteps, Iteration
 from .stop import StopSignal, finish, leave
 
@@ -117,7 +117,7 @@ class Run:
             modules=[*self.saved.values(), *parts],
             scaled=self.scaler.is_enabled(),
         )
-        self.stopwatch = None
+        self.stopwatch, self.pauses = None, Pauses()
         self.history, self.trouble = [], None  # of what kind the latest trouble is
         self.repeats = False  # whether fewer than half of the prototypes were unique
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
@@ -146,12 +146,15 @@ class Run:
         changes before the step, beside the buffers of the networks; where a step is skipped, all are as
         they were.
         """
-        self.epoch, self.stopwatch = epoch, Stopwatch()
-        self.network.train()
-        if self.seen == 0:
+        if self.stopwatch is None:
             logger.info(
                 f"started; the first iteration loads and computes {self.global_batch} images"
             )
+        self.epoch, self.stopwatch = epoch, Stopwatch()
+        self.network.train()
+        trains = epoch < self.arguments["epochs"]  # the pass that fills a memory bank does not
+        if trains and start == 0:
+            self.pauses.end()
         for it, (batch, indices) in enumerate(self.stopwatch.watch(loader), start):
             self.done, self.indices, self.skips = it + 1, indices, False
             self.steps.begin(changed)
@@ -162,7 +165,9 @@ class Run:
             if picture_crops:
                 self.picture_crops(crops)
             yield self.iteration, crops, indices
-            self.announce_pace()
+            if trains:
+                self.announce_pace()
+        self.pauses.begin()
 
     @property
     def iteration(self) -> int:
@@ -186,7 +191,7 @@ class Run:
             logger.info("the first iteration is done")
             return
         seconds = (now - self.first_done_at) / (PACE_AFTER - 1)
-        to_go = seconds * (self.num_iterations - self.iteration - 1)
+        to_go = seconds * (self.num_iterations - self.iteration - 1) + self.pauses_to_come()
         advice = ""
         if to_go > LONG_SECONDS:
             advice = (
@@ -195,6 +200,10 @@ class Run:
         logger.info(
             f"pace        {self.global_batch / seconds:.3g} images/s, {duration(to_go)} to go{advice}"
         )
+
+    def pauses_to_come(self) -> float:
+        """Seconds that the rest of the run will take between its epochs, if these are as those before."""
+        return self.pauses.mean() * (self.arguments["epochs"] - self.epoch - 1)
 
     def autocast(self) -> AbstractContextManager:
         """Context in which the network computes in --precision."""
@@ -442,6 +451,7 @@ class Run:
         All processes call it.
         """
         rates = self.stopwatch.rates(self.global_batch, self.num_iterations - self.iteration - 1)
+        rates["eta_seconds"] += self.pauses_to_come()
         line = {
             "epoch": self.epoch,
             "epoch_float": (self.iteration + 1) / self.iters_per_epoch,

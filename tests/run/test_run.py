@@ -2,11 +2,15 @@
 
 import json
 import random
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import main_deepclusterv2
+import main_selav2
 import main_swav
 from src.errors import CheckpointError, RunError
 from src.run import run as run_module
@@ -82,6 +86,34 @@ def test_curves_take_a_small_part_of_the_time_and_are_there_at_the_end(tmp_path,
     monkeypatch.setattr(Run, "save", epoch_of_half_a_minute)
     assert train(tmp_path, "--epochs", "8") == 0
     assert drawn == [30, 123, 216, 8 * 30 + 3 * 3]  # after 20 s, then each 60 s, and at the end
+
+
+# ============ time to go ============
+def test_the_time_to_go_counts_what_is_done_between_epochs(tmp_path, monkeypatch):
+    clock = [0.0]
+    patched = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("src.run.log.time", patched)
+
+    def save_for_an_hour(run, epoch, done, keep):
+        clock[0] += 3600
+
+    monkeypatch.setattr(Run, "save", save_for_an_hour)
+    assert train(tmp_path, "--epochs", "4") == 0
+    lines = [line for line in log_of(tmp_path) if "eta_seconds" in line]
+    hours = [round(line["eta_seconds"] / 3600, 1) for line in lines]
+    assert hours == [0, 0, 0, 2, 2, 2, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("script", [main_deepclusterv2, main_selav2])
+def test_the_pace_is_that_of_training_and_not_of_filling_the_memory_bank(tmp_path, capfd, script):
+    words = [*TINY, "--no-tensorboard", "--dump_path", str(tmp_path), "--epochs", "5"]
+    assert script.main(words) == 0
+    said = capfd.readouterr().out
+    [pace] = re.findall("pace .* ([0-9:]+) to go", said)
+    assert (
+        said.index("memory bank") < said.index("the first iteration is done") < said.index("pace ")
+    )
+    assert pace.startswith("0:00:")
 
 
 def test_lines_of_what_is_done_again_are_not_in_the_log_twice(tmp_path, trained):
