@@ -8,6 +8,7 @@ classes: features of a network vary along few directions, and without that small
 of steps.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from .. import dist
 from .label_subsets import class_members
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6  # of the loss, beside the loss
 STEPS = 20  # of L-BFGS between two looks at the tolerance, at signals, and two saves
@@ -152,7 +155,13 @@ def minimise(
         loss = closure()
         weights, _, gradient = known[1]
         excess = gradient.square().sum().item() / (2 * problem.curvature)
-        if excess <= TOLERANCE * loss or loss >= before or steps >= MOST_STEPS:
+        if excess <= TOLERANCE * loss or loss >= before:
+            return weights
+        if steps >= MOST_STEPS:
+            logger.warning(
+                f"the logistic regression was ended after {steps:,} steps, up to {excess:.2g} above the "
+                f"minimum of its loss ({loss:.4g}): use larger penalties"
+            )
             return weights
         state = {"point": parameter.data, "solver": solver.state_dict(), "steps": steps}
         state |= {"before": before, "loss": loss, "excess": excess}

@@ -53,7 +53,10 @@ def read_shards(index: str) -> dict:
         )
     weights = {}
     for file in sorted(set(file_of.values())):
-        shard = read_file(os.path.join(os.path.dirname(index), file))
+        path = os.path.join(os.path.dirname(index), file)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{index} names {file}, which is not beside it: fetch it")
+        shard = read_file(path)
         names = [name for name in file_of if file_of[name] == file]
         lacking = [name for name in names if name not in shard]
         if lacking:
@@ -69,7 +72,7 @@ def heads_of_config(path: str | Path) -> int | None:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     try:
-        is_of_hub = path == folder or path.name in FILES
+        is_of_hub = path == folder or path.name.removesuffix(INDEX) in FILES
         config = json.loads((folder / "config.json").read_text()) if is_of_hub else None
     except (ValueError, OSError):
         return None  # as of a folder without it: the tensors say the rest

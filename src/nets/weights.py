@@ -238,6 +238,10 @@ def read_file(path: str | Path) -> dict:
             from .weight_folders import read_folder  # here, as above
 
             return read_folder(folder)
+    if path.endswith(".index.json") and os.path.isfile(path):
+        from .weight_folders import read_shards
+
+        return read_shards(path)
     file = _local(path)
     try:
         contents = _read(file)

@@ -5,9 +5,10 @@ import difflib
 import importlib.util
 import logging
 import math
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import dist
@@ -126,6 +127,13 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As of argparse; a ~ is the home directory where no shell has replaced it, as in --flag=~/file."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_home(word) for word in words], namespace)
+
     def error(self, message: str) -> NoReturn:
         """Leave with status 2 and one sentence, which names the flags that are like a mistyped one."""
         unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
@@ -136,6 +144,11 @@ class Parser(argparse.ArgumentParser):
             meant = ", ".join(name for names in near for name in names)
             message += f": did you mean {meant}?" if meant else ""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _with_home(word):
+    before, home, path = re.fullmatch(r"([\w-]*=)?(~?)(.*)", word, re.DOTALL).groups(default="")
+    return before + os.path.expanduser(home + path) if home else word
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

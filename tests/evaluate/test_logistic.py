@@ -73,6 +73,15 @@ def test_what_it_says_is_above_the_minimum_is_so(monkeypatch):
         assert state["loss"] - best <= state["excess"] * (1 + 1e-9)
 
 
+def test_a_fit_that_ends_before_its_minimum_says_so(monkeypatch, caplog):
+    fit(*made(), 0.1, False)
+    assert "was ended" not in caplog.text
+    monkeypatch.setattr(logistic, "STEPS", 1)
+    monkeypatch.setattr(logistic, "MOST_STEPS", 2)
+    fit(*made(), 0.1, False)
+    assert "the logistic regression was ended after 2 steps, up to" in caplog.text
+
+
 def _on_own_rows(rank, world_size, shares):
     features, labels = made()
     own = slice(*(round(200 * x) for x in shares[rank]))

@@ -60,6 +60,8 @@ def test_a_folder_of_the_hub_gives_the_features_of_its_network(tmp_path, name, s
     found = open_pretrained(folder)
     torch.testing.assert_close(found.model(IMAGES), source(IMAGES), rtol=1e-5, atol=1e-5)
     assert (found.arch, found.run_args, found.path) == ("vit_micro", {}, str(folder))
+    file = folder / (name if shards == 1 else f"{name}.index.json")
+    torch.testing.assert_close(open_pretrained(file).model(IMAGES), found.model(IMAGES))
     assert describe(str(folder))[1]["patch_size"] == 8
 
 
@@ -68,7 +70,9 @@ def test_how_many_heads_there_are_is_said_by_config_json_beside_the_weights(tmp_
     source, config = vit(heads=6), {"model_type": "vit", "num_attention_heads": 6}
     state = as_transformers_vit(source.state_dict())
     folder = write_folder(tmp_path / "six", state, "pytorch_model.bin", config)
-    for path in (folder, folder / "pytorch_model.bin"):
+    shards = write_folder(tmp_path / "shards", state, "pytorch_model.bin", config, shards=2)
+    index = shards / "pytorch_model.bin.index.json"
+    for path in (folder, folder / "pytorch_model.bin", shards, index):
         found = open_pretrained(path)
         torch.testing.assert_close(found.model(IMAGES), source(IMAGES), rtol=1e-5, atol=1e-5)
         assert describe(path)[1]["num_heads"] == 6
@@ -127,7 +131,7 @@ def test_a_folder_that_cannot_be_read_as_weights_is_one_sentence(tmp_path):
     part = "pytorch_model-00002-of-00002.bin"
     whole = (folder / part).read_bytes()
     (folder / part).unlink()
-    with pytest.raises(FileNotFoundError, match=f"there is no weights file .*{part}"):
+    with pytest.raises(FileNotFoundError, match=f"index.json names {part}, which is not beside it"):
         open_pretrained(folder)
     torch.save({"another": torch.ones(1)}, folder / part)
     with pytest.raises(OSError, match=rf"index.json names tensors that {part} lacks \(bn1.weight"):

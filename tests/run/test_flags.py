@@ -358,3 +358,15 @@ def test_blur_and_solarisation_of_each_crop_the_last_value_for_all_further_ones(
     assert image_flags.augment_options(args, Data, 2)["blur_prob"] == [1, 0.1]  # no further crops
     with pytest.raises(ValueError, match="--blur has 3 values and there are 1 crops"):
         image_flags.augment_options(args, Data, 1)
+
+
+def test_the_home_directory_may_stand_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = flags.Parser("")
+    parser.add_argument("--pretrained")
+    parser.add_argument("--probe_data", nargs="+")
+    argv = ["--pretrained=~/run", "--probe_data", "pets=~/pets", "a~b", "~/c"]
+    args = parser.parse_args(argv)
+    assert args.pretrained == "/home/me/run"
+    assert args.probe_data == ["pets=/home/me/pets", "a~b", "/home/me/c"]
+    assert argv[0] == "--pretrained=~/run"
