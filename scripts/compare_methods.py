@@ -144,6 +144,8 @@ class Comparison:
             source = f"{NETWORK} --dump_path {shlex.quote(str(folder))}"
         for name in args.evaluations:
             command, file, _ = EVALUATIONS[name]
+            if name == "clusters" and method != UNTRAINED:  # with the pictures of the run
+                file = f"plots/clusters/{file}"
             steps.append((name, f"{command} {shared} {source}".format(**values), file))
         return steps
 
@@ -160,6 +162,11 @@ class Comparison:
             if self.stopped:
                 return
             result = {"method": method, "seed": seed, "step": name, "seconds": round(seconds, 1)}
+            if status == 0 and name != "train":
+                try:
+                    result["value"] = figure(name, folder / file)
+                except (OSError, ValueError, LookupError):  # the log may say why
+                    status = 1
             if status:
                 with self.lock:
                     self.failed += 1
@@ -167,8 +174,6 @@ class Comparison:
                 if name == "train":
                     return
                 continue
-            if name != "train":
-                result["value"] = figure(name, folder / file)
             self.add({**result, "command": command})
 
     def run(self, command, log):

@@ -69,6 +69,21 @@ def test_full_is_other_defaults_and_flags_win_over_it(tmp_path):
     assert (args.epochs, args.finetune_epochs, args.width) == (7, 50, 1.0)
 
 
+def test_a_step_without_its_figure_is_a_failure_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    argv = ["--methods", "swav", "--seeds", 1, "--evaluations", "knn", "linear"]
+    comparison = compare_methods.Comparison(arguments(tmp_path, *argv))
+
+    def write_the_other_one(command, log):
+        if "eval_linear" in command:
+            (log.parent / "eval_linear.json").write_text('{"top1": 50.0}')
+        return 1.0, 0
+
+    monkeypatch.setattr(comparison, "run", write_the_other_one)
+    comparison.run_chain("swav", 0)
+    assert comparison.failed == 1 and "FAILED swav seed 0 knn" in capsys.readouterr().out
+    assert comparison.done["swav", 0, "linear"]["value"] == 50.0
+
+
 @pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_a_failure_is_said(tmp_path, capsys):
     for part, count in (("train", 48), ("val", 20)):
@@ -77,8 +92,8 @@ def test_what_is_done_is_not_done_again_and_a_failure_is_said(tmp_path, capsys):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, 3 * number, size=(24, 24))
     argv = ["--data_path", tmp_path / "images", "--out", tmp_path / "out", "--jobs", 1]
-    argv += ["--methods", "rotnet", "--evaluations", "knn", "--seeds", 1, "--epochs", 1]
-    argv = list(map(str, [*argv, "--width", 0.125]))
+    argv += ["--methods", "rotnet", "--evaluations", "knn", "clusters", "--seeds", 1]
+    argv = list(map(str, [*argv, "--epochs", 1, "--width", 0.125]))
     status = compare_methods.main(argv)
     screen = capsys.readouterr().out
     assert status == 1 and "FAILED rotnet seed 0 train" in screen  # 48 images are less than a batch
@@ -89,7 +104,13 @@ def test_what_is_done_is_not_done_again_and_a_failure_is_said(tmp_path, capsys):
     assert compare_methods.main(argv) == 0
     results = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     steps = [(line["method"], line["step"]) for line in map(json.loads, results)]
-    assert sorted(steps) == [("rotnet", "knn"), ("rotnet", "train"), ("untrained", "knn")]
+    assert sorted(steps) == [
+        ("rotnet", "clusters"),
+        ("rotnet", "knn"),
+        ("rotnet", "train"),
+        ("untrained", "clusters"),
+        ("untrained", "knn"),
+    ]
     capsys.readouterr()
     assert compare_methods.main(argv) == 0
     assert (tmp_path / "out" / "results.jsonl").read_text().splitlines() == results
