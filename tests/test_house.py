@@ -53,13 +53,13 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6800),
-    "main_simclr": (26, 6650),
+    "main_swav": (27, 6850),
+    "main_simclr": (26, 6700),
     "main_selav2": (31, 7550),
     "main_deepclusterv2": (32, 7750),
     "main_rotnet": (32, 7400),
     "main_dino": (31, 7600),
-    "main_deepcluster": (39, 8650),
+    "main_deepcluster": (39, 8700),
     "main_deepercluster": (42, 9550),
     "main_clusterfit": (37, 8350),
 }

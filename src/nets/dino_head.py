@@ -103,8 +103,8 @@ class MultiCropWrapper(nn.Module):
     """A backbone and a head; the backbone's own classifier `fc` or `head`, if any, is taken out.
 
     A tensor or a list of crops (B, C, S_i, S_i) -> the head's output (sum of B, K), rows in the
-    order of the crops. Consecutive crops of one size share a pass of the backbone, see
-    forward_crops; the head sees all rows at once.
+    order of the crops. Consecutive crops of one size share a pass of the backbone, those of all
+    sizes that of a vision transformer, see forward_crops; the head sees all rows at once.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):

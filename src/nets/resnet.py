@@ -97,7 +97,20 @@ class ProjectionShortcut(nn.Conv2d):
         if self.in_channels >= 16 or x.device.type != "cpu":
             return super().forward(x)
         across, down = self.stride
-        return nn.functional.conv2d(x[:, :, ::across, ::down], self.weight)
+        return nn.functional.conv2d(x[:, :, ::across, ::down], self.weight, self.bias)
+
+
+def train_safely(trunk: nn.Module) -> nn.Module:
+    """Make the strided 1x1 convolutions of somebody else's network, in place, what ProjectionShortcut is."""
+    for module in trunk.modules():
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and (module.groups, module.padding) == (1, (0, 0))
+        ):
+            module.__class__ = ProjectionShortcut
+    return trunk
 
 
 class ResNet(nn.Module):
@@ -233,6 +246,7 @@ class LibraryTrunk(nn.Module):
             self.trunk, self.num_features = timm_trunk(name, in_chans, drop_path_rate)
         else:
             self.trunk, self.num_features = torchvision_trunk(arch)
+        train_safely(self.trunk)
         self.projection_head, self.prototypes = build_head(self.num_features, **head)
 
     def forward_backbone(self, x: Tensor) -> Tensor:

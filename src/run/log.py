@@ -269,22 +269,23 @@ def _place(line):
 class Pauses:
     """How long a run takes before each epoch: for assignments, and for k-NN and saving after the last.
 
-    begin() where an epoch is over, end() where the next one begins.
+    begin() where an epoch is over, or the run is ready for its first; end() where an epoch begins. What
+    comes after the last epoch is no pause.
     """
 
     def __init__(self):
-        self.begun, self.seconds = time.monotonic(), []
+        self.begun, self.seconds, self.number = time.monotonic(), 0.0, 0
 
     def begin(self) -> None:
         self.begun = time.monotonic()
 
     def end(self) -> None:
-        self.seconds.append(time.monotonic() - self.begun)
+        self.seconds += time.monotonic() - self.begun
+        self.number += 1
 
     def mean(self) -> float:
-        """Seconds of a pause so far, 0 before the first, which counts only as long as there is no other."""
-        seen = self.seconds[1:] or self.seconds
-        return sum(seen) / max(1, len(seen))
+        """Seconds of a pause so far, 0 before the first."""
+        return self.seconds / max(1, self.number)
 
 
 class Stopwatch:

@@ -126,7 +126,7 @@ class Run:
         self.probe_sets = {}  # of --probe_data: training and validation images by name
         # Of the evaluations what --guard_knn looks at, and the best (top-1, epoch) of it so far.
         self.guarded, self.best = guarded_key(args.probe_data), None
-        self.seen, self.first_done_at = 0, 0.0  # iterations of this process
+        self.seen, self.first_done_at = 0, 0.0  # iterations of this process; without its pauses
         self.drawn_at, self.drawing_seconds = time.monotonic(), 1.0  # of the curves
 
     # ============ what the loop calls, in this order ============
@@ -153,7 +153,7 @@ class Run:
         self.epoch, self.stopwatch = epoch, Stopwatch()
         self.network.train()
         trains = epoch < self.arguments["epochs"]  # the pass that fills a memory bank does not
-        if trains and start == 0:
+        if trains:
             self.pauses.end()
         for it, (batch, indices) in enumerate(self.stopwatch.watch(loader), start):
             self.done, self.indices, self.skips = it + 1, indices, False
@@ -187,10 +187,10 @@ class Run:
         dist.synchronize(self.process.device)
         now = time.monotonic()
         if self.seen == 1:
-            self.first_done_at = now
+            self.first_done_at = now - self.pauses.seconds
             logger.info("the first iteration is done")
             return
-        seconds = (now - self.first_done_at) / (PACE_AFTER - 1)
+        seconds = (now - self.pauses.seconds - self.first_done_at) / (PACE_AFTER - 1)
         to_go = seconds * (self.num_iterations - self.iteration - 1) + self.pauses_to_come()
         advice = ""
         if to_go > LONG_SECONDS:
@@ -304,14 +304,18 @@ class Run:
             self.probe_sets[name] = open_probe_set(name, path, self.arguments["in_chans"])
         epoch, start = self.resumed_at
         self.best = best_of(self.logged, self.guarded)
-        if epoch == 0 or start > 0:
-            return
-        if self.best is not None and self.best[1] == epoch - 1 and self.is_guarding():
+        if epoch > 0 and start == 0:
+            self.make_up_for(epoch - 1)
+        self.pauses.begin()
+
+    def make_up_for(self, epoch: int) -> None:
+        """Do what an epoch that was done before still owes: k-NN and curves. All processes call it."""
+        if self.best is not None and self.best[1] == epoch and self.is_guarding():
             checkpoint.keep_best(self.folder)
-        owed = not any("knn" in line and line["epoch"] == epoch - 1 for line in self.logged)
-        if self.is_knn_epoch(epoch - 1) and dist.broadcast_object(owed):
-            logger.info(f"k-NN of epoch {epoch}, which the run did not come to")
-            self.probe(epoch - 1)
+        owed = not any("knn" in line and line["epoch"] == epoch for line in self.logged)
+        if self.is_knn_epoch(epoch) and dist.broadcast_object(owed):
+            logger.info(f"k-NN of epoch {epoch + 1}, which the run did not come to")
+            self.probe(epoch)
         picture, log = self.folder / "plots" / "curves.png", self.folder / "log.jsonl"
         if not picture.exists() or picture.stat().st_mtime < log.stat().st_mtime:
             self.plot()

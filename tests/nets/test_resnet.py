@@ -22,6 +22,7 @@ from src.nets.resnet import (
     resnet50,
     resnet50w2,
     resnet50w5,
+    train_safely,
 )
 from tests.gloo import run_ranks
 from tests.golden_weights import fill, uniform
@@ -218,6 +219,33 @@ def test_narrow_shortcuts_have_the_gradients_of_their_definition(channels):
     close(images.grad, expected)
     expected = torch.einsum("nchw,ndhw->dc", kept, gradient.double())
     close(shortcut.weight.grad[:, :, 0, 0], expected, atol=1e-3)
+
+
+def test_strided_convolutions_of_other_networks_are_trained_as_safely():
+    inner = nn.Sequential(
+        nn.Conv2d(3, 48, 1, stride=2), nn.Conv2d(3, 48, 3, stride=2), nn.Conv2d(3, 48, 1)
+    )
+    names = list(inner.state_dict())
+    trunk = train_safely(inner).to(memory_format=torch.channels_last)
+    assert [type(m) is ProjectionShortcut for m in trunk] == [True, False, False]
+    assert list(trunk.state_dict()) == names
+    images = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
+    out = trunk[0](images)
+    out.sum().backward()  # without a gradient of the images
+    kept = images[:, :, ::2, ::2].double()
+    expected = torch.einsum("dc,nchw->ndhw", trunk[0].weight.double()[:, :, 0, 0], kept)
+    expected = expected + trunk[0].bias.double()[:, None, None]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    expected = kept.sum((0, 2, 3)).expand(48, 3)
+    torch.testing.assert_close(
+        trunk[0].weight.grad[:, :, 0, 0].double(), expected, rtol=1e-3, atol=1
+    )
+
+
+def test_a_network_of_timm_with_such_a_layer_is_trained():
+    pytest.importorskip("timm")
+    model = build_model("timm:repvgg_a0")
+    assert [m.in_channels for m in model.modules() if isinstance(m, ProjectionShortcut)][0] == 3
 
 
 def test_shortcuts_of_a_stride_are_convolutions_that_a_gpu_computes_as_one():

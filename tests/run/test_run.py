@@ -101,7 +101,30 @@ def test_the_time_to_go_counts_what_is_done_between_epochs(tmp_path, monkeypatch
     assert train(tmp_path, "--epochs", "4") == 0
     lines = [line for line in log_of(tmp_path) if "eta_seconds" in line]
     hours = [round(line["eta_seconds"] / 3600, 1) for line in lines]
-    assert hours == [0, 0, 0, 2, 2, 2, 1, 1, 1, 0, 0, 0]
+    # Before the epochs: 0 hours, 1, 1 and 1.
+    assert hours == [0, 0, 0, 1, 1, 1, 0.7, 0.7, 0.7, 0, 0, 0]
+
+
+def test_the_pace_is_without_what_is_done_between_epochs(tmp_path, monkeypatch, capfd):
+    clock = [0.0]
+    patched = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("src.run.log.time", patched)
+    monkeypatch.setattr(run_module, "time", patched)
+    monkeypatch.setattr(Run, "plot", lambda self: None)
+
+    def pass_a_minute(run):
+        clock[0] += 60
+        return step(run)
+
+    def save_for_an_hour(run, epoch, done, keep):
+        clock[0] += 3600
+
+    step = Run.step
+    monkeypatch.setattr(Run, "step", pass_a_minute)
+    monkeypatch.setattr(Run, "save", save_for_an_hour)
+    assert train(tmp_path, "--epochs", "5") == 0
+    # The tenth iteration of 15: five minutes, and the mean of pauses of 0, 1, 1 and 1 hour.
+    assert "pace        7.2 images/s, 0:50:00 to go" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("script", [main_deepclusterv2, main_selav2])
@@ -109,10 +132,9 @@ def test_the_pace_is_that_of_training_and_not_of_filling_the_memory_bank(tmp_pat
     words = [*TINY, "--no-tensorboard", "--dump_path", str(tmp_path), "--epochs", "5"]
     assert script.main(words) == 0
     said = capfd.readouterr().out
-    [pace] = re.findall("pace .* ([0-9:]+) to go", said)
-    assert (
-        said.index("memory bank") < said.index("the first iteration is done") < said.index("pace ")
-    )
+    [pace] = re.findall("^pace .* ([0-9:]+) to go", said, re.MULTILINE)
+    lines = [said.index(x) for x in ("memory bank: ", "the first iteration is done", "\npace ")]
+    assert lines == sorted(lines)
     assert pace.startswith("0:00:")
 
 
