@@ -138,9 +138,7 @@ def check_data(args: argparse.Namespace) -> None:
                 )
     for name in WEIGHTS:
         for path in paths_of(args, name):
-            if not path.startswith((*LIBRARIES, "http://", "https://")) and not os.path.exists(
-                path
-            ):
+            if not path.startswith((*LIBRARIES, "http://", "https://")) and not exists(path):
                 print(
                     f"WARNING: --{name} {path} does not exist on this machine: the job fails unless it is "
                     "there, for all nodes, when it begins"
