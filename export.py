@@ -79,6 +79,9 @@ def file_of_names(kind, renamed, statistics):
     """(content of the file, what is to be said of it) of a trunk by the names of a library."""
     file, weights = io.BytesIO(), renamed.weights
     said = {"model": renamed.model, "model_options": renamed.options, "missing": renamed.missing}
+    if renamed.features is not None:
+        own, whole = renamed.features
+        said |= {"num_features": whole, "zero_features": [own, whole]}
     if kind.startswith("detectron2"):
         arrays = {name: x.numpy() for name, x in weights.items()}
         author = "export.py"  # any name but Caffe2 means names of Detectron2
@@ -165,6 +168,11 @@ def log_file(kind, path, contents, said):
         return
     options = "".join(f", {name}={value}" for name, value in said.get("model_options", {}).items())
     logger.info(f"{kind}: for {said['model']}{options}")
+    if "zero_features" in said:
+        own, whole = said["zero_features"]
+        logger.info(
+            f"{kind}: {own} of its {whole} features are the network's, the others are 0: it is narrower"
+        )
     if said.get("missing"):
         names = said["missing"]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

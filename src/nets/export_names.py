@@ -1,7 +1,8 @@
 """Trunks under the names of other libraries: torchvision, timm, Detectron2, DETR.
 
 A ResNet is the same network in all four, but for the names of its tensors; a vision transformer of ours
-is timm's, and the ResNets of ours that are built otherwise (stem, width) have no counterpart.
+is timm's. A ResNet of ours that is narrower is theirs with channels that are zero; one with another stem
+has no counterpart.
 """
 
 import re
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .backbones import is_vit
 from .pretrained import Pretrained
-from .resnet import TIMM, LibraryTrunk
+from .resnet import TIMM, LibraryTrunk, build_model
 from .vision_transformer import VisionTransformer
 from .weights import COUNTER
 
@@ -44,6 +45,7 @@ class Renamed:
     options    what that network is built with besides its name
     missing    tensors of that network that the trunk has not: its classifier
     settings   what a configuration file there has to say
+    features   (those of the trunk, all of that network), where the rest are zeros; else None
     """
 
     weights: dict[str, Tensor]
@@ -51,6 +53,7 @@ class Renamed:
     options: dict = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
+    features: tuple[int, int] | None = None
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +84,7 @@ def to_torchvision(network: Pretrained, zero_classifier: bool = False) -> Rename
         weights |= {name: torch.zeros(target[name].shape) for name in missing}
         missing = []
     options.pop("init_weights", None)
-    return Renamed(weights, network.arch, options, missing)
+    return Renamed(weights, network.arch, options, missing, features=_features(network))
 
 
 def _torchvision_tensors(network, library):
@@ -90,7 +93,41 @@ def _torchvision_tensors(network, library):
         raise ValueError(f"--format {library}: --arch {network.arch} is of timm: use --format timm")
     if isinstance(network.model, LibraryTrunk):
         return own_tensors(network.model.trunk)
-    return own_tensors(_resnet(network, library))
+    return full_width(network, own_tensors(_resnet(network, library)))
+
+
+# ============ narrow ResNets ============
+def full_width(network: Pretrained, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ResNet of --width below 1 in those of the whole one, which computes the same.
+
+    The other channels are zero: their filters, and the weight and the bias of their batch norms. Of the
+    features, the first are the network's and the others are 0. A whole one is returned as it is.
+    """
+    if not _is_narrow(network):
+        return tensors
+    with torch.device("meta"):
+        whole = build_model(network.arch, in_chans=network.in_chans).state_dict()
+    filled = {}
+    for name, x in tensors.items():
+        empty = torch.ones if name.endswith("running_var") else torch.zeros
+        filled[name] = empty(whole[name].shape, dtype=x.dtype)
+        filled[name][tuple(slice(side) for side in x.shape)] = x
+    return filled
+
+
+def _is_narrow(network):
+    """Whether it is a ResNet that fits into the whole one, which groups of channels do not."""
+    has_groups = network.arch.startswith("resnext")
+    return network.options.get("width", 1) < 1 and network.arch in DEPTHS and not has_groups
+
+
+def _features(network):
+    """What Renamed says of the features: (those of the trunk, all of the whole network), or None."""
+    if not _is_narrow(network):
+        return None
+    with torch.device("meta"):
+        whole = build_model(network.arch).num_features
+    return network.model.num_features, whole
 
 
 def _resnet(network, library, *, any_channels=False, any_width=False):
@@ -113,7 +150,7 @@ def _resnet(network, library, *, any_channels=False, any_width=False):
     reason = ""
     if options.get("stem", "imagenet") != "imagenet":
         reason = f"--stem {options['stem']} is not the 7x7 convolution with pooling of {arch} there"
-    elif options.get("width", 1) != 1 and not any_width:
+    elif options.get("width", 1) != 1 and not (any_width or _is_narrow(network)):
         reason = f"--width {options['width']:g} makes another network than {arch} there"
     elif network.in_chans != 3 and not any_channels:
         reason = f"--in_chans {network.in_chans} are other images than the three channels of {arch} there"
@@ -135,8 +172,8 @@ def to_timm(network: Pretrained) -> Renamed:
         return Renamed(own_tensors(network.model.trunk), network.arch.removeprefix(TIMM), in_chans)
     if network.arch.startswith("xcit"):  # which is timm's
         return Renamed(own_tensors(network.model), network.model.pretrained_cfg["architecture"])
-    resnet = _resnet(network, "timm", any_channels=True)
-    return Renamed(own_tensors(resnet), network.arch, in_chans)
+    tensors = full_width(network, own_tensors(_resnet(network, "timm", any_channels=True)))
+    return Renamed(tensors, network.arch, in_chans, features=_features(network))
 
 
 def _timm_vit(model: VisionTransformer):
@@ -180,9 +217,12 @@ def to_detectron2(network: Pretrained, prefix: str = "") -> Renamed:
     """
     resnet = _resnet(network, "detectron2", any_channels=True, any_width=True)
     tensors = own_tensors(resnet)
+    is_filled = "layer1.0.conv3.weight" not in tensors and _is_narrow(network)
+    if is_filled:  # of basic blocks Detectron2 has one width
+        tensors = full_width(network, tensors)
     first, second = tensors["layer1.0.conv1.weight"], tensors["layer1.0.conv2.weight"]
     has_bottlenecks = "layer1.0.conv3.weight" in tensors
-    if not has_bottlenecks and len(first) != 64:
+    if not has_bottlenecks and len(first) > 64:
         raise ValueError(
             f"--format detectron2: --arch {network.arch} has one width there, --width 1, not "
             f"{network.options['width']:g}: {WHOLE}"
@@ -199,7 +239,9 @@ def to_detectron2(network: Pretrained, prefix: str = "") -> Renamed:
     }
     weights = _without_counters(tensors, lambda name: prefix + detectron2_name(name))
     settings = {f"MODEL.RESNETS.{name}": value for name, value in settings.items()}
-    return Renamed(weights, f"R-{DEPTHS.get(network.arch, 50)}", settings=settings)
+    features = _features(network) if is_filled else None
+    name = f"R-{DEPTHS.get(network.arch, 50)}"
+    return Renamed(weights, name, settings=settings, features=features)
 
 
 def detectron2_name(name: str) -> str:
@@ -217,9 +259,9 @@ def to_detr(network: Pretrained) -> Renamed:
     Its batch norms are frozen there: weight, bias, running_mean, running_var. Raises ValueError for
     another network.
     """
-    tensors = own_tensors(_resnet(network, "detr"))
+    tensors = full_width(network, own_tensors(_resnet(network, "detr")))
     weights = _without_counters(tensors, lambda name: f"backbone.0.body.{name}")
-    return Renamed(weights, network.arch)
+    return Renamed(weights, network.arch, features=_features(network))
 
 
 def _without_counters(tensors, rename: Callable[[str], str]):

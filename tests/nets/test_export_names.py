@@ -86,6 +86,43 @@ def test_networks_with_a_second_classifier_say_how_they_are_built(tmp_path):
     assert target.load_state_dict(renamed.weights, strict=False).unexpected_keys == []
 
 
+# ============ narrow ResNets ============
+@pytest.mark.parametrize(("arch", "whole"), [("resnet18", 512), ("resnet50", 2048)])
+@torch.no_grad()
+def test_a_narrow_resnet_is_the_whole_one_of_torchvision_with_zeros(tmp_path, arch, whole):
+    network = trunk(tmp_path, arch, width=0.125)
+    renamed = to_torchvision(network)
+    target = models.get_model(arch, weights=None)
+    assert target.load_state_dict(renamed.weights, strict=False).missing_keys == renamed.missing
+    target.fc = torch.nn.Identity()
+    features = target.eval()(IMAGES)
+    own = whole // 8
+    assert renamed.features == (own, whole) == (network.model.num_features, features.shape[1])
+    assert_same(features[:, :own], network.model(IMAGES))
+    assert not features[:, own:].any()
+    assert not target.train()(IMAGES)[:, own:].any()
+
+
+@torch.no_grad()
+def test_a_narrow_resnet_fits_into_timm_detr_and_detectron2(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = trunk(tmp_path, "resnet18", width=0.25, in_chans=4)
+    renamed = to_timm(network)
+    target = timm.create_model(renamed.model, num_classes=0, **renamed.options).eval()
+    target.load_state_dict(renamed.weights)
+    images = torch.rand(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert_same(target(images)[:, :128], network.model(images))
+    network = trunk(tmp_path, "resnet18", width=0.25)
+    for rename in (to_detr, to_detectron2):
+        renamed = rename(network)
+        assert renamed.features == (128, 512)
+        shapes = {x.shape[0] for name, x in renamed.weights.items() if name.endswith("norm.weight")}
+        assert shapes <= {64, 128, 256, 512}
+    bottlenecks = to_detectron2(trunk(tmp_path, "resnet50", width=0.25))
+    assert bottlenecks.features is None  # which there has any width
+    assert bottlenecks.settings["MODEL.RESNETS.STEM_OUT_CHANNELS"] == 16
+
+
 # ============ timm ============
 VITS = {
     "as timm's": ({"img_size": 224}, "vit_tiny_patch16_224", set()),
@@ -261,7 +298,8 @@ def test_detrs_backbone_takes_a_resnet_and_has_its_features(network50):
     "rename, arch, options, words",
     [
         (to_torchvision, "resnet18", {"stem": "small"}, "--stem small is not the 7x7 convolution"),
-        (to_torchvision, "resnet18", {"width": 0.5}, "--width 0.5 makes another network"),
+        (to_torchvision, "resnet18", {"width": 1.5}, "--width 1.5 makes another network"),
+        (to_timm, "resnext50_32x4d", {"width": 0.5}, "--width 0.5 makes another network"),
         (to_torchvision, "resnet18", {"in_chans": 1}, "--in_chans 1 are other images"),
         (to_torchvision, "resnet50w2", {}, "--arch resnet50w2 has no counterpart there"),
         (to_torchvision, "resnet10", {}, "--arch resnet10 has no counterpart there"),
@@ -271,7 +309,7 @@ def test_detrs_backbone_takes_a_resnet_and_has_its_features(network50):
         (to_timm, "resnet18", {"stem": "small"}, "--format timm: --stem small"),
         (to_timm, "mobilenet_v3_small", {}, "--arch mobilenet_v3_small has no counterpart there"),
         (to_detectron2, "vit_tiny", {}, "--arch vit_tiny has no counterpart there"),
-        (to_detectron2, "resnet18", {"width": 0.5}, "--arch resnet18 has one width there"),
+        (to_detectron2, "resnet18", {"width": 1.5}, "--arch resnet18 has one width there"),
         (to_detectron2, "resnet50", {"stem": "small"}, "--format detectron2: --stem small"),
         (to_detr, "resnet50", {"in_chans": 4}, "--format detr: --in_chans 4"),
     ],
