@@ -62,7 +62,7 @@ SMALL = {
 def photos(situation):
     """Defaults for photographs, beside those of src/run/presets.py."""
     return {
-        "arch": "vit_small" if situation.on_gpu else "vit_tiny",
+        "arch": "vit_small" if situation.on_gpu else "vit_micro",
         "patch_size": 16 if situation.on_gpu else 8,
         "out_dim": max(256, situation.clusters()),
         "hidden_dim": 512,

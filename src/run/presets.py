@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,12 @@ MADE_FOR_IMAGES = ("photos", "continue")  # presets that are functions of the si
 MANY_IMAGES = 300_000  # from here on the published values are tried and fit
 SMALL_SIDE = 40  # pixels; images up to it are like CIFAR's
 SAMPLE = 32  # images whose sizes are looked at
-DECODED_AS_LONG = (
-    8  # megapixels of a JPEG that one core decodes while it trains on one of ResNet-18's images
-)
+# Images in all that photos shows, on a CPU to a network of its own, and to that of --init_from, which is ten
+# times as slow.
+SHOWN_ON_CPU, SHOWN_TO_GIVEN, SHOWN_ON_GPU = 60_000, 6_000, 3_000_000
+# Megapixels of a JPEG that one core decodes while it trains on an image, with the network of photos.
+DECODED_AS_LONG = 0.8
+COPY_MEGAPIXELS = 0.35  # of a photograph with a shorter side of 512 px
 TYPICAL_IMAGES = 10_000  # what --preset photos --help is for
 
 # Side in pixels and share of the image's area of the crops, for one or two resolutions.
@@ -89,6 +92,7 @@ class Situation:
     on_gpu: bool
     cores: int  # of the CPU, that this process may use
     world_size: int = 1
+    has_network: bool = False  # that of --init_from
 
     def __str__(self):
         device = "on a GPU" if self.on_gpu else "on a CPU"
@@ -111,26 +115,31 @@ class Situation:
         return CROPS["photos"]["size"] if self.on_gpu else SIDES_ON_CPU
 
     def epochs(self) -> int:
-        """As many as show 6,000 images on a CPU, minutes of two cores, or 3 million on a GPU; 5 to 400.
+        """As many as show 60,000 images on a CPU, minutes of two cores, or 3 million on a GPU; 5 to 400.
 
-        Fewer where images are so large that a CPU spends its time on decoding them.
+        A tenth of it on a CPU where the network is that of --init_from. Fewer where images are so large that
+        a CPU spends its time on decoding them.
         """
-        shown = 3_000_000 if self.on_gpu else 6_000 * (1 - self.decoding())
+        on_cpu = SHOWN_TO_GIVEN if self.has_network else SHOWN_ON_CPU
+        shown = SHOWN_ON_GPU if self.on_gpu else on_cpu * (1 - self.decoding())
         return max(5, min(400, round(shown / self.num_images)))
 
     def hint(self) -> str | None:
         """What would make a run much faster, for people; None where nothing would."""
-        if self.on_gpu or self.decoding() < 0.3:
+        if self.on_gpu or self.decoding() < 0.5:
             return None
+        of_copy = replace(self, megapixels=COPY_MEGAPIXELS)
+        times = (1 - of_copy.decoding()) / (1 - self.decoding())
         return (
-            f"images of {self.megapixels:.0f} megapixels: {self.decoding():.0%} of the time goes into "
-            "decoding them, so that a copy of the images with shorter sides of 512 px trains "
-            f"{1 / (1 - self.decoding()):.1f} times as fast"
+            f"images of {self.megapixels:.2g} megapixels: {self.decoding():.0%} of the time goes into "
+            "decoding them; --reduced_decoding shortens that, and a copy of the images with shorter sides of "
+            f"512 px trains about {times:.1f} times as fast"
         )
 
     def decoding(self) -> float:
         """The share of a CPU's time that goes into decoding: a half with images of DECODED_AS_LONG."""
-        return self.megapixels / (self.megapixels + DECODED_AS_LONG)
+        as_long = DECODED_AS_LONG * (SHOWN_ON_CPU / SHOWN_TO_GIVEN if self.has_network else 1)
+        return self.megapixels / (self.megapixels + as_long)
 
 
 def look(dataset: ImageDataset, device: str, world_size: int) -> Situation:
@@ -189,6 +198,8 @@ def defaults_of(
     src.nets.pretrained.describe.
     """
     made_for_images = preset in MADE_FOR_IMAGES
+    if situation is not None:
+        situation = replace(situation, has_network=bool(init_from))
     shared = photos(situation) if made_for_images else SHARED[preset]
     added = presets["photos" if made_for_images else preset]
     if callable(added):
@@ -262,6 +273,8 @@ def photos(situation: Situation) -> dict:
     batch = situation.global_batch()
     return {
         "arch": "resnet50" if situation.on_gpu else "resnet18",
+        "width": 1.0 if situation.on_gpu else 0.25,
+        "color_jitter": [0.8, 0.8, 0.8, 0.2] if situation.on_gpu else [0.4, 0.4, 0.4, 0.1],
         "nmb_crops": [2, 4],
         "crop_sides": situation.crop_sides(),
         "hidden_mlp": 2048 if situation.on_gpu else 512,
