@@ -80,8 +80,7 @@ def file_of_names(kind, renamed, statistics):
     file, weights = io.BytesIO(), renamed.weights
     said = {"model": renamed.model, "model_options": renamed.options, "missing": renamed.missing}
     if renamed.features is not None:
-        own, whole = renamed.features
-        said |= {"num_features": whole, "zero_features": [own, whole]}
+        said["features_of_model"] = renamed.features[1]  # beside num_features, those of the network
     if kind.startswith("detectron2"):
         arrays = {name: x.numpy() for name, x in weights.items()}
         author = "export.py"  # any name but Caffe2 means names of Detectron2
@@ -168,10 +167,10 @@ def log_file(kind, path, contents, said):
         return
     options = "".join(f", {name}={value}" for name, value in said.get("model_options", {}).items())
     logger.info(f"{kind}: for {said['model']}{options}")
-    if "zero_features" in said:
-        own, whole = said["zero_features"]
+    if "features_of_model" in said:
         logger.info(
-            f"{kind}: {own} of its {whole} features are the network's, the others are 0: it is narrower"
+            f"{kind}: it has {said['features_of_model']} features: first the {said['num_features']} of the "
+            "network, which is narrower, then zeros"
         )
     if said.get("missing"):
         names = said["missing"]
@@ -217,8 +216,9 @@ def main(argv: list[str] | None = None) -> int:
             contents, said = file_of_program(kind, network, traced)
         path = Path(args.output) if args.output else folder / f"{network.arch}{ENDINGS[kind]}"
         write_whole(path, contents)
-        add_record(folder / "export.json", path.name, {"format": kind, **common, **said})
-        log_file(kind, path, contents, said)
+        record = {"format": kind, **common, **said}
+        add_record(folder / "export.json", path.name, record)
+        log_file(kind, path, contents, record)
     mean, std = ([round(x, 4) for x in statistics[name]] for name in ("mean", "std"))
     logger.info(f"images: {network.image_size} px, values from 0 to 1, mean {mean}, std {std}")
     logger.info(f"features: {network.model.num_features}; all this is in {folder / 'export.json'}")

@@ -63,6 +63,7 @@ def photos(situation):
     """Defaults for photographs, beside those of src/run/presets.py."""
     return {
         "arch": "vit_small" if situation.on_gpu else "vit_micro",
+        "width": 1.0,
         "patch_size": 16 if situation.on_gpu else 8,
         "out_dim": max(256, situation.clusters()),
         "hidden_dim": 512,

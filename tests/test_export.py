@@ -95,6 +95,27 @@ def test_a_run_is_exported_beside_itself_in_several_formats_at_once(run, network
     assert settings["MODEL.RESNETS.STRIDE_IN_1X1"] is False
     assert "torchvision: without fc.weight, fc.bias" in screen
     assert "mean [0.485, 0.456, 0.406], std [0.228, 0.224, 0.225]" in screen
+    assert "features_of_model" not in said[files[0]]
+
+
+@torch.no_grad()
+def test_a_narrow_run_says_which_features_of_torchvisions_network_are_its_own(tmp_path, capsys):
+    torch.manual_seed(0)
+    network = lively(build_model("resnet18", width=0.25))
+    flags = {**SWAV_RUN, "arch": "resnet18", "width": 0.25}
+    make_run(tmp_path / "run", flags, {"model": network}, "swav")
+    argv = f"--pretrained {tmp_path / 'run'} --format torchvision --zero_classifier"
+    assert export.main(argv.split()) == 0
+    folder = tmp_path / "run" / "export"
+    target = models.resnet18(weights=None).eval()
+    target.load_state_dict(torch.load(folder / "resnet18_torchvision.pth", weights_only=True))
+    target.fc = torch.nn.Identity()
+    assert_same(target(IMAGES)[:, :128], network.forward_backbone(IMAGES))
+    said = records(folder)["resnet18_torchvision.pth"]
+    assert (said["num_features"], said["features_of_model"]) == (128, 512)
+    assert (
+        "512 features: first the 128 of the network, which is narrower" in capsys.readouterr().out
+    )
 
 
 @torch.no_grad()

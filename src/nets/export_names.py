@@ -117,8 +117,8 @@ def full_width(network: Pretrained, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 def _is_narrow(network):
     """Whether it is a ResNet that fits into the whole one, which groups of channels do not."""
-    has_groups = network.arch.startswith("resnext")
-    return network.options.get("width", 1) < 1 and network.arch in DEPTHS and not has_groups
+    planes = round(64 * network.options.get("width", 1))  # as ResNet has it
+    return planes < 64 and network.arch in DEPTHS and not network.arch.startswith("resnext")
 
 
 def _features(network):
@@ -150,7 +150,7 @@ def _resnet(network, library, *, any_channels=False, any_width=False):
     reason = ""
     if options.get("stem", "imagenet") != "imagenet":
         reason = f"--stem {options['stem']} is not the 7x7 convolution with pooling of {arch} there"
-    elif options.get("width", 1) != 1 and not (any_width or _is_narrow(network)):
+    elif round(64 * options.get("width", 1)) != 64 and not (any_width or _is_narrow(network)):
         reason = f"--width {options['width']:g} makes another network than {arch} there"
     elif network.in_chans != 3 and not any_channels:
         reason = f"--in_chans {network.in_chans} are other images than the three channels of {arch} there"

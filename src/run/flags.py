@@ -23,6 +23,7 @@ from .presets import (
     Situation,
     default_folder,
     defaults_of,
+    network_of_weights,
     preset_for,
     preset_of,
     stored_choice,
@@ -270,11 +271,16 @@ def parse_args(
     if preset in MADE_FOR_IMAGES and situation is None:
         situation = typical(first.device) if look is None else look(first)
     published = {name: parser.get_default(name) for name in vars(first)}
-    init_from = getattr(first, "init_from", None)
-    defaults = defaults_of(preset, presets, situation, published=published, init_from=init_from)
+    network = None
+    if preset != "imagenet" and getattr(first, "init_from", None):
+        network = network_of_weights(first.init_from)
+    if situation is not None:
+        is_arch_said = "arch" in explicit_flags(parser, words_without_help)
+        situation = situation.with_network(network, is_arch_said)
+    defaults = defaults_of(preset, presets, situation, published=published, network=network)
     if preset in MADE_FOR_IMAGES:
-        chosen = chosen if stored_preset == preset else defaults
-        defaults = {**defaults, **chosen}
+        chosen = chosen if stored_preset == preset and chosen else defaults
+        defaults = dict(chosen)  # without what a newer version would choose
     sides = defaults.pop("crop_sides", None)
     parser.set_defaults(**defaults)
     notes = fit_preset_to_arch(

@@ -24,12 +24,12 @@ MADE_FOR_IMAGES = ("photos", "continue")  # presets that are functions of the si
 MANY_IMAGES = 300_000  # from here on the published values are tried and fit
 SMALL_SIDE = 40  # pixels; images up to it are like CIFAR's
 SAMPLE = 32  # images whose sizes are looked at
-# Images in all that photos shows, on a CPU to a network of its own, and to that of --init_from, which is ten
-# times as slow.
+# Images in all that photos shows, on a CPU to a network of its own, and to another, which is ten times as slow.
 SHOWN_ON_CPU, SHOWN_TO_GIVEN, SHOWN_ON_GPU = 60_000, 6_000, 3_000_000
 # Megapixels of a JPEG that one core decodes while it trains on an image, with the network of photos.
 DECODED_AS_LONG = 0.8
-COPY_MEGAPIXELS = 0.35  # of a photograph with a shorter side of 512 px
+COPY_SIDE, COPY_MEGAPIXELS = 512, 0.35  # shorter side in pixels, and size, of a photograph of 4:3
+NARROW = 0.25  # --width of photos on a CPU
 TYPICAL_IMAGES = 10_000  # what --preset photos --help is for
 
 # Side in pixels and share of the image's area of the crops, for one or two resolutions.
@@ -92,7 +92,7 @@ class Situation:
     on_gpu: bool
     cores: int  # of the CPU, that this process may use
     world_size: int = 1
-    has_network: bool = False  # that of --init_from
+    has_network: bool = False  # of --arch or --init_from, larger than that of photos on a CPU
 
     def __str__(self):
         device = "on a GPU" if self.on_gpu else "on a CPU"
@@ -117,23 +117,28 @@ class Situation:
     def epochs(self) -> int:
         """As many as show 60,000 images on a CPU, minutes of two cores, or 3 million on a GPU; 5 to 400.
 
-        A tenth of it on a CPU where the network is that of --init_from. Fewer where images are so large that
-        a CPU spends its time on decoding them.
+        A tenth of it on a CPU where a larger network is asked for. Fewer by the share of the time in which a
+        CPU decodes them.
         """
         on_cpu = SHOWN_TO_GIVEN if self.has_network else SHOWN_ON_CPU
         shown = SHOWN_ON_GPU if self.on_gpu else on_cpu * (1 - self.decoding())
         return max(5, min(400, round(shown / self.num_images)))
 
+    def with_network(self, network: dict | None, is_arch_said: bool) -> "Situation":
+        """This one where --arch is said, or weights of another network (network_of_weights) are gone on from."""
+        is_large = network is not None and network.get("width", 1.0) > NARROW
+        return replace(self, has_network=is_arch_said or is_large)
+
     def hint(self) -> str | None:
         """What would make a run much faster, for people; None where nothing would."""
-        if self.on_gpu or self.decoding() < 0.5:
+        if self.on_gpu or self.decoding() < 0.5 or self.side <= COPY_SIDE:
             return None
         of_copy = replace(self, megapixels=COPY_MEGAPIXELS)
         times = (1 - of_copy.decoding()) / (1 - self.decoding())
         return (
-            f"images of {self.megapixels:.2g} megapixels: {self.decoding():.0%} of the time goes into "
+            f"images of {self.megapixels:.1f} megapixels: {self.decoding():.0%} of the time goes into "
             "decoding them; --reduced_decoding shortens that, and a copy of the images with shorter sides of "
-            f"512 px trains about {times:.1f} times as fast"
+            f"{COPY_SIDE} px trains about {times:.1f} times as fast"
         )
 
     def decoding(self) -> float:
@@ -188,28 +193,27 @@ def defaults_of(
     presets: dict[str, dict | Callable],
     situation: Situation | None,
     published: dict,
-    init_from: str | None = None,
+    network: dict | None = None,
 ) -> dict:
     """The defaults of a preset by flag.
 
     presets: what the method adds, by preset: a dict, or a function of the situation, which photos and
-    continue need. published: the defaults of all flags of the script. init_from: trained weights,
-    whose network every preset but imagenet takes. Raises ValueError where continue has none, and as
-    src.nets.pretrained.describe.
+    continue need. published: the defaults of all flags of the script. network: network_of_weights of
+    --init_from, which every preset but imagenet takes; None without it. Raises ValueError where continue
+    has none.
     """
     made_for_images = preset in MADE_FOR_IMAGES
-    if situation is not None:
-        situation = replace(situation, has_network=bool(init_from))
     shared = photos(situation) if made_for_images else SHARED[preset]
     added = presets["photos" if made_for_images else preset]
     if callable(added):
         added = added(situation)
     kept = {name: x for name, x in shared.items() if name in published or name == "crop_sides"}
     values = {**kept, **added}
-    if preset == "continue" and not init_from:
+    if preset == "continue" and network is None:
         raise ValueError("--preset continue goes on from trained weights: name them by --init_from")
-    if preset != "imagenet" and init_from:
-        network = network_of_weights(init_from)
+    if preset != "imagenet" and network:
+        if "arch" in network and "width" in values:
+            values["width"] = published["width"]  # the preset's belongs to the preset's network
         values |= {name: value for name, value in network.items() if name in published}
     if preset == "continue":
         values |= continuation({**published, **values}, situation)
@@ -271,10 +275,11 @@ def default_folder(method: str, data_path: str) -> str:
 def photos(situation: Situation) -> dict:
     """Defaults for some hundreds to some hundred thousand photographs: all that is not the method's."""
     batch = situation.global_batch()
+    is_narrow = not (situation.on_gpu or situation.has_network)
     return {
         "arch": "resnet50" if situation.on_gpu else "resnet18",
-        "width": 1.0 if situation.on_gpu else 0.25,
-        "color_jitter": [0.8, 0.8, 0.8, 0.2] if situation.on_gpu else [0.4, 0.4, 0.4, 0.1],
+        "width": NARROW if is_narrow else 1.0,
+        "color_jitter": [0.4, 0.4, 0.4, 0.1] if is_narrow else [0.8, 0.8, 0.8, 0.2],
         "nmb_crops": [2, 4],
         "crop_sides": situation.crop_sides(),
         "hidden_mlp": 2048 if situation.on_gpu else 512,

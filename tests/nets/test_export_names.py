@@ -113,11 +113,17 @@ def test_a_narrow_resnet_fits_into_timm_detr_and_detectron2(tmp_path):
     images = torch.rand(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     assert_same(target(images)[:, :128], network.model(images))
     network = trunk(tmp_path, "resnet18", width=0.25)
-    for rename in (to_detr, to_detectron2):
+    filled = to_torchvision(network).weights
+    for rename, first in (
+        (to_detr, "backbone.0.body.conv1.weight"),
+        (to_detectron2, "stem.conv1.weight"),
+    ):
         renamed = rename(network)
         assert renamed.features == (128, 512)
-        shapes = {x.shape[0] for name, x in renamed.weights.items() if name.endswith("norm.weight")}
-        assert shapes <= {64, 128, 256, 512}
+        assert torch.equal(renamed.weights[first], filled["conv1.weight"])
+        counters = [name for name in filled if name.endswith("num_batches_tracked")]
+        assert len(renamed.weights) == len(filled) - len(counters)
+    assert to_torchvision(trunk(tmp_path, "resnet18", width=0.999)).features is None  # 64 planes
     bottlenecks = to_detectron2(trunk(tmp_path, "resnet50", width=0.25))
     assert bottlenecks.features is None  # which there has any width
     assert bottlenecks.settings["MODEL.RESNETS.STEM_OUT_CHANNELS"] == 16

@@ -12,6 +12,7 @@ import main_dino
 import main_swav
 from src.data.datasets import open_dataset
 from src.data.loading import Loader, num_cores
+from src.nets.resnet import build_model
 from src.run import image_flags, presets
 from src.run.presets import Situation, default_folder, preset_for
 from tests.data.test_datasets import write_image
@@ -70,8 +71,9 @@ def test_photographs_get_a_network_and_crops_for_the_device(on_gpu, arch, sides)
 def test_photographs_of_a_camera_are_shown_less_often_on_a_cpu_and_the_log_says_why():
     of_a_camera = Situation(600, side=3000, megapixels=12.0, on_gpu=False, cores=2)
     assert of_a_camera.decoding() == 12 / 12.8
-    assert of_a_camera.epochs() == 6 and "12 megapixels: 94% of the time" in of_a_camera.hint()
-    assert "11.1 times" in of_a_camera.hint()
+    assert of_a_camera.epochs() == 6 and "94% of the time" in of_a_camera.hint()
+    assert "12.0 megapixels" in of_a_camera.hint() and "11.1 times" in of_a_camera.hint()
+    assert replace(of_a_camera, side=512).hint() is None  # there is no smaller copy to be made
     assert SIX_HUNDRED.hint() is None
     given = replace(
         SIX_HUNDRED, has_network=True
@@ -140,8 +142,6 @@ def test_continue_takes_the_network_of_the_weights_and_small_steps(photos, train
 
 
 def test_continue_freezes_prototypes_at_first(tmp_path, photos):
-    from src.nets.resnet import build_model
-
     torch.save(build_model("resnet18", width=0.25).state_dict(), tmp_path / "resnet.pth")
     weights = tmp_path / "resnet.pth"
     args, _ = parsed("swav", "--data_path", photos, "--preset", "continue", "--init_from", weights)
@@ -152,8 +152,6 @@ def test_continue_freezes_prototypes_at_first(tmp_path, photos):
 
 @pytest.mark.parametrize("preset", ["photos", "cifar", "tiny"])
 def test_other_presets_take_the_network_of_the_weights_as_well(tmp_path, photos, preset):
-    from src.nets.resnet import build_model
-
     torch.save(build_model("resnet50", width=0.0625).state_dict(), tmp_path / "resnet.pth")
     argv = ["swav", "--data_path", photos, "--init_from", tmp_path / "resnet.pth"]
     argv += ["--preset", preset]
@@ -183,6 +181,45 @@ def test_a_folder_of_photographs_gets_values_made_for_it(tmp_path, photos):
     assert args.nmb_prototypes == [10] and args.arch in ("resnet18", "resnet50")
     assert args.dump_path == "runs/swav_photos"
     assert "40 images of about 60 px" in args.chosen_for
+
+
+def test_a_network_that_is_asked_for_is_whole(photos, trained):
+    torch.save(build_model("resnet18", width=0.25).state_dict(), trained.parent / "narrow.pth")
+    on_cpu = ["--data_path", photos, "--device", "cpu", "--preset", "photos"]
+    shown = {}
+    for name, flags, width in (
+        ("bare", (), 0.25),
+        ("arch", ("--arch", "resnet50"), 1.0),
+        ("torchvision", ("--init_from", "torchvision:resnet50"), 1.0),
+        ("narrow", ("--init_from", trained.parent / "narrow.pth"), 0.25),
+        ("a trunk of torchvision", ("--arch", "vgg11"), 1.0),
+    ):
+        args, _ = parsed("swav", *on_cpu, *flags)
+        assert args.width == width, name
+        shown[name] = args.epochs
+    assert shown["bare"] == shown["narrow"] == 400 and shown["arch"] == shown["torchvision"] == 150
+    args, _ = parsed("dino", *on_cpu, script=main_dino)
+    assert (args.arch, args.width) == ("vit_micro", 1.0)
+    args, _ = parsed("dino", *on_cpu, "--init_from", trained, script=main_dino)
+    assert (args.arch, args.width) == ("vit_tiny", 1.0)
+
+
+def test_weights_without_a_width_are_those_of_a_whole_network(photos):
+    args, _ = parsed(
+        "swav", "--data_path", photos, "--preset", "tiny", "--init_from", "torchvision:resnet50"
+    )
+    assert (args.arch, args.width) == ("resnet50", 1.0)
+
+
+def test_a_run_of_an_older_version_goes_on_without_what_is_chosen_now(tmp_path, photos):
+    argv = ("--data_path", photos, "--dump_path", tmp_path / "run", "--device", "cpu")
+    now, _ = parsed("swav", *argv)
+    (tmp_path / "run").mkdir()
+    older = {"arch": "resnet18", "epochs": 10, "crop_sides": [64, 32]}
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"preset": "photos", "chosen": older}))
+    args, _ = parsed("swav", *argv)
+    assert now.width == 0.25 and (args.width, args.epochs) == (1.0, 10)
+    assert args.chosen == older and args.crop_sides == [64, 32]
 
 
 def test_a_flag_wins_over_what_was_chosen(photos):
