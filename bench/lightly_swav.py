@@ -3,7 +3,8 @@
 lightly's own loss, prototypes, projection head and transformations, with the values of its benchmark on
 CIFAR-10 (docs/source/getting_started/benchmarks/cifar10_benchmark.py there): two crops of 32 px, no blur,
 512 prototypes, Adam with a learning rate of 0.001 for 128 images that falls along a cosine, epoch by epoch.
-The network is the ResNet-18 with small stem that our methods train on a GPU, and the loop is that of its examples.
+The network is the ResNet-18 with small stem that our methods train on a GPU, and the loop is that of its
+examples.
 
     python -m bench.lightly_swav --data_path cifar10_folder --epochs 5 --dump_path runs/lightly
 
