@@ -99,8 +99,8 @@ SETTINGS = {
 }
 CHOSEN = {  # where, for the foot of the table
     "cpu": "settings: those of --preset cifar, but for network, precision, crops, batch, colour jitter, "
-    "learning rate (not DINO's) and SimCLR's temperature, which were chosen for SimCLR by --held_out; lightly's "
-    "recipe has a ResNet-18 of the same width in fp32",
+    "learning rate (not DINO's) and SimCLR's temperature, which were chosen for SimCLR by --held_out; "
+    "lightly's recipe has a ResNet-18 of the same width in fp32",
     "cuda": "settings: --preset cifar at twice the batch and learning rate; none was chosen on a GPU",
 }
 TINY = f"--preset tiny {RUN}"

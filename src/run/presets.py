@@ -24,7 +24,7 @@ MADE_FOR_IMAGES = ("photos", "continue")  # presets that are functions of the si
 MANY_IMAGES = 300_000  # from here on the published values are tried and fit
 SMALL_SIDE = 40  # pixels; images up to it are like CIFAR's
 SAMPLE = 32  # images whose sizes are looked at
-# Images in all that photos shows, on a CPU to a network of its own, and to another, which is ten times as slow.
+# Images in all that photos shows, on a CPU to a network of its own, and to another, ten times as slow.
 SHOWN_ON_CPU, SHOWN_TO_GIVEN, SHOWN_ON_GPU = 60_000, 6_000, 3_000_000
 # Megapixels of a JPEG that one core decodes while it trains on an image, with the network of photos.
 DECODED_AS_LONG = 0.8
@@ -125,7 +125,7 @@ class Situation:
         return max(5, min(400, round(shown / self.num_images)))
 
     def with_network(self, network: dict | None, is_arch_said: bool) -> "Situation":
-        """This one where --arch is said, or weights of another network (network_of_weights) are gone on from."""
+        """This one where --arch is said, or there are weights of a `network` (network_of_weights)."""
         is_large = network is not None and network.get("width", 1.0) > NARROW
         return replace(self, has_network=is_arch_said or is_large)
 
