@@ -61,8 +61,9 @@ SMALL = {
 
 def photos(situation):
     """Defaults for photographs, beside those of src/run/presets.py; less epochs where a step takes longer."""
-    is_slow = not (situation.on_gpu or situation.has_network)
-    epochs = max(5, 2 * situation.epochs() // 5) if is_slow else situation.epochs()
+    epochs = situation.epochs()
+    if situation.has_small_network():
+        epochs = max(5, 2 * epochs // 5)
     return {
         "epochs": epochs,
         "arch": "vit_small" if situation.on_gpu else "vit_micro",

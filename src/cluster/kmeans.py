@@ -16,7 +16,7 @@ from .exact_sums import block_rows, exact_rows, extent, member_sums, num_rows, p
 from .neighbours import full_precision
 
 BLOCK = 2**20  # scores that the E-step holds at a time on a CPU, in its cache
-MANY_THREADS = 8  # with which torch's argmax on a CPU is no slower than numpy's of one thread
+MANY_THREADS = 8  # with more torch's argmax on a CPU is the faster one, by its time on one
 COLUMNS = 16  # of the product of rows and centroids: a multiple of it
 MODERATE = 30  # exponents of entries whose products are numbers, squared and added up
 DRAWS = 4096  # candidates of k-means++ that are looked up at once
@@ -190,8 +190,7 @@ def _nearest(features, centroids, spherical, exponent, device):
 def _argmax(scores):
     """The column of the largest score of each row, (b, K) -> (b,) int64; the first one in ties.
 
-    numpy's is vectorised along a row: with one thread it takes a fifth to a twelfth of the time of torch's on
-    an AMD EPYC of the 4th generation. torch's shares the rows between threads.
+    numpy's is vectorised along a row, a fifth to a twelfth of torch's time on one thread of an AMD EPYC.
     """
     if scores.device.type != "cpu" or torch.get_num_threads() > MANY_THREADS:
         return scores.argmax(1)

@@ -74,7 +74,7 @@ def to_torchvision(network: Pretrained, zero_classifier: bool = False) -> Rename
     """
     from torchvision import models  # here, so that the other formats do without it
 
-    weights = _torchvision_tensors(network, "torchvision")
+    weights, features = _torchvision_tensors(network, "torchvision")
     auxiliary = network.arch in ("googlenet", "inception_v3")  # as our trunk of them is built
     options = {"aux_logits": False, "init_weights": False} if auxiliary else {}
     with torch.device("meta"):
@@ -84,50 +84,43 @@ def to_torchvision(network: Pretrained, zero_classifier: bool = False) -> Rename
         weights |= {name: torch.zeros(target[name].shape) for name in missing}
         missing = []
     options.pop("init_weights", None)
-    return Renamed(weights, network.arch, options, missing, features=_features(network))
+    return Renamed(weights, network.arch, options, missing, features=features)
 
 
 def _torchvision_tensors(network, library):
-    """Tensors of a trunk that torchvision has, by its names; ValueError for another one."""
+    """full_width's of a trunk that torchvision has, by its names; ValueError for another one."""
     if network.arch.startswith(TIMM):
         raise ValueError(f"--format {library}: --arch {network.arch} is of timm: use --format timm")
     if isinstance(network.model, LibraryTrunk):
-        return own_tensors(network.model.trunk)
+        return own_tensors(network.model.trunk), None
     return full_width(network, own_tensors(_resnet(network, library)))
 
 
 # ============ narrow ResNets ============
-def full_width(network: Pretrained, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a ResNet of --width below 1 in those of the whole one, which computes the same.
+def full_width(
+    network: Pretrained, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """The tensors of a ResNet of --width below 1 in those of the whole one, and Renamed.features.
 
-    The other channels are zero: their filters, and the weight and the bias of their batch norms. Of the
-    features, the first are the network's and the others are 0. A whole one is returned as it is.
+    That one computes the same: the other channels are zero, their filters, and the weight and the bias of
+    their batch norms. A whole one is returned as it is, with None.
     """
     if not _is_narrow(network):
-        return tensors
+        return tensors, None
     with torch.device("meta"):
-        whole = build_model(network.arch, in_chans=network.in_chans).state_dict()
-    filled = {}
+        whole = build_model(network.arch, in_chans=network.in_chans)
+    filled, shapes = {}, whole.state_dict()
     for name, x in tensors.items():
         empty = torch.ones if name.endswith("running_var") else torch.zeros
-        filled[name] = empty(whole[name].shape, dtype=x.dtype)
+        filled[name] = empty(shapes[name].shape, dtype=x.dtype)
         filled[name][tuple(slice(side) for side in x.shape)] = x
-    return filled
+    return filled, (network.model.num_features, whole.num_features)
 
 
 def _is_narrow(network):
     """Whether it is a ResNet that fits into the whole one, which groups of channels do not."""
     planes = round(64 * network.options.get("width", 1))  # as ResNet has it
     return planes < 64 and network.arch in DEPTHS and not network.arch.startswith("resnext")
-
-
-def _features(network):
-    """What Renamed says of the features: (those of the trunk, all of the whole network), or None."""
-    if not _is_narrow(network):
-        return None
-    with torch.device("meta"):
-        whole = build_model(network.arch).num_features
-    return network.model.num_features, whole
 
 
 def _resnet(network, library, *, any_channels=False, any_width=False):
@@ -172,8 +165,9 @@ def to_timm(network: Pretrained) -> Renamed:
         return Renamed(own_tensors(network.model.trunk), network.arch.removeprefix(TIMM), in_chans)
     if network.arch.startswith("xcit"):  # which is timm's
         return Renamed(own_tensors(network.model), network.model.pretrained_cfg["architecture"])
-    tensors = full_width(network, own_tensors(_resnet(network, "timm", any_channels=True)))
-    return Renamed(tensors, network.arch, in_chans, features=_features(network))
+    resnet = _resnet(network, "timm", any_channels=True)
+    weights, features = full_width(network, own_tensors(resnet))
+    return Renamed(weights, network.arch, in_chans, features=features)
 
 
 def _timm_vit(model: VisionTransformer):
@@ -216,12 +210,11 @@ def to_detectron2(network: Pretrained, prefix: str = "") -> Renamed:
     file, without the images'. Raises ValueError for a network that Detectron2 has not.
     """
     resnet = _resnet(network, "detectron2", any_channels=True, any_width=True)
-    tensors = own_tensors(resnet)
-    is_filled = "layer1.0.conv3.weight" not in tensors and _is_narrow(network)
-    if is_filled:  # of basic blocks Detectron2 has one width
-        tensors = full_width(network, tensors)
-    first, second = tensors["layer1.0.conv1.weight"], tensors["layer1.0.conv2.weight"]
+    tensors, features = own_tensors(resnet), None
     has_bottlenecks = "layer1.0.conv3.weight" in tensors
+    if not has_bottlenecks:  # of which Detectron2 has one width
+        tensors, features = full_width(network, tensors)
+    first, second = tensors["layer1.0.conv1.weight"], tensors["layer1.0.conv2.weight"]
     if not has_bottlenecks and len(first) > 64:
         raise ValueError(
             f"--format detectron2: --arch {network.arch} has one width there, --width 1, not "
@@ -239,7 +232,6 @@ def to_detectron2(network: Pretrained, prefix: str = "") -> Renamed:
     }
     weights = _without_counters(tensors, lambda name: prefix + detectron2_name(name))
     settings = {f"MODEL.RESNETS.{name}": value for name, value in settings.items()}
-    features = _features(network) if is_filled else None
     name = f"R-{DEPTHS.get(network.arch, 50)}"
     return Renamed(weights, name, settings=settings, features=features)
 
@@ -259,9 +251,9 @@ def to_detr(network: Pretrained) -> Renamed:
     Its batch norms are frozen there: weight, bias, running_mean, running_var. Raises ValueError for
     another network.
     """
-    tensors = full_width(network, own_tensors(_resnet(network, "detr")))
+    tensors, features = full_width(network, own_tensors(_resnet(network, "detr")))
     weights = _without_counters(tensors, lambda name: f"backbone.0.body.{name}")
-    return Renamed(weights, network.arch, features=_features(network))
+    return Renamed(weights, network.arch, features=features)
 
 
 def _without_counters(tensors, rename: Callable[[str], str]):

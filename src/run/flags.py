@@ -271,9 +271,8 @@ def parse_args(
     if preset in MADE_FOR_IMAGES and situation is None:
         situation = typical(first.device) if look is None else look(first)
     published = {name: parser.get_default(name) for name in vars(first)}
-    network = None
-    if preset != "imagenet" and getattr(first, "init_from", None):
-        network = network_of_weights(first.init_from)
+    goes_on = preset != "imagenet" and bool(getattr(first, "init_from", None))
+    network = network_of_weights(first.init_from) if goes_on else None
     if situation is not None:
         is_arch_said = "arch" in explicit_flags(parser, words_without_help)
         situation = situation.with_network(network, is_arch_said)

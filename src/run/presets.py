@@ -124,6 +124,10 @@ class Situation:
         shown = SHOWN_ON_GPU if self.on_gpu else on_cpu * (1 - self.decoding())
         return max(5, min(400, round(shown / self.num_images)))
 
+    def has_small_network(self) -> bool:
+        """Whether the network is the one that photos has on a CPU."""
+        return not (self.on_gpu or self.has_network)
+
     def with_network(self, network: dict | None, is_arch_said: bool) -> "Situation":
         """This one where --arch is said, or there are weights of a `network` (network_of_weights)."""
         is_large = network is not None and network.get("width", 1.0) > NARROW
@@ -199,8 +203,7 @@ def defaults_of(
 
     presets: what the method adds, by preset: a dict, or a function of the situation, which photos and
     continue need. published: the defaults of all flags of the script. network: network_of_weights of
-    --init_from, which every preset but imagenet takes; None without it. Raises ValueError where continue
-    has none.
+    --init_from, None without it. Raises ValueError where continue has none.
     """
     made_for_images = preset in MADE_FOR_IMAGES
     shared = photos(situation) if made_for_images else SHARED[preset]
@@ -211,7 +214,7 @@ def defaults_of(
     values = {**kept, **added}
     if preset == "continue" and network is None:
         raise ValueError("--preset continue goes on from trained weights: name them by --init_from")
-    if preset != "imagenet" and network:
+    if network:
         if "arch" in network and "width" in values:
             values["width"] = published["width"]  # the preset's belongs to the preset's network
         values |= {name: value for name, value in network.items() if name in published}
@@ -275,7 +278,7 @@ def default_folder(method: str, data_path: str) -> str:
 def photos(situation: Situation) -> dict:
     """Defaults for some hundreds to some hundred thousand photographs: all that is not the method's."""
     batch = situation.global_batch()
-    is_narrow = not (situation.on_gpu or situation.has_network)
+    is_narrow = situation.has_small_network()
     return {
         "arch": "resnet50" if situation.on_gpu else "resnet18",
         "width": NARROW if is_narrow else 1.0,

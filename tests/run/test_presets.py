@@ -75,9 +75,7 @@ def test_photographs_of_a_camera_are_shown_less_often_on_a_cpu_and_the_log_says_
     assert "12.0 megapixels" in of_a_camera.hint() and "11.1 times" in of_a_camera.hint()
     assert replace(of_a_camera, side=512).hint() is None  # there is no smaller copy to be made
     assert SIX_HUNDRED.hint() is None
-    given = replace(
-        SIX_HUNDRED, has_network=True
-    )  # as slow as ten of those, so that it sees a tenth
+    given = replace(SIX_HUNDRED, has_network=True)  # ten times as slow, so that it sees a tenth
     assert (SIX_HUNDRED.epochs(), given.epochs()) == (80, 10)
     assert replace(of_a_camera, has_network=True).decoding() == 12 / 20
     on_gpu = Situation(600, side=3000, megapixels=12.0, on_gpu=True, cores=16)
