@@ -132,7 +132,12 @@ def test_every_command_is_one_that_its_script_takes(device, tmp_path):
         minutes.settings = settings
         assert set(settings) == set(cifar_minutes.NAMES)
         for method in set(settings) - {"lightly"}:
-            script, *flags = shlex.split(minutes.command(method))
+            command = shlex.split(minutes.command(method))
+            if settings[method].processes > 1:
+                launcher = f"{cifar_minutes.TORCHRUN} {settings[method].processes}".split()
+                assert command[: len(launcher)] == launcher
+                command = command[len(launcher) :]
+            script, *flags = command
             parser = importlib.import_module(script.removesuffix(".py")).get_parser()
             args = parser.parse_args([*flags, "--epochs", "3", "--seed", "2"])
             assert args.knn_freq == 0 and not args.tensorboard and args.device == device
@@ -366,6 +371,24 @@ def test_the_whole_bench_runs_in_small(tmp_path, monkeypatch, capsys):
     assert 10 < line["top1"] <= 100 and 0 < line["epochs"] <= line["planned"]
     assert json.loads(table.read_text())["rows"][0][0] == "SwAV"
     assert "a tenth of the training images, held out" in (out / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_are_stopped_at_a_moment_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar_minutes, "describe_machine", lambda device: MACHINE)
+    two = cifar_minutes.SMOKE["simclr"]._replace(processes=2)
+    monkeypatch.setitem(cifar_minutes.SMOKE, "simclr", two)
+    out = tmp_path / "out"
+    argv = ["--smoke", "--methods", "simclr", "--minutes", "0.05", "0.12", "--out", str(out)]
+    assert cifar_minutes.main(argv) == 0, (out / "log.txt").read_text()
+    first, last = results(tmp_path)
+    assert 0 < first["epochs"] < last["epochs"] <= last["planned"]
+    assert "128 x 2 processes (torchrun) = 256; 5 iterations" in (out / "log.txt").read_text()
+    plan = json.loads((out / "results.jsonl").read_text().splitlines()[1])
+    assert plan["images_an_epoch"] == 5 * 256
+    lines = map(json.loads, (out / "simclr_0" / "log.jsonl").read_text().splitlines())
+    places = [line["iteration"] for line in lines if "loss" in line]
+    assert places == sorted(set(places))  # nothing was done twice
 
 
 @pytest.mark.slow
