@@ -7,7 +7,8 @@
 
 A run of a method is one schedule that ends with the last of --minutes: a trial tells how long an epoch
 takes, --epochs is what fits. At each of the other moments the run is stopped by SIGTERM, evaluated by
-eval_knn.py (k = 20, temperature 0.07), and started again, which continues it to the last bit.
+eval_knn.py (k = 20, temperature 0.07), and started again, which continues it to the last bit; from a fifth
+of the time on with as many --epochs as fit at its own rate, since a trial of seconds is some percent off.
 
 What counts as time: from the moment at which a run has opened its images and describes itself (args.json)
 until its checkpoint is written, so loading, every iteration, slow first ones too, clustering, saving and
@@ -28,6 +29,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -131,6 +133,7 @@ KNN = "eval_knn.py --nb_knn 20 --temperature 0.07"  # Wu et al. 2018, arXiv:1805
 TRIAL_EPOCHS = 1000  # of the schedule of a trial, which is stopped long before
 OVERRUN = 1.03  # of the last moment, that a planned schedule may take
 LATE = 1.05  # of it, that a run may take which is slower than its trial was; it is stopped then
+OWN_RATE = 0.2  # of the last moment, from which on a run's own rate tells how many epochs fit
 HELD_OUT = 10  # every tenth image, as src/evaluate/splits.py
 
 
@@ -169,6 +172,21 @@ def plan_epochs(seconds: float, first: float, epoch: float) -> int:
     first, epoch: seconds as epoch_times has them.
     """
     return max(1, int((OVERRUN * seconds - first) / epoch))
+
+
+def epochs_that_fit(plan: dict, clock: dict | None) -> int:
+    """Epochs of a run that goes on: those that fit at its own rate once it has shown one, else the plan's.
+
+    plan, clock: what Minutes.plan_of and read_clock return.
+    """
+    seconds = 60 * plan["schedule"]
+    if clock is None or clock["epochs"] == 0 or clock["seconds"] < OWN_RATE * seconds:
+        return plan["epochs"]
+    if clock["finished"]:
+        return round(clock["epochs"])
+    first = min(plan["seconds_before"], clock["seconds"])
+    epoch = max((clock["seconds"] - first) / clock["epochs"], POLL_SECONDS)
+    return max(plan_epochs(seconds, first, epoch), math.ceil(clock["epochs"]))
 
 
 # ============ one session of a run ============
@@ -393,6 +411,7 @@ class Minutes:
         if clock is None and plan is not None:
             shutil.rmtree(folder, ignore_errors=True)
         for moment in missing if plan else []:
+            plan = {**plan, "epochs": epochs_that_fit(plan, clock)}
             is_last = moment == self.args.minutes[-1]
             seconds = 60 * moment * (LATE if is_last else 1)
             if clock is None or not (clock["finished"] or clock["seconds"] >= seconds):

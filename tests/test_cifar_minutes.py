@@ -124,6 +124,25 @@ def test_a_schedule_has_one_epoch_at_least():
     assert cifar_minutes.plan_epochs(600, first=8.0, epoch=900.0) == 1
 
 
+def test_a_run_that_goes_on_has_as_many_epochs_as_fit_at_its_own_rate():
+    plan = {"schedule": 10.0, "epochs": 5, "seconds_before": 20.0}
+    clock = {"seconds": 120.0, "epochs": 1.0, "finished": False}
+    assert cifar_minutes.epochs_that_fit(plan, None) == 5
+    assert (
+        cifar_minutes.epochs_that_fit(plan, {**clock, "seconds": 100.0}) == 5
+    )  # too early to tell
+    assert (
+        cifar_minutes.epochs_that_fit(plan, {**clock, "epochs": 0.0}) == 5
+    )  # it fills a memory bank
+    assert (
+        cifar_minutes.epochs_that_fit(plan, {**clock, "epochs": 1.25}) == 7
+    )  # 20 + 7 * 80 seconds
+    assert cifar_minutes.epochs_that_fit(plan, {**clock, "epochs": 0.5}) == 2
+    late = {"seconds": 615.0, "epochs": 4.2, "finished": False}
+    assert cifar_minutes.epochs_that_fit(plan, late) == 5  # not fewer than it has begun
+    assert cifar_minutes.epochs_that_fit(plan, {**late, "epochs": 4.0, "finished": True}) == 4
+
+
 @pytest.mark.parametrize("device", cifar_minutes.SETTINGS)
 def test_every_command_is_one_that_its_script_takes(device, tmp_path):
     argv = ["--out", str(tmp_path), "--device", device, "--data_path", "digits"]

@@ -10,12 +10,11 @@ import os
 from pathlib import Path
 
 from ..errors import CheckpointError, cause
-from .weights import read_file
+from .weights import INDEX, read_file
 
 logger = logging.getLogger(__name__)
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken
-INDEX = ".index.json"  # behind these names: which file has which tensor
 
 
 def read_folder(folder: str) -> dict:

@@ -40,6 +40,7 @@ OF_A_TRUNK = re.compile(
     r"(layer|block|stage|stem|conv|bn\d*$|norm|patch_embed|pos_embed|rope|sobel$|(?!mask_)\w+_tokens?$)"
 )
 LIBRARIES = ("torchvision:", "timm:")  # before the name of a network, instead of a file
+INDEX = ".index.json"  # behind the name of weights in several files: which file has which tensor
 COUNTS_OF_A_PROFILER = ("total_ops", "total_params")  # thop leaves them in every layer
 
 
@@ -238,7 +239,7 @@ def read_file(path: str | Path) -> dict:
             from .weight_folders import read_folder  # here, as above
 
             return read_folder(folder)
-    if path.endswith(".index.json") and os.path.isfile(path):
+    if path.endswith(INDEX) and os.path.isfile(path):
         from .weight_folders import read_shards
 
         return read_shards(path)

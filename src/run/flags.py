@@ -300,8 +300,9 @@ def parse_args(
         args.chosen_for = str(situation)
     if preset in MADE_FOR_IMAGES:
         args.chosen, args.crop_sides = chosen, sides
-        if situation.hint():
-            notes.append(situation.hint())
+        hint = situation.hint(getattr(args, "reduced_decoding", False))
+        if hint:
+            notes.append(hint)
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
     return args
