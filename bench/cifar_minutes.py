@@ -55,42 +55,40 @@ from bench.reports import describe_machine, markdown_table, num_cores
 
 # ============ settings ============
 class Settings(NamedTuple):
-    """How a method trains. threads: of PyTorch in each process, None for its own choice; workers: loader
-    processes of each, None for a core less than there are; knn: further flags of eval_knn.py; processes: that
-    train, under torchrun where there are several. eval_knn.py is one, with all of their threads."""
+    """How a method trains. threads: of PyTorch, None for its own choice; workers: loader processes, None
+    for a core less than there are; knn: further flags of eval_knn.py."""
 
     command: str
     threads: int | None = None
     workers: int | None = None
     knn: str = ""
-    processes: int = 1
 
 
 NORMALISATION = "--mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616"
 RUN = "--knn_freq 0 --checkpoint_freq 100000 --no-tensorboard"
-# ResNet-10 of a quarter of the width, small stem, crops of 2 x 24 + 4 x 12 px, 64 images, in bf16, by
-# two processes of one thread, which are faster than two threads by a sixth.
+# ResNet-10 of a quarter of the width, small stem, crops of 2 x 24 + 4 x 12 px, 64 images, in bf16. Two
+# processes of one thread are up to a sixth faster; without batch norm over both SwAV hardly learns.
 CPU = (
     f"--preset cifar {NORMALISATION} --arch resnet10 --stem small --width 0.25 --precision bf16 "
-    f"--batch_size 32 --sync_bn none --color_jitter 0.4 0.4 0.4 0.1 --log_freq 20 {RUN}"
+    f"--batch_size 64 --color_jitter 0.4 0.4 0.4 0.1 --log_freq 20 {RUN}"
 )
 CROPS = "--nmb_crops 2 4 --size_crops 24 12 --base_lr 0.1"
 WHOLE_IMAGES = "--size 32 --precision bf16"  # k-NN: larger than crops, in which things are enlarged
-TWO = {"threads": 1, "workers": 1, "processes": 2, "knn": WHOLE_IMAGES}
+CORES = {"threads": 2, "workers": 1, "knn": WHOLE_IMAGES}
 # ResNet-18 (DINO: ViT-Tiny with patches of 4 px), small stem, crops of 2 x 32 + 2 x 16 px. Learning rates
 # are the preset's for 128 images, times 2.
 CUDA = f"--preset cifar {NORMALISATION} --batch_size 256 --log_freq 50 {RUN}"
 CUDA_RATES = "--base_lr 0.4 --final_lr 0.0004"
 SETTINGS = {
     "cpu": {
-        "swav": Settings(f"main_swav.py {CPU} {CROPS}", **TWO),
-        "simclr": Settings(f"main_simclr.py {CPU} {CROPS} --temperature 0.2", **TWO),
+        "swav": Settings(f"main_swav.py {CPU} {CROPS}", **CORES),
+        "simclr": Settings(f"main_simclr.py {CPU} {CROPS} --temperature 0.2", **CORES),
         "dino": Settings(
             f"main_dino.py {CPU} --local_crops_number 4 --global_crops_size 24 --local_crops_size 12 "
             "--warmup_epochs 1 --lr 0.002",
-            **TWO,
+            **CORES,
         ),
-        "deepclusterv2": Settings(f"main_deepclusterv2.py {CPU} {CROPS}", **TWO),
+        "deepclusterv2": Settings(f"main_deepclusterv2.py {CPU} {CROPS}", **CORES),
         "lightly": Settings(
             "-m bench.lightly_swav --width 0.25 --log_freq 20", threads=1, workers=1
         ),
@@ -104,8 +102,8 @@ SETTINGS = {
     },
 }
 CHOSEN = {  # where, for the foot of the table
-    "cpu": "settings: those of --preset cifar, but for network, precision, processes, crops, batch, colour "
-    "jitter, learning rate (not DINO's) and SimCLR's temperature, chosen for SimCLR by --held_out; "
+    "cpu": "settings: those of --preset cifar, but for network, precision, crops, batch, colour jitter, "
+    "learning rate (not DINO's) and SimCLR's temperature, chosen for SimCLR by --held_out; "
     "lightly's recipe has a ResNet-18 of the same width in fp32",
     "cuda": "settings: --preset cifar at twice the batch and learning rate; none was chosen on a GPU",
 }
@@ -127,7 +125,6 @@ NAMES = {
     "deepclusterv2": "DeepCluster-v2",
     "lightly": "lightly's SwAV",
 }
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node"
 KNN = "eval_knn.py --nb_knn 20 --temperature 0.07"  # Wu et al. 2018, arXiv:1805.01978
 
 TRIAL_EPOCHS = 1000  # of the schedule of a trial, which is stopped long before
@@ -179,13 +176,12 @@ def epochs_that_fit(plan: dict, clock: dict | None) -> int:
 
     plan, clock: what Minutes.plan_of and read_clock return.
     """
-    seconds = 60 * plan["schedule"]
-    if clock is None or clock["epochs"] == 0 or clock["seconds"] < OWN_RATE * seconds:
-        return plan["epochs"]
-    if clock["finished"]:
+    if clock is not None and clock["finished"]:
         return round(clock["epochs"])
-    first = min(plan["seconds_before"], clock["seconds"])
-    epoch = max((clock["seconds"] - first) / clock["epochs"], POLL_SECONDS)
+    seconds, first = 60 * plan["schedule"], plan["seconds_before"]
+    if clock is None or clock["epochs"] == 0 or clock["seconds"] - first < OWN_RATE * seconds:
+        return plan["epochs"]
+    epoch = (clock["seconds"] - first) / clock["epochs"]
     return max(plan_epochs(seconds, first, epoch), math.ceil(clock["epochs"]))
 
 
@@ -277,9 +273,9 @@ class Minutes:
                     f"--out {self.out} holds {method} by another command ({line['command']}): use another "
                     "--out"
                 )
-            if line.get("knn_flags", "") != self.args.knn_flags:
+            if line.get("knn_flags", "") != self.knn_flags(method):
                 raise ValueError(
-                    f"--out {self.out} holds {method} with --knn_flags '{line.get('knn_flags', '')}': use "
+                    f"--out {self.out} holds {method} with '{line.get('knn_flags', '')}' for eval_knn.py: use "
                     "another --out"
                 )
             if line["schedule"] != self.args.minutes[-1]:
@@ -295,19 +291,20 @@ class Minutes:
 
     def command(self, method):
         """The command of a method without what differs between its runs."""
-        processes = self.settings[method].processes
-        launcher = f"{TORCHRUN} {processes} " if processes > 1 else ""
         return (
-            f"{launcher}{self.settings[method].command} --data_path {shlex.quote(self.data)} "
+            f"{self.settings[method].command} --data_path {shlex.quote(self.data)} "
             f"--workers {self.workers(method)} --device {self.args.device} {self.args.flags}"
         ).strip()
+
+    def knn_flags(self, method):
+        """Flags of eval_knn.py beside those of all methods."""
+        return f"{self.settings[method].knn} {self.args.knn_flags}".strip()
 
     def knn_command(self, method, folder):
         """The command that evaluates a run."""
         return (
             f"{KNN} --data_path {shlex.quote(self.data)} --pretrained {shlex.quote(str(folder))} "
-            f"--workers {self.workers(method)} --device {self.args.device} {self.settings[method].knn} "
-            f"{self.args.knn_flags}"
+            f"--workers {self.workers(method)} --device {self.args.device} {self.knn_flags(method)}"
         ).strip()
 
     def train_command(self, method, folder, seed, epochs):
@@ -316,8 +313,9 @@ class Minutes:
             f"{self.command(method)} --seed {seed} --epochs {epochs} --dump_path {quoted(folder)}"
         )
 
-    def execute(self, command, threads, watch=lambda: False, seconds=3600.0):
+    def execute(self, method, command, watch=lambda: False, seconds=3600.0):
         """(status, note, seconds) of a command; a stop of this script stops it too."""
+        threads = self.settings[method].threads
         status, spent, output = run_process(
             [sys.executable, *shlex.split(command)],
             self.log,
@@ -367,7 +365,7 @@ class Minutes:
 
         command = self.train_command(method, folder, seed=0, epochs=TRIAL_EPOCHS)
         self.say(f"{method}: a trial")
-        status, note, _ = self.execute(command, self.settings[method].threads, watch)
+        status, note, _ = self.execute(method, command, watch)
         times = epoch_times(session.lines)
         if self.stopped:
             return None
@@ -377,7 +375,6 @@ class Minutes:
         line = session.losses()[-1][1]
         iterations = round((line["iteration"] + 1) / line["epoch_float"])
         batch = json.loads((folder / "args.json").read_text())["batch_size"]
-        batch *= self.settings[method].processes
         shutil.rmtree(folder)
         first, epoch, _ = times
         epochs = plan_epochs(60 * minutes, first, epoch)
@@ -389,7 +386,7 @@ class Minutes:
             "plan",
             method=method,
             command=self.command(method),
-            knn_flags=self.args.knn_flags,
+            knn_flags=self.knn_flags(method),
             schedule=minutes,
             epochs=epochs,
             seconds_before=round(first, 2),
@@ -442,9 +439,7 @@ class Minutes:
             return bool(losses) and seconds >= until
 
         command = self.train_command(method, folder, seed, plan["epochs"])
-        status, note, _ = self.execute(
-            command, self.settings[method].threads, watch, seconds=3 * until + 3600
-        )
+        status, note, _ = self.execute(method, command, watch, seconds=3 * until + 3600)
         if status not in (OK, STOPPED):
             self.fail(f"{method} seed {seed}: {note}")
             return None
@@ -452,12 +447,14 @@ class Minutes:
         clock = {
             "seconds": before["seconds"] + session.seconds(),
             "epochs": losses[-1][1]["epoch_float"] if losses else before["epochs"],
-            "finished": status == OK,
             "checkpoint": time_of_checkpoint(folder),
         }
-        if clock["checkpoint"] is None:
-            if not self.stopped:
-                self.fail(f"{method} seed {seed}: it saved nothing")
+        # A run may come to its end after it was told to stop.
+        clock["finished"] = status == OK or clock["epochs"] >= plan["epochs"]
+        if clock["checkpoint"] is None or (
+            status == STOPPED and clock["checkpoint"] == before.get("checkpoint")
+        ):
+            self.fail(f"{method} seed {seed}: it saved nothing when it was stopped")
             return None
         (folder / "clock.json").write_text(json.dumps(clock) + "\n")
         return clock
@@ -465,9 +462,7 @@ class Minutes:
     def evaluate(self, method, seed, plan, clock, moment):
         """k-NN of what a run has saved, as a result."""
         folder = self.out / f"{method}_{seed}"
-        settings = self.settings[method]
-        threads = settings.threads and settings.threads * settings.processes
-        status, note, _ = self.execute(self.knn_command(method, folder), threads)
+        status, note, _ = self.execute(method, self.knn_command(method, folder))
         if self.stopped:
             return
         if status != OK:
@@ -486,7 +481,7 @@ class Minutes:
             images_per_second=round(epochs * plan["images_an_epoch"] / clock["seconds"], 1),
             top1=round(top1, 3),
             command=self.command(method),
-            knn_flags=self.args.knn_flags,
+            knn_flags=self.knn_flags(method),
             schedule=self.args.minutes[-1],
         )
         self.say(f"{method} seed {seed}: {top1:.2f} % after {minutes:.1f} minutes")
@@ -592,11 +587,13 @@ def accuracy(results, moment, wanted):
 
 
 def epochs_of(ends):
-    """Epochs of the last moment, and of the schedule where it did not come to its end."""
+    """Epochs of the last moment, and of the schedules where one did not come to its end: means over runs."""
     if not ends:
         return "-"
-    done, planned = statistics.mean(line["epochs"] for line in ends), ends[-1]["planned"]
-    return f"{planned}" if done > planned - 0.01 else f"{done:.1f} of {planned}"
+    done, planned = (statistics.mean(line[name] for line in ends) for name in ("epochs", "planned"))
+    if all(line["epochs"] > line["planned"] - 0.01 for line in ends):
+        return f"{planned:.3g}"
+    return f"{done:.1f} of {planned:.3g}"
 
 
 def rate_of(ends):
@@ -622,8 +619,9 @@ def report(lines: list[dict], args) -> str:
     )
     if args.flags:
         foot += f"; and `{args.flags}`"
-    if args.knn_flags:
-        foot += f"; k-NN with `{args.knn_flags}`"
+    knn = {line["knn_flags"] for line in lines if line.get("knn_flags")}
+    if knn:
+        foot += f"; k-NN with `{'`, `'.join(sorted(knn))}`"
     return "\n".join([*about, *lead, *markdown_table(header, rows), f"{foot}.", ""])
 
 

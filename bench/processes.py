@@ -84,38 +84,24 @@ def run_process(
                     say(f"    {last_word - start:.0f} s, and {rest:.0f} s more at most")
             killed = process.poll() is None
         finally:  # also when this script itself is told to end
-            kill_groups(process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     watch()
     seconds = time.monotonic() - start
     with open(log, "rb") as file:
         file.seek(output_from)
         output = file.read().decode(errors="replace")
-    return status_of(process.returncode, killed, told, output), seconds, output
+    return status_of(process.returncode, killed, told), seconds, output
 
 
-def kill_groups(pid):
-    """Kill a process and its group, and those of its children: torchrun's have groups of their own."""
-    with contextlib.suppress(OSError):  # it has ended, or this is no Linux
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(child), signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def status_of(returncode, killed, told, output):
-    """What became of a process; one that was told to stop may also have come to its end before.
-
-    torchrun passes the signal on, waits for its processes, and ends with 1 and a line that names the signal.
-    """
+def status_of(returncode, killed, told):
+    """What became of a process; one that was told to stop may also have come to its end before."""
     if killed:
         return KILLED
     if returncode == 0:
         return OK
     is_signal = returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
-    is_signal = is_signal or f"got signal: {signal.SIGTERM:d}" in output
     return STOPPED if told and is_signal else FAILED
 
 

@@ -151,12 +151,7 @@ def test_every_command_is_one_that_its_script_takes(device, tmp_path):
         minutes.settings = settings
         assert set(settings) == set(cifar_minutes.NAMES)
         for method in set(settings) - {"lightly"}:
-            command = shlex.split(minutes.command(method))
-            if settings[method].processes > 1:
-                launcher = f"{cifar_minutes.TORCHRUN} {settings[method].processes}".split()
-                assert command[: len(launcher)] == launcher
-                command = command[len(launcher) :]
-            script, *flags = command
+            script, *flags = shlex.split(minutes.command(method))
             parser = importlib.import_module(script.removesuffix(".py")).get_parser()
             args = parser.parse_args([*flags, "--epochs", "3", "--seed", "2"])
             assert args.knn_freq == 0 and not args.tensorboard and args.device == device
@@ -251,6 +246,31 @@ def test_a_run_is_evaluated_at_its_moments_and_what_is_done_is_not_done_again(
     assert [line["kind"] for line in lines].count("plan") == 1
 
 
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_is_changed_at_the_next_moment(stand_ins, tmp_path):
+    argv = arguments(tmp_path, "--minutes", 0.02, 0.05)
+    assert cifar_minutes.main([*argv, "--seeds", "1"]) == 0
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    plan = next(line for line in map(json.loads, lines) if line["kind"] == "plan")
+    other = [*argv, "--out", str(tmp_path / "other")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.jsonl").write_text(json.dumps({**plan, "epochs": 30}) + "\n")
+    assert cifar_minutes.main(other) == 0
+    lines = map(json.loads, (tmp_path / "other" / "results.jsonl").read_text().splitlines())
+    planned = [line["planned"] for line in lines if line["kind"] == "result"]
+    assert planned[0] == 30 and 2 <= planned[1] <= 3
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_save_when_it_is_stopped_has_no_result(stand_ins, tmp_path, capsys):
+    save = 'open(checkpoint, "w").write(str(iteration + 1))'
+    assert save in STAND_IN
+    (tmp_path / "train.py").write_text(STAND_IN.replace(save, f"if not done: {save}"))
+    assert cifar_minutes.main(arguments(tmp_path, "--minutes", 0.02, 0.04, 0.2)) == 1
+    assert [line["moment"] for line in results(tmp_path)] == [0.02]
+    assert "swav seed 0: it saved nothing when it was stopped" in capsys.readouterr().out
+
+
 CODE = """
 import sys
 from bench import cifar_minutes
@@ -339,9 +359,16 @@ def test_results_of_other_settings_or_another_schedule_are_not_taken_over(tmp_pa
     assert cifar_minutes.main([*argv, "--flags", "--width 0.5"]) == 2
     assert "holds swav by another command" in capsys.readouterr().err
     assert cifar_minutes.main([*argv, "--knn_flags", "--nb_knn 1"]) == 2
-    assert "holds swav with --knn_flags ''" in capsys.readouterr().err
+    assert "holds swav with '' for eval_knn.py" in capsys.readouterr().err
     assert cifar_minutes.main([*argv, "--minutes", "1", "10"]) == 2
     assert "with a schedule of 0.05 minutes" in capsys.readouterr().err
+
+
+def test_runs_with_other_plans_come_to_their_ends_each_by_its_own():
+    plans = [result(seed, 10.0, 60.0, epochs=n, planned=n) for seed, n in enumerate((5, 5, 6))]
+    assert cifar_minutes.epochs_of(plans) == "5.33"
+    plans[2]["epochs"] = 5.2
+    assert cifar_minutes.epochs_of(plans) == "5.1 of 5.33"
 
 
 def test_held_out_images_of_another_folder_have_a_list_of_their_own(tmp_path):
@@ -390,24 +417,6 @@ def test_the_whole_bench_runs_in_small(tmp_path, monkeypatch, capsys):
     assert 10 < line["top1"] <= 100 and 0 < line["epochs"] <= line["planned"]
     assert json.loads(table.read_text())["rows"][0][0] == "SwAV"
     assert "a tenth of the training images, held out" in (out / "results.md").read_text()
-
-
-@pytest.mark.slow
-def test_two_processes_under_torchrun_are_stopped_at_a_moment_and_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar_minutes, "describe_machine", lambda device: MACHINE)
-    two = cifar_minutes.SMOKE["simclr"]._replace(processes=2)
-    monkeypatch.setitem(cifar_minutes.SMOKE, "simclr", two)
-    out = tmp_path / "out"
-    argv = ["--smoke", "--methods", "simclr", "--minutes", "0.05", "0.12", "--out", str(out)]
-    assert cifar_minutes.main(argv) == 0, (out / "log.txt").read_text()
-    first, last = results(tmp_path)
-    assert 0 < first["epochs"] < last["epochs"] <= last["planned"]
-    assert "128 x 2 processes (torchrun) = 256; 5 iterations" in (out / "log.txt").read_text()
-    plan = json.loads((out / "results.jsonl").read_text().splitlines()[1])
-    assert plan["images_an_epoch"] == 5 * 256
-    lines = map(json.loads, (out / "simclr_0" / "log.jsonl").read_text().splitlines())
-    places = [line["iteration"] for line in lines if "loss" in line]
-    assert places == sorted(set(places))  # nothing was done twice
 
 
 @pytest.mark.slow

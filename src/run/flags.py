@@ -300,9 +300,8 @@ def parse_args(
         args.chosen_for = str(situation)
     if preset in MADE_FOR_IMAGES:
         args.chosen, args.crop_sides = chosen, sides
-        hint = situation.hint(getattr(args, "reduced_decoding", False))
-        if hint:
-            notes.append(hint)
+        if situation.hint() and not getattr(args, "reduced_decoding", False):
+            notes.append(situation.hint())
     if args.use_fp16 is not None and args.precision == "auto":
         args.precision = "auto" if args.use_fp16 else "fp32"
     return args

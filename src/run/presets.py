@@ -133,17 +133,16 @@ class Situation:
         is_large = network is not None and network.get("width", 1.0) > NARROW
         return replace(self, has_network=is_arch_said or is_large)
 
-    def hint(self, is_reduced: bool = False) -> str | None:
-        """What else than --reduced_decoding, if that is given, makes a run much faster; None: nothing."""
+    def hint(self) -> str | None:
+        """What would make a run much faster, for people; None where nothing would."""
         if self.on_gpu or self.decoding() < 0.5 or self.side <= COPY_SIDE:
             return None
         of_copy = replace(self, megapixels=COPY_MEGAPIXELS)
         times = (1 - of_copy.decoding()) / (1 - self.decoding())
-        remedy = "" if is_reduced else "--reduced_decoding shortens that for JPEGs, and "
         return (
             f"images of {self.megapixels:.1f} megapixels: {self.decoding():.0%} of the time goes into "
-            f"decoding all pixels; {remedy}a copy of the images with shorter sides of {COPY_SIDE} px trains "
-            f"about {times:.1f} times as fast"
+            "decoding them; --reduced_decoding shortens that for JPEGs, and a copy of the images with shorter "
+            f"sides of {COPY_SIDE} px trains about {times:.1f} times as fast"
         )
 
     def decoding(self) -> float:
