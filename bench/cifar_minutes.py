@@ -275,8 +275,8 @@ class Minutes:
                 )
             if line.get("knn_flags", "") != self.knn_flags(method):
                 raise ValueError(
-                    f"--out {self.out} holds {method} with '{line.get('knn_flags', '')}' for eval_knn.py: use "
-                    "another --out"
+                    f"--out {self.out} holds {method} with '{line.get('knn_flags', '')}' for eval_knn.py: "
+                    "use another --out"
                 )
             if line["schedule"] != self.args.minutes[-1]:
                 raise ValueError(

@@ -56,7 +56,7 @@ BUDGETS = {
     "main_swav": (27, 6850),
     "main_simclr": (26, 6700),
     "main_selav2": (31, 7570),
-    "main_deepclusterv2": (32, 7780),
+    "main_deepclusterv2": (32, 7770),
     "main_rotnet": (32, 7420),
     "main_dino": (31, 7600),
     "main_deepcluster": (39, 8700),

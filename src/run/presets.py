@@ -141,8 +141,8 @@ class Situation:
         times = (1 - of_copy.decoding()) / (1 - self.decoding())
         return (
             f"images of {self.megapixels:.1f} megapixels: {self.decoding():.0%} of the time goes into "
-            "decoding them; --reduced_decoding shortens that for JPEGs, and a copy of the images with shorter "
-            f"sides of {COPY_SIDE} px trains about {times:.1f} times as fast"
+            "decoding them; --reduced_decoding shortens that for JPEGs, and a copy of the images with "
+            f"shorter sides of {COPY_SIDE} px trains about {times:.1f} times as fast"
         )
 
     def decoding(self) -> float:

@@ -14,6 +14,7 @@ from src.data.datasets import open_dataset
 from src.data.loading import Loader, num_cores
 from src.nets.resnet import build_model
 from src.run import image_flags, presets
+from src.run.flags import parse_args
 from src.run.presets import Situation, default_folder, preset_for
 from tests.data.test_datasets import write_image
 
@@ -109,6 +110,16 @@ def test_every_method_has_a_preset_for_photographs(name):
         assert set(values) - {"crop_sides"} <= set(flags)
         for key in ("nmb_cluster", "k"):
             assert values.get(key, situation.clusters()) == situation.clusters()
+
+
+def test_what_shortens_decoding_is_not_said_to_who_does_it():
+    def look(args):
+        return Situation(600, side=3000, megapixels=12.0, on_gpu=False, cores=2)
+
+    for given, is_said in (([], True), (["--reduced_decoding"], False)):
+        argv = ["--preset", "photos", "--data_path", "a folder", *given]
+        args = parse_args(main_swav.get_parser(), main_swav.PRESETS, argv, look=look)
+        assert any("12.0 megapixels" in note for note in args.notes) == is_said
 
 
 # ============ going on from trained weights ============
