@@ -67,7 +67,7 @@ class Settings(NamedTuple):
 NORMALISATION = "--mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616"
 RUN = "--knn_freq 0 --checkpoint_freq 100000 --no-tensorboard"
 # ResNet-10 of a quarter of the width, small stem, crops of 2 x 24 + 4 x 12 px, 64 images, in bf16. Two
-# processes of one thread are up to a sixth faster; without batch norm over both SwAV hardly learns.
+# processes of one thread are up to a sixth faster, but SwAV learned much less by them (RESULTS.md).
 CPU = (
     f"--preset cifar {NORMALISATION} --arch resnet10 --stem small --width 0.25 --precision bf16 "
     f"--batch_size 64 --color_jitter 0.4 0.4 0.4 0.1 --log_freq 20 {RUN}"
