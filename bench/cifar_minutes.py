@@ -73,8 +73,8 @@ CPU = (
     f"--batch_size 64 --color_jitter 0.4 0.4 0.4 0.1 --log_freq 20 {RUN}"
 )
 CROPS = "--nmb_crops 2 4 --size_crops 24 12 --base_lr 0.1"
-WHOLE_IMAGES = "--size 32 --precision bf16"  # k-NN: larger than crops, in which things are enlarged
-CORES = {"threads": 2, "workers": 1, "knn": WHOLE_IMAGES}
+# k-NN sees whole images, which are larger than the crops, as crops enlarge what is in them.
+CORES = {"threads": 2, "workers": 1, "knn": "--size 32 --precision bf16"}
 # ResNet-18 (DINO: ViT-Tiny with patches of 4 px), small stem, crops of 2 x 32 + 2 x 16 px. Learning rates
 # are the preset's for 128 images, times 2.
 CUDA = f"--preset cifar {NORMALISATION} --batch_size 256 --log_freq 50 {RUN}"

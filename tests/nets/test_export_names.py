@@ -121,6 +121,9 @@ def test_a_narrow_resnet_fits_into_timm_detr_and_detectron2(tmp_path):
         renamed = rename(network)
         assert renamed.features == (128, 512)
         assert torch.equal(renamed.weights[first], filled["conv1.weight"])
+        norms = ("norm.weight", "bn1.weight", "bn2.weight")
+        shapes = {x.shape[0] for name, x in renamed.weights.items() if name.endswith(norms)}
+        assert shapes == {64, 128, 256, 512}
         counters = [name for name in filled if name.endswith("num_batches_tracked")]
         assert len(renamed.weights) == len(filled) - len(counters)
     assert to_torchvision(trunk(tmp_path, "resnet18", width=0.999)).features is None  # 64 planes
