@@ -111,10 +111,17 @@ def machine():
 
 
 def processor():
-    """The model of the processor, as Linux names it, else as Python does."""
+    """The model of the processor, as Linux names it, else as Python does.
+
+    Virtual machines call generations that differ in their vector instructions by one name, such as
+    AMD EPYC; family and model, where Linux says them, tell these apart.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
+    name = facts.get("model name", platform.machine()).strip()
+    if "cpu family" not in facts or "model" not in facts:
+        return name
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})"

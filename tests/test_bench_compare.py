@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import compare
+from bench import compare, measure
 from bench.measure import print_table
 
 
@@ -46,6 +46,30 @@ def test_another_machine_is_not_compared_and_is_kept_beside_the_first(write, tmp
     name = "a product: 3 x 4, cpu | ours"
     found = json.loads(kept.read_text())
     assert found["a GPU"][name] == 1.5 and found["a processor, 1 threads"][name] == 3.0
+
+
+EPYC = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: {family}
+model\t\t: {model}
+model name\t: AMD EPYC
+stepping\t: 1
+"""
+ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (2 * EPYC.format(family=25, model=17), "AMD EPYC (family 25, model 17)"),
+        (2 * EPYC.format(family=26, model=2), "AMD EPYC (family 26, model 2)"),
+        (ARM, "aarch64"),
+    ],
+)
+def test_generations_of_one_name_are_different_machines(monkeypatch, cpuinfo, name):
+    monkeypatch.setattr(measure.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(measure.platform, "machine", lambda: "aarch64")
+    assert measure.processor() == name
 
 
 def test_the_best_of_several_runs_counts(write, tmp_path):
