@@ -3,7 +3,8 @@
 Compared with the plain published pipeline, sample by sample and crop by crop: PIL decoding,
 torchvision's RandomResizedCrop, flip, ColorJitter, grayscale, PIL's GaussianBlur, to tensor,
 normalise. Ours once as the loader alone, which is all a core does when the colours are changed on
-a GPU, and once with the colours changed on the CPU as well.
+a GPU, and once with the colours changed on the CPU as well. albumentations stands beside them where it
+is installed: OpenCV's decoding and operations on 8-bit images, and its resizing, which does not antialias.
 
 Floor: a JPEG of this size takes about 0.6 ms to decode (libjpeg-turbo, EPYC 9005), after which 8
 crops have to be read and 467 kB written. Everything runs in one process on one thread.
@@ -13,7 +14,10 @@ crops have to be read and 467 kB written. Everything runs in one process on one 
 With a GPU it also times the colours there: 64 images, copied as uint8 and changed in one batch.
 """
 
+import functools
+import importlib.util
 import io
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -71,6 +75,43 @@ def published_transforms():
         ]
         transforms += [T.Compose(steps)] * number
     return transforms
+
+
+def albumentations_transforms():
+    """One transform a crop of the same steps and draws; None where albumentations is not installed."""
+    if importlib.util.find_spec("albumentations") is None:
+        return None
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for its version
+    import albumentations as A
+    import cv2
+    from albumentations.pytorch import ToTensorV2
+
+    cv2.setNumThreads(1)
+    strong = (0.2, 1.8)
+    transforms = []
+    for number, size, low, high in zip(NUM_CROPS, SIZES, LOW, HIGH, strict=True):
+        steps = [
+            A.RandomResizedCrop(size=(size, size), scale=(low, high)),
+            A.HorizontalFlip(p=0.5),
+            A.ColorJitter(
+                brightness=strong, contrast=strong, saturation=strong, hue=(-0.2, 0.2), p=0.8
+            ),
+            A.ToGray(p=0.2),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5),
+            A.Normalize(MEAN, STD),
+            ToTensorV2(),
+        ]
+        transforms += [A.Compose(steps)] * number
+    return transforms
+
+
+def by_albumentations(paths, transforms):
+    """All crops of all images."""
+    import cv2
+
+    for path in paths:
+        image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
+        [transform(image=image) for transform in transforms]
 
 
 def main(argv=None):
@@ -134,21 +175,21 @@ def measure(folder, num, repeats, file_size, json_file):
 
     functions = [published, load, load_and_augment]
     functions += [published_decode, published_crops, decode, photometry]
+    fast_transforms = albumentations_transforms()
+    if fast_transforms is not None:
+        functions.append(functools.partial(by_albumentations, paths, fast_transforms))
     times = [t / num for t in median_seconds(functions, repeats, warmup=1)]
-    whole, loading, everything, pil_decode, pil_crops, decoding, colours = times
+    whole, loading, everything, pil_decode, pil_crops, decoding, colours, *peer = times
+    rows = [
+        ["published, per sample (PIL)", whole],
+        *[["albumentations, per sample (OpenCV)", seconds] for seconds in peer],
+        ["ours, loader only (colours on the device)", loading],
+        ["ours, colours on the CPU", everything],
+    ]
     print_table(
         f"input pipeline, 2x224 + 6x96 from {num} JPEGs of 500x375 ({file_size / 1e3:.0f} kB)",
         ["one core", "ms/image", "images/s", "times faster"],
-        [
-            ["published, per sample (PIL)", whole * 1e3, 1 / whole, 1.0],
-            [
-                "ours, loader only (colours on the device)",
-                loading * 1e3,
-                1 / loading,
-                whole / loading,
-            ],
-            ["ours, colours on the CPU", everything * 1e3, 1 / everything, whole / everything],
-        ],
+        [[name, seconds * 1e3, 1 / seconds, whole / seconds] for name, seconds in rows],
         json_file,
     )
     rows = [
