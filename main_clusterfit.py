@@ -58,8 +58,8 @@ logger = logging.getLogger(__name__)
 # Changed defaults of the method on small data, beside those of src/run/presets.py; VISSL's jitter.
 JITTER = {"color_jitter": [0.4, 0.4, 0.4, 0.2], "jitter_prob": 1.0}
 SMALL = {**convnet_flags.SMALL, **JITTER, "batch_size": 128}
-CIFAR = {"nmb_cluster": 100, "dump_path": "runs/clusterfit_cifar"}
-DIGITS = {"nmb_cluster": 60, "dump_path": "runs/clusterfit_digits"}
+CIFAR = {"nmb_cluster": 100}
+DIGITS = {"nmb_cluster": 60}
 
 
 def photos(situation):

@@ -61,8 +61,8 @@ logger = logging.getLogger(__name__)
 
 # Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {**convnet_flags.SMALL, "checkpoint_iters": 0, "wd": 5e-4, "dim_pca": 32}
-CIFAR = {"arch": "resnet18", "nmb_cluster": 100, "dump_path": "runs/deepcluster_cifar"}
-DIGITS = {"arch": "resnet10", "nmb_cluster": 60, "dump_path": "runs/deepcluster_digits"}
+CIFAR = {"arch": "resnet18", "nmb_cluster": 100}
+DIGITS = {"arch": "resnet10", "nmb_cluster": 60}
 
 
 def photos(situation):

@@ -73,8 +73,8 @@ def photos(situation):
 PRESETS = {
     "imagenet": {},
     "photos": photos,
-    "cifar": {**SMALL, "nmb_prototypes": [100, 100, 100], "dump_path": "runs/deepclusterv2_cifar"},
-    "tiny": {**SMALL, "nmb_prototypes": [60, 60, 60], "dump_path": "runs/deepclusterv2_digits"},
+    "cifar": {**SMALL, "nmb_prototypes": [100, 100, 100]},
+    "tiny": {**SMALL, "nmb_prototypes": [60, 60, 60]},
 }
 KMEANS_DRAW = 1  # sets the draws of k-means apart from those of photometry
 

@@ -69,8 +69,8 @@ logger = logging.getLogger(__name__)
 
 # Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {**convnet_flags.SMALL, "lr": 0.05, "wd": 5e-4, "super_classes": 8, "dim_pca": 32}
-CIFAR = {"arch": "resnet18", "k": 100, "dump_path": "runs/deepercluster_cifar"}
-DIGITS = {"arch": "resnet10", "k": 60, "dump_path": "runs/deepercluster_digits"}
+CIFAR = {"arch": "resnet18", "k": 100}
+DIGITS = {"arch": "resnet10", "k": 60}
 
 
 def photos(situation):

@@ -90,13 +90,13 @@ PRESETS = {
     "photos": photos,
     "cifar": {
         **SMALL, "arch": "vit_tiny", "lr": 0.002, "global_crops_size": 32, "local_crops_size": 16,
-        "global_crops_scale": [0.3, 1.0], "local_crops_scale": [0.1, 0.4], "dump_path": "runs/dino_cifar",
+        "global_crops_scale": [0.3, 1.0], "local_crops_scale": [0.1, 0.4],
     },
     "tiny": {
         **SMALL, "arch": "vit_micro", "lr": 0.016, "global_crops_size": 16, "local_crops_size": 8,
         "global_crops_scale": [0.6, 1.0], "local_crops_scale": [0.3, 0.6], "solarize": [0.0],
         "out_dim": 256, "teacher_temp": 0.02, "warmup_teacher_temp": 0.02, "batch_size": 32,
-        "epochs": 40, "dump_path": "runs/dino_digits",
+        "epochs": 40,
     },
 }  # fmt: skip
 NUM_GLOBAL = 2  # crops that the teacher sees

@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Changed defaults of the method on small data, beside those of src/run/presets.py.
 SMALL = {**convnet_flags.SMALL, "batch_size": 128, "lr": 0.1, "gamma": 0.2}
-CIFAR = {"decay_epochs": [30, 60, 80], "dump_path": "runs/rotnet_cifar"}
-DIGITS = {"decay_epochs": [], "epochs": 30, "knn_freq": 10, "dump_path": "runs/rotnet_digits"}
+CIFAR = {"decay_epochs": [30, 60, 80]}
+DIGITS = {"decay_epochs": [], "epochs": 30, "knn_freq": 10}
 
 
 def photos(situation):

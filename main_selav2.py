@@ -75,8 +75,8 @@ def photos(situation):
 PRESETS = {
     "imagenet": {},
     "photos": photos,
-    "cifar": {**SMALL, "nmb_prototypes": [100, 100, 100], "dump_path": "runs/selav2_cifar"},
-    "tiny": {**SMALL, "nmb_prototypes": [60, 60, 60], "dump_path": "runs/selav2_digits"},
+    "cifar": {**SMALL, "nmb_prototypes": [100, 100, 100]},
+    "tiny": {**SMALL, "nmb_prototypes": [60, 60, 60]},
 }
 
 

@@ -60,8 +60,8 @@ def photos(situation):
 PRESETS = {
     "imagenet": {},
     "photos": photos,
-    "cifar": {**SMALL, "dump_path": "runs/simclr_cifar"},
-    "tiny": {**SMALL, "dump_path": "runs/simclr_digits"},
+    "cifar": SMALL,
+    "tiny": SMALL,
 }
 
 

@@ -67,8 +67,8 @@ def photos(situation):
 PRESETS = {
     "imagenet": {},
     "photos": photos,
-    "cifar": {**SMALL, "epsilon": 0.01, "nmb_prototypes": [100], "dump_path": "runs/swav_cifar"},
-    "tiny": {**SMALL, "epsilon": 0.02, "nmb_prototypes": [60], "dump_path": "runs/swav_digits"},
+    "cifar": {**SMALL, "epsilon": 0.01, "nmb_prototypes": [100]},
+    "tiny": {**SMALL, "epsilon": 0.02, "nmb_prototypes": [60]},
 }
 MAX_SCORE = 1.0  # scores are cosines: embeddings and prototypes have norm 1
 
@@ -136,7 +136,12 @@ class Queue:
         return self.num_rows >= self.embeddings.shape[1]
 
     def push(self, embeddings):
-        """embeddings: (crops, B, D) of the batch."""
+        """embeddings: (crops, B, D) of the batch; a row that is not finite becomes zeros.
+
+        Half precision overflows now and then, and one NaN would be in all codes as long as it is kept.
+        """
+        finite = torch.isfinite(embeddings).all(dim=2, keepdim=True)
+        embeddings = torch.where(finite, embeddings, 0.0)
         kept = self.embeddings[:, : -embeddings.shape[1]]
         self.embeddings = torch.cat([embeddings.to(kept.dtype), kept], 1)
         self.num_rows += embeddings.shape[1]
@@ -461,7 +466,8 @@ def check_args(args, global_batch: int) -> int:
         raise ValueError("--nmb_crops 1: a code is predicted from another crop, so use at least 2")
     image_flags.check_crops_for_assign(args)
     length = args.queue_length - args.queue_length % global_batch
-    if args.queue_length and not length:
+    is_of_preset = args.queue_length == (getattr(args, "chosen", None) or {}).get("queue_length")
+    if args.queue_length and not length and not is_of_preset:  # whose batch has rows enough then
         raise ValueError(
             f"--queue_length {args.queue_length} has no room for one batch of {global_batch} images: "
             f"use a multiple of {global_batch}, or 0 for no queue"

@@ -45,6 +45,7 @@ STORAGE_TIMEOUT = 600.0  # seconds that a storage may take to come back
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 MAX_BROKEN = 0.01  # share of the images that may be unreadable,
 FEW_BROKEN = 5  # and so many in any case
+MAX_NUMBERED = 1_000_000  # classes that may have a number for a name
 PROBES = 8  # images that are tried before channels are said not to fit
 
 
@@ -122,6 +123,7 @@ def open_dataset(
         raise _no_images_at(path, folder, flag)
     if len(source) == 0:
         raise _empty(source, folder, flag)
+    _say_what_is_unused(source, path, split, data_root, label_column)
     if getattr(source, "labels", None) is not None:  # of shards and lists
         labels, classes = _number_labels(source.labels)
     unlabelled_since = unlabelled_since or getattr(source, "unlabelled_since", "")
@@ -157,6 +159,14 @@ def _annotated_source(folder, split, data_root, label_column, flag):
 
     paths = os.path.isdir(folder) and find_annotations(folder, split, flag)
     return ListSource(paths[0], split, data_root or paths[1], label_column, flag) if paths else None
+
+
+def _say_what_is_unused(source, path, split, data_root, label_column):
+    """Warn where the flags of lists are given for what is none."""
+    if split == "train" and (data_root or label_column) and not hasattr(source, "metadata"):
+        logger.warning(
+            f"--data_root and --label_column are for lists and tables, and {printable(path)} is none"
+        )
 
 
 def _empty(source, folder, flag):
@@ -398,10 +408,15 @@ def _shard_source(paths, index, flag):
 
 
 def _number_labels(texts):
-    """Labels and class names from bytes (N,): numbers as they are, else sorted names."""
+    """Labels and class names from bytes (N,): numbers as they are, else sorted names.
+
+    Numbers from MAX_NUMBERED on are names too: there is no class for each number below an id.
+    """
     try:
         labels = torch.from_numpy(texts.astype(np.int64))
-    except ValueError:
+    except (ValueError, OverflowError):
+        labels = None
+    if labels is None or int(labels.max()) >= MAX_NUMBERED:
         names, labels = np.unique(texts, return_inverse=True)
         return torch.from_numpy(labels), [name.decode(errors="replace") for name in names]
     if int(labels.min()) < 0:

@@ -53,6 +53,11 @@ class ListSource(FileSource):
             columns = READERS.get(suffix, read_table)(path, flag)
         except OSError as error:
             raise ValueError(f"{flag} {path} cannot be read ({error.strerror})") from None
+        except csv.Error as error:
+            raise ValueError(
+                f"{flag} {path} is no table as spreadsheets write it ({error}): look for a quote without its "
+                "second, and save it as UTF-8"
+            ) from None
         columns = rows_of_split(columns, split, path, flag)
         names = columns.pop(_name_of_column(columns, PATH_COLUMNS))
         labels = columns.pop(_label_column(columns, label_column, path), None)
@@ -98,11 +103,11 @@ def read_table(path: str, flag: str) -> dict[str, list[str]]:
         header = file.readline()
         separator = max(",;\t", key=header.count)
         file.seek(0)
-        rows = csv.reader(file, delimiter=separator)
+        rows = csv.reader(file, delimiter=separator, strict=True)
         names = [name.strip() for name in next(rows, [])]
         if len(names) == 2 and _is_image(names[0]) and names[1].isdecimal():
             file.seek(0)  # the first line is an image too, as in the lists of Places205
-            rows, names = csv.reader(file, delimiter=separator), ["path", "label"]
+            rows, names = csv.reader(file, delimiter=separator, strict=True), ["path", "label"]
         if len(set(names)) < len(names):
             raise ValueError(f"{flag} {path}: two columns of its header have one name")
         if _name_of_column(names, PATH_COLUMNS) is None:

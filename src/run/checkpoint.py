@@ -7,6 +7,7 @@ elsewhere are read by src.nets.weights.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from .. import dist
+from ..data.datasets import NAMES
 from ..errors import CheckpointError, beneath, cause, writing
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.prev.pth"
 BEST = "best.pth"  # in checkpoints/, of --guard_knn
 MAPPED = 2**31  # bytes beyond which a checkpoint is mapped, not read as a whole
+# What a storage says that may give the file another time: nothing is known to be wrong with it.
+OF_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM)
 # Which flag decides about a tensor, by the start of its name.
 FLAGS = {
     "prototypes": "--nmb_prototypes and --feat_dim",
@@ -142,7 +146,8 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     """The newest readable checkpoint of a run (tensors on the CPU), None if it has none.
 
     A torn or damaged file is set aside as *.unreadable and the one before it is taken, with a warning. All
-    processes may call this. Raises CheckpointError when there are files and none can be read.
+    processes may call this. Raises CheckpointError when there are files and none can be read, or the
+    storage does not give one.
     """
     from ..nets.downloads import archive_fault  # here, since --help does without it
 
@@ -162,6 +167,11 @@ def load_checkpoint(folder: str | Path) -> dict | None:
         except FileNotFoundError:
             continue
         except Exception as error:  # a torn file raises whatever its last bytes make of it
+            if getattr(error, "errno", None) in OF_STORAGE:
+                raise CheckpointError(
+                    f"{path} cannot be read now ({cause(error)}): start again when its storage gives it, or "
+                    "move it away to go on from the checkpoint before"
+                ) from error
             logger.warning("%s cannot be read (%s)", path, cause(error))
             unreadable.append(path)
             continue
@@ -236,9 +246,12 @@ def check_same_run(
             logger.info("--%s was %s and is now %s", name, before[name], arguments[name])
             if name in SAME:
                 changed = f"--{name} {before[name]}, not {arguments[name]}"
+    sets = {str(before.get("data_path")), str(arguments.get("data_path"))}
     if state["num_images"] != num_images:
         images = f"{state['num_images']:,} images, not {num_images:,}"
         changed = f"--data_path {before['data_path']} with {images}"
+    elif len(sets) == 2 and sets <= set(NAMES):  # of as many images, which all have the same names
+        changed = f"--data_path {before['data_path']}, not {arguments['data_path']}"
     elif _have_other_names(state.get("images_digest"), images_digest):
         by_image = [name for name in BY_IMAGE if name in state["method_state"]]
         if by_image:

@@ -23,6 +23,7 @@ from .presets import (
     Situation,
     default_folder,
     defaults_of,
+    first_spans,
     network_of_weights,
     preset_for,
     preset_of,
@@ -286,6 +287,10 @@ def parse_args(
         parser, words_without_help, preset, sides or CROPS[preset]["size"], published
     )
     args = parser.parse_args(words)
+    if preset == "continue":  # of the epochs and the batch that were asked for
+        iterations = situation.num_images // (args.batch_size * situation.world_size)
+        parser.set_defaults(**first_spans(published, args.epochs, iterations))
+        args = parser.parse_args(words)
     if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         parser.set_defaults(warmup_epochs=args.epochs // 2)
         args, usual_epochs = parser.parse_args(words), args.warmup_epochs

@@ -30,6 +30,7 @@ SHOWN_ON_CPU, SHOWN_TO_GIVEN, SHOWN_ON_GPU = 60_000, 6_000, 3_000_000
 DECODED_AS_LONG = 0.8
 COPY_SIDE, COPY_MEGAPIXELS = 512, 0.35  # shorter side in pixels, and size, of a photograph of 4:3
 NARROW = 0.25  # --width of photos on a CPU
+FOR_EVER = 10**10  # iterations, of --freeze_prototypes_niters
 TYPICAL_IMAGES = 10_000  # what --preset photos --help is for
 
 # Side in pixels and share of the image's area of the crops, for one or two resolutions.
@@ -131,6 +132,7 @@ class Situation:
     def with_network(self, network: dict | None, is_arch_said: bool) -> "Situation":
         """This one where --arch is said, or there are weights of a `network` (network_of_weights)."""
         is_large = network is not None and network.get("width", 1.0) > NARROW
+        is_large = is_large and network.get("arch") != "vit_micro"  # that of main_dino.py
         return replace(self, has_network=is_arch_said or is_large)
 
     def hint(self) -> str | None:
@@ -245,20 +247,30 @@ def continuation(values: dict, situation: Situation) -> dict:
     for name in ("base_lr", "final_lr", "lr"):
         if name in values:
             changed[name] = values[name] / 10
-    epochs, iterations = situation.epochs(), situation.num_images // situation.global_batch()
-    changed |= {
-        "warmup_epochs": max(1, epochs // 10),
-        "momentum_teacher": 0.9995,
-        "freeze_last_layer": max(1, epochs // 5),  # epochs
-        "freeze_prototypes_niters": max(1, epochs // 5) * iterations,
+    changed["momentum_teacher"] = 0.9995
+    iterations = situation.num_images // situation.global_batch()
+    spans = first_spans(values, situation.epochs(), iterations)
+    return {name: value for name, value in changed.items() if name in values} | spans
+
+
+def first_spans(values: dict, epochs: int, iterations: int) -> dict:
+    """For how long a run from trained weights warms up, and its new head stays as it is, by flag.
+
+    values: of all flags; only those that are among them, and prototypes that are not trained at all, as
+    DeepCluster-v2's, stay so. epochs: of the run, of so many iterations.
+    """
+    spans = {
+        "warmup_epochs": max(min(1, epochs - 1), epochs // 10),
+        "freeze_last_layer": epochs // 5,  # epochs
+        "freeze_prototypes_niters": epochs // 5 * iterations,
     }
-    return {name: value for name, value in changed.items() if name in values}
+    return {name: span for name, span in spans.items() if values.get(name, FOR_EVER) < FOR_EVER}
 
 
 def stored_choice(folder: str) -> tuple[str | None, dict]:
     """(preset of the run that a folder holds, the defaults that were made for it); (None, {}) without one.
 
-    A run goes on with what was chosen when it began, also where images have come since.
+    A run goes on with what was chosen when it began.
     """
     try:
         args = json.loads((Path(folder) / "args.json").read_text())

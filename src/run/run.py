@@ -302,11 +302,22 @@ class Run:
             from ..evaluate.probe import open_probe_set
 
             self.probe_sets[name] = open_probe_set(name, path, self.arguments["in_chans"])
+        if self.arguments["knn_freq"] and self.dataset.labels is not None:
+            self.open_validation()  # what is wrong with its images shall not be found hours later
         epoch, start = self.resumed_at
-        self.best = best_of(self.logged, self.guarded)
+        self.best = dist.broadcast_object(self.best_that_is_kept())  # the main process has the log
         if epoch > 0 and start == 0:
             self.make_up_for(epoch - 1)
         self.pauses.begin()
+
+    def best_that_is_kept(self) -> tuple[float, int] | None:
+        """The best (top-1, epoch) of the log if its state is there to go back to, else None."""
+        best, kept = (
+            best_of(self.logged, self.guarded),
+            self.folder / "checkpoints" / checkpoint.BEST,
+        )
+        is_newest = best is not None and self.resumed_at == (best[1] + 1, 0)
+        return best if is_newest or kept.exists() else None
 
     def make_up_for(self, epoch: int) -> None:
         """Do what an epoch that was done before still owes: k-NN and curves. All processes call it."""
@@ -548,12 +559,8 @@ class Run:
 
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
         """Accuracies (%) by name, of the first network also without its own, and what to say of them."""
-        from ..evaluate.probe import open_validation
-
-        dataset, in_chans = self.dataset, self.arguments["in_chans"]
-        if self.validation is None and dataset.labels is not None:
-            data_path = self.arguments["data_path"]
-            self.validation = [open_validation(dataset, data_path, in_chans)]
+        if self.validation is None and self.dataset.labels is not None:
+            self.open_validation()
         extraction = {
             "size": self.image_size,
             "mean": self.augment.mean.flatten().tolist(),
@@ -572,6 +579,13 @@ class Run:
                 said = [f"{name} {sentence}" for sentence in said]
             sentences += said
         return accuracies, sentences
+
+    def open_validation(self) -> None:
+        """Open the validation images of the data. Raises ValueError as src.evaluate.probe says."""
+        from ..evaluate.probe import open_validation
+
+        data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
+        self.validation = [open_validation(self.dataset, data_path, in_chans)]
 
     def evaluate_network(
         self, network: nn.Module, extraction: dict[str, Any]

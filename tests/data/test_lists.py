@@ -113,6 +113,7 @@ def test_a_label_that_is_missing_is_named_and_leaves_the_list_unlabelled(tmp_pat
         ("path,x\nc.png,1\na.png\n", "line 3: 1 values, and the header has 2 columns"),
         ("path,x,x\nc.png,1,2\n", "two columns of its header have one name"),
         ("", "no column of paths"),
+        ('path,x\nc.png,"1\na/1.png,2\n', "no table .* a quote without its second"),
         ("path\n", "has no image"),
     ],
 )
@@ -130,6 +131,21 @@ def test_a_file_of_a_list_that_is_gone_is_a_broken_image(tmp_path):
     dataset = open_dataset(path, max_broken=0)
     with pytest.raises(RunError, match="gone.png"):
         values(dataset)
+
+
+@pytest.mark.parametrize("first", ["48600000000", "1000000", "9" * 30])
+def test_numbers_that_are_ids_are_names_of_classes(tmp_path, first):
+    write_photos(tmp_path)
+    path = write(tmp_path / "list.csv", f"path,label\nc.png,{first}\na/1.png,7\nb/2.png,{first}\n")
+    dataset = open_dataset(path)
+    assert dataset.classes == sorted([first, "7"])
+    assert [dataset.classes[label] for label in dataset.labels] == [first, "7", first]
+
+
+def test_flags_of_lists_are_said_to_be_of_no_use_for_a_folder(tmp_path, caplog):
+    write_photos(tmp_path)
+    open_dataset(str(tmp_path), label_column="breed")
+    assert "--data_root and --label_column are for lists" in caplog.text
 
 
 def test_lists_of_other_images_have_other_digests(tmp_path):

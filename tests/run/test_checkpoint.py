@@ -1,5 +1,6 @@
 """Saving never loses a run: crashes, torn files, full disks; resuming tells what does not fit."""
 
+import errno
 import os
 import random
 import resource
@@ -195,6 +196,42 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before_with_a_word(how, tmp_pat
     save_checkpoint(tmp_path, state_of(3))  # and the good one is not replaced by the torn one
     assert torch.load(tmp_path / "checkpoint.prev.pth", weights_only=True)["epoch"] == 1
     assert load_checkpoint(tmp_path)["epoch"] == 3
+
+
+def test_a_checkpoint_that_the_storage_does_not_give_now_is_not_set_aside(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state_of(1))
+    save_checkpoint(tmp_path, state_of(2))
+    load = torch.load
+
+    def away(path, **options):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(torch, "load", away)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pth cannot be read now \(Stale.*again"):
+        load_checkpoint(tmp_path)
+    monkeypatch.setattr(torch, "load", load)
+    assert load_checkpoint(tmp_path)["epoch"] == 2
+
+
+def test_a_run_on_one_named_set_does_not_go_on_with_another_of_as_many_images():
+    state = {**state_of(1), "method": "m", "num_images": 50_000, "method_state": {}}
+    state["args"] = {**state["args"], "data_path": "cifar10"}
+
+    def check(data_path):
+        checkpoint.check_same_run(
+            state,
+            method="m",
+            networks=["model"],
+            arguments={**state["args"], "data_path": data_path},
+            num_images=50_000,
+            images_digest="50000-a",
+            folder="runs/a",
+        )
+
+    check("cifar10")
+    check("/data/cifar10")  # as folders: their images have other names, which is said
+    with pytest.raises(CheckpointError, match="--data_path cifar10, not cifar100: use another"):
+        check("cifar100")
 
 
 def test_two_torn_checkpoints_are_an_error_that_destroys_nothing(tmp_path):

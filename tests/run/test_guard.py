@@ -11,7 +11,8 @@ from src.data.datasets import open_dataset
 from src.errors import RunError
 from src.pictures.curves import panels_of_probe_sets
 from src.run.run import Run, best_of, guarded_key
-from tests.runs import images
+from tests.gloo import run_mains
+from tests.runs import images, write_noise
 
 QUICK = (
     "--device cpu --workers 0 --preset tiny --arch resnet10 --width 0.125 --nmb_prototypes 8 "
@@ -84,6 +85,36 @@ def test_a_fall_within_the_guard_is_borne_and_a_run_that_goes_on_knows_its_best(
     with pytest.raises(RunError, match="fell from 45.00 % after epoch 1 to 38.00 % after epoch 3"):
         train(tmp_path / "run", *argv, "--epochs", 3)
     assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_a_guarded_run_of_two_processes_goes_on_after_its_best_epoch(tmp_path):
+    write_noise(tmp_path / "images", {"train": (40, 40), "val": (10, 10)})
+    argv = [*QUICK, "--data_path", tmp_path / "images", "--guard_knn", 100]
+    for epochs in (1, 2):  # with the log in rank 0 alone, rank 0 alone kept the best state again
+        run_mains("main_swav", tmp_path / "run", [*argv, "--epochs", epochs], world_size=2)
+    assert "continues from epoch 2" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_guarded_from_now_on_has_no_best_state_to_go_back_to(
+    tmp_path, unlabelled, few, monkeypatch
+):
+    accuracies = iter([45.0, 40.0, 30.0, 20.0])
+    monkeypatch.setattr(Run, "evaluate", lambda run: ({"knn_a": next(accuracies)}, ["made up"]))
+    argv = ["--data_path", unlabelled, "--probe_data", "a=digits"]
+    assert train(tmp_path / "run", *argv, "--epochs", 2)[0] == 0
+    with pytest.raises(RunError, match="fell from 30.00 % after epoch 3 to 20.00 % after epoch 4"):
+        train(tmp_path / "run", *argv, "--epochs", 4, "--guard_knn", 5)
+    assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["epoch"] == 3
+
+
+def test_classes_that_do_not_fit_are_said_before_anything_is_trained(tmp_path):
+    write_noise(tmp_path / "images", {"train": (30, 30)}, names=("cat", "dog"))
+    write_noise(tmp_path / "images", {"val": (10, 10)}, names=("bird", "fish"))
+    with pytest.raises(ValueError, match="--knn_freq 0"):
+        train(tmp_path / "run", "--data_path", tmp_path / "images", "--epochs", 9)
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_deepclusterv2
 import main_dino
 import main_swav
 from src.data.datasets import open_dataset
@@ -158,6 +159,44 @@ def test_continue_freezes_prototypes_at_first(tmp_path, photos):
     assert (args.arch, args.width) == ("resnet18", 0.25)
     iterations = 40 // args.batch_size
     assert args.freeze_prototypes_niters == args.epochs // 5 * iterations
+
+
+@pytest.mark.parametrize("epochs, warmup, frozen", [(50, 5, 10), (4, 1, 0), (1, 0, 0)])
+def test_continue_freezes_a_fifth_of_the_epochs_that_are_asked_for(
+    tmp_path, photos, epochs, warmup, frozen
+):
+    torch.save(build_model("resnet18", width=0.25).state_dict(), tmp_path / "resnet.pth")
+    argv = ["--data_path", photos, "--preset", "continue", "--init_from", tmp_path / "resnet.pth"]
+    args, _ = parsed("swav", *argv, "--epochs", epochs, "--batch_size", 4)
+    assert (args.warmup_epochs, args.freeze_prototypes_niters) == (warmup, frozen * 10)
+    typed, _ = parsed("swav", *argv, "--epochs", epochs, "--freeze_prototypes_niters", 7)
+    assert typed.freeze_prototypes_niters == 7
+
+
+def test_continue_leaves_prototypes_that_no_gradient_moves(tmp_path, photos):
+    torch.save(build_model("resnet18", width=0.25).state_dict(), tmp_path / "resnet.pth")
+    argv = ["--data_path", photos, "--preset", "continue", "--init_from", tmp_path / "resnet.pth"]
+    args, _ = parsed("deepclusterv2", *argv, script=main_deepclusterv2)
+    assert args.freeze_prototypes_niters == 10**10
+
+
+def test_a_run_of_dino_on_photographs_goes_on_with_as_many_images(tmp_path, photos):
+    argv = ["--data_path", photos, "--device", "cpu"]
+    fresh, _ = parsed("dino", *argv, script=main_dino)
+    network = {"arch": fresh.arch}
+    assert fresh.arch == "vit_micro"
+    assert SIX_HUNDRED.with_network(network, is_arch_said=False) == SIX_HUNDRED
+    assert SIX_HUNDRED.with_network({"arch": "vit_tiny"}, is_arch_said=False).has_network
+
+
+def test_a_queue_of_the_preset_that_holds_no_batch_is_left_out(photos):
+    argv = ["--data_path", photos, "--device", "cpu", "--nmb_prototypes", 10]
+    args, _ = parsed("swav", *argv, "--batch_size", 32)
+    args.chosen["queue_length"] = args.queue_length = 16
+    assert main_swav.check_args(args, global_batch=32) == 0
+    args.chosen["queue_length"] = 0
+    with pytest.raises(ValueError, match="--queue_length 16 has no room for one batch of 32"):
+        main_swav.check_args(args, global_batch=32)
 
 
 @pytest.mark.parametrize("preset", ["photos", "cifar", "tiny"])
