@@ -136,14 +136,13 @@ class Queue:
         return self.num_rows >= self.embeddings.shape[1]
 
     def push(self, embeddings):
-        """embeddings: (crops, B, D) of the batch; a row that is not finite becomes zeros.
+        """embeddings: (crops, B, D) of the batch; what is not finite becomes 0.
 
         Half precision overflows now and then, and one NaN would be in all codes as long as it is kept.
         """
-        finite = torch.isfinite(embeddings).all(dim=2, keepdim=True)
-        embeddings = torch.where(finite, embeddings, 0.0)
         kept = self.embeddings[:, : -embeddings.shape[1]]
-        self.embeddings = torch.cat([embeddings.to(kept.dtype), kept], 1)
+        finite = embeddings.to(kept.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        self.embeddings = torch.cat([finite, kept], 1)
         self.num_rows += embeddings.shape[1]
 
     def state_dict(self):

@@ -69,7 +69,7 @@ CEILINGS = {
     "swav_codes_with_queue": (58, 0),
     "swav_codes_in_float64": (58, 0),
     "swav_hard_codes": (64, 0),
-    "swav_queue": (1, 0),
+    "swav_queue": (2, 0),
     "swav_prototypes": (4, 0),
     "swav_loss": (15, 0),
     "dino_loss": (48, 0),

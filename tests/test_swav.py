@@ -91,7 +91,7 @@ def test_an_overflow_of_half_precision_does_not_stay_in_the_queue():
     queue = Queue(2, 4, 3, batch_size=2, device="cpu")
     for worst in (float("nan"), float("inf")):
         embeddings = torch.ones(2, 2, 3, dtype=torch.float16)
-        embeddings[0, 1, 2] = worst
+        embeddings[0, 1] = worst
         queue.push(embeddings)
     assert queue.full and torch.equal(queue.embeddings[0, :, 0], torch.tensor([1.0, 0, 1, 0]))
     assert (queue.embeddings[1] == 1).all()
