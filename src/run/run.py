@@ -312,10 +312,8 @@ class Run:
 
     def best_that_is_kept(self) -> tuple[float, int] | None:
         """The best (top-1, epoch) of the log if its state is there to go back to, else None."""
-        best, kept = (
-            best_of(self.logged, self.guarded),
-            self.folder / "checkpoints" / checkpoint.BEST,
-        )
+        best = best_of(self.logged, self.guarded)
+        kept = self.folder / "checkpoints" / checkpoint.BEST
         is_newest = best is not None and self.resumed_at == (best[1] + 1, 0)
         return best if is_newest or kept.exists() else None
 
