@@ -161,7 +161,8 @@ def segment(video, tracker, folder, stop, progress):
                 )
             measures.append(measure_frame(labels, truth, num_objects))
         progress.count(video.name)
-    by_object = np.array(measures).reshape(-1, num_objects, 2).transpose(1, 2, 0).tolist()
+    by_frame = np.array(measures).reshape(len(measures), num_objects, 2)
+    by_object = by_frame.transpose(1, 2, 0).tolist()
     return {
         "frames": len(video.frames),
         "objects": [{"j": j, "f": f} for j, f in by_object] if measures else [],

@@ -218,6 +218,19 @@ def test_videos_with_the_first_mask_only_are_segmented_and_not_measured(tmp_path
     assert len(list((tmp_path / "out" / "davis" / "bear").iterdir())) == 4
 
 
+def test_a_video_without_objects_is_segmented_and_not_measured(tmp_path, data, capsys):
+    empty = write_davis(tmp_path / "DAVIS", names=("bear",), frames=4, objects=0)
+    result = run(tmp_path / "alone", empty)
+    assert "jf_mean" not in result and "are not measured" in capsys.readouterr().out
+    masks = sorted((tmp_path / "alone" / "davis" / "bear").iterdir())
+    assert len(masks) == 4 and not any(davis.read_mask(mask).any() for mask in masks)
+    mixed = tmp_path / "mixed" / "DAVIS"
+    shutil.copytree(data, mixed)
+    for mask in (mixed / "Annotations" / "480p" / "bear").iterdir():
+        davis.write_mask(mask, np.zeros_like(davis.read_mask(mask)))
+    assert set(run(tmp_path / "mixed_out", mixed)["videos"]) == {"dogs"}
+
+
 # ============ misuse ============
 @pytest.mark.parametrize(
     "spoil, sentence",
