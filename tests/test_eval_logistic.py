@@ -15,7 +15,7 @@ import eval_knn
 import eval_linear
 from src import dist
 from src.data.datasets import open_dataset
-from src.evaluate import logistic, logistic_search, stored_features
+from src.evaluate import linear_flags, logistic, logistic_search, stored_features
 from src.labels import row_file
 from src.run import flags
 from tests.gloo import run_ranks
@@ -139,6 +139,23 @@ def test_a_published_list_names_the_labelled_images(tmp_path):
     (row,) = evaluate(tmp_path / "out", "--label_lists", tmp_path / "quarter.txt")
     assert row["labels"] == "quarter.txt" and row["images"] == len(lines)
     assert row["top1"] > 50
+
+
+def test_lists_of_one_name_in_two_folders_are_two_sets(tmp_path):
+    train, lists = open_dataset("digits", "train"), []
+    for folder, names in (("one", "image 1\n"), ("ten", "image 2\nimage 3\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "labelled.txt").write_text(names)
+        lists.append(str(tmp_path / folder / "labelled.txt"))
+    (tmp_path / "other.txt").write_text("image 4\n")
+    lists.append(str(tmp_path / "other.txt"))
+    args = eval_linear.parse_args([*QUICK, "--label_lists", *lists])
+    sets = linear_flags.labelled_sets(args, train)
+    assert {name: len(images) for name, images in sets.items()} == {
+        lists[0]: 1,
+        lists[1]: 2,
+        "other.txt": 1,
+    }
 
 
 @pytest.mark.slow

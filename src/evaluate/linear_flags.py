@@ -154,8 +154,10 @@ def labelled_sets(args: argparse.Namespace, train: ImageDataset) -> dict[str, Te
         sets[name] = (
             every if fraction == 1 else draw(train.labels, fraction=fraction, seed=args.seed)
         )
-    for path in args.label_lists or ():
-        sets[Path(path).name] = read_list(path, train, "--label_lists")
+    files = [Path(path).name for path in args.label_lists or ()]
+    for path, file in zip(args.label_lists or (), files, strict=True):
+        name = path if files.count(file) > 1 else file  # lists of several folders may share a name
+        sets[name] = read_list(path, train, "--label_lists")
     return sets
 
 
