@@ -113,6 +113,26 @@ def test_a_run_needs_no_other_flag_than_where_it_is(tmp_path, which):
     assert settings["feat_dim"] == 8 and {r["features"] for r in rows} == {"backbone"}
 
 
+@pytest.mark.parametrize(
+    "argv, is_taken",
+    [
+        ([], True),
+        (["--data_path", "photos.csv"], True),  # the run's own
+        (["--data_path", "digits"], False),
+        (["--train_path", "train.csv", "--val_path", "val.csv"], False),
+        (["--val_path", "val.csv"], True),  # its training images are the run's
+    ],
+)
+def test_how_a_run_finds_its_images_is_taken_over_for_its_own_data_only(tmp_path, argv, is_taken):
+    make_run(tmp_path, data_path="photos.csv", data_root="/photos", label_column="kind")
+    words = ["--pretrained", str(tmp_path), *argv]
+    args, _ = eval_flags.parse_args(eval_knn.get_parser(), words, "knn")
+    found = (args.data_root, args.label_column)
+    assert found == (("/photos", "kind") if is_taken else (None, None))
+    told = eval_flags.parse_args(eval_knn.get_parser(), [*words, "--data_root", "/own"], "knn")[0]
+    assert told.data_root == "/own"
+
+
 @pytest.mark.slow
 def test_the_weights_of_the_run_are_those_evaluated_and_untrained_is_its_own_start(tmp_path):
     make_run(tmp_path / "run", seed=5)

@@ -154,6 +154,18 @@ def test_an_evaluation_gets_the_signals_and_torchrun_where_there_are_several_pro
     assert "eval_voc07.py --protocol svm --data_path b" in text and text.endswith(" --workers 1")
 
 
+def test_the_sets_are_not_read_by_the_flags_of_the_runs_own_data(tmp_path):
+    run_args = {"data_path": "photos.csv", "data_root": "/photos", "label_column": "kind"}
+    (tmp_path / "args.json").write_text(json.dumps({"arch": "resnet10", **run_args}))
+    transfer = load_script()
+    words = ["--sets", "pets=/data/pets", "--pretrained", str(tmp_path)]
+    args, _ = transfer.get_parser().parse_known_args(words)
+    words = transfer.command(args, "pets", "/data/pets", tmp_path / "pets", [])
+    evaluated = eval_linear.parse_args(words[2:])
+    assert (evaluated.arch, evaluated.data_path) == ("resnet10", "/data/pets")
+    assert (evaluated.data_root, evaluated.label_column) == (None, None)
+
+
 def test_what_is_wrong_is_said_at_once():
     for argv, sentence in (
         (["--sets", "a"], "must be name=path"),

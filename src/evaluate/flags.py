@@ -24,6 +24,7 @@ from ..run import flags, image_flags
 from ..run.flags import positive
 from ..run.presets import CROPS, default_folder, preset_of
 
+OF_DATA = ("data_root", "label_column")  # flags that say how --data_path is read
 # Networks for small images that are not of a run.
 SMALL_NETWORKS = {
     "tiny": {"arch": "resnet10", "stem": "small", "width": 0.25, "workers": 0},
@@ -123,9 +124,15 @@ def network_defaults(args: argparse.Namespace, explicit: dict) -> tuple[dict, di
 def with_defaults(
     parser: argparse.ArgumentParser, explicit: dict, said: dict | None = None
 ) -> argparse.Namespace:
-    """All flags of a parser: `explicit` wins over `said`, that over the parser's defaults."""
+    """All flags of a parser: `explicit` wins over `said`, that over the parser's defaults.
+
+    How a run found the images in its data (OF_DATA) counts for no other data than its own.
+    """
     defaults = vars(parser.parse_args([]))
     said = {name: value for name, value in (said or {}).items() if name in defaults}
+    has_own_sets = {"train_path", "val_path"} <= explicit.keys()
+    if has_own_sets or explicit.get("data_path", said.get("data_path")) != said.get("data_path"):
+        said = {name: value for name, value in said.items() if name not in OF_DATA}
     return argparse.Namespace(**{**defaults, **said, **explicit})
 
 
