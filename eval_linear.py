@@ -353,6 +353,7 @@ def evaluate_logistic(network, train, val, num_classes, args):
         result = accuracy(val_rows, val.labels[own.start : own.stop], weights, args.intercept)
         rows.append({"labels": label, "images": len(indices), **result, **found})
     named = {name: getattr(args, name) for name in NAMED if name != "protocol"}
+    named["precision"] = extraction["precision"]
     report_logistic(rows, settings | named, out / "eval_logistic.json", not args.pretrained)
     return finish(stop)
 

@@ -239,6 +239,7 @@ def evaluate_svm(args, network, dataset, tested):
     result["cross_validated"] = dict(zip(CLASSES, fitted["ap"].tolist(), strict=True))
     named = {name: getattr(args, name) for name in ("pretrained", "checkpoint_key", "data_path")}
     settings |= {**named, "protocol": "svm", "split": args.split, "costs": sorted(args.costs)}
+    settings["precision"] = extraction["precision"]
     report(result, settings, out / "eval_voc07_svm.json", not args.pretrained)
     return finish(stop)
 

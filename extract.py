@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     extraction = eval_flags.extraction_options(args, network, dataset, process.device)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"arch": network.arch, "images_digest": dataset.digest(), "shape": list(shape)}
-    settings["weights"] = fingerprint(network.model)
+    settings |= {"weights": fingerprint(network.model), "precision": extraction["precision"]}
     stored = read_stored(folder, settings)
     statistics = {name: extraction[name] for name in ("mean", "std")}
     rows = prepare(folder, stored, {**statistics, "settings": settings}, shape, len(dataset))
@@ -293,6 +293,8 @@ def read_stored(folder, settings):
     words = {"weights": "of other weights", "images_digest": "of other images"}
     for name, value in settings.items():
         before = stored["settings"].get(name)
+        if name == "precision" and before is None:  # earlier versions do not say it
+            continue
         if before != value:
             what = words.get(name, f"with {name} {before}, not {value}")
             raise CheckpointError(

@@ -232,6 +232,10 @@ def test_what_is_wrong_is_one_sentence_and_status_2(tmp_path, capfd, whole):
         (["--label_lists", str(few)], "no class of few.txt has 5"),
         (["--data_path", str(voc), "--size", "12"], "eval_voc07.py --protocol svm"),
         (["--dump_path", str(whole), "--size", "10"], "holds features with size"),
+        (
+            ["--dump_path", str(whole), "--precision", "bf16"],
+            "features with precision fp32, not bf16",
+        ),
     ):
         words = [*QUICK, "--dump_path", str(tmp_path / "out"), *argv]
         with pytest.raises(SystemExit) as leaving:

@@ -578,6 +578,20 @@ def test_a_second_call_computes_nothing_and_other_costs_only_svms(svm_folder, vo
         run_svm(svm_folder, voc, "--size", 10)
 
 
+def test_svms_take_no_features_of_another_precision_but_those_of_an_earlier_version(
+    svm_folder, voc, tmp_path
+):
+    shutil.copytree(svm_folder, tmp_path, dirs_exist_ok=True)
+    assert run_svm(tmp_path, voc, "--precision", "fp32")["settings"]["precision"] == "fp32"
+    with pytest.raises(OSError, match="features with precision fp32, not bf16: name another"):
+        run_svm(tmp_path, voc, "--precision", "bf16")
+    for path in (tmp_path / "voc07" / "svm").glob("*.json"):
+        stored = json.loads(path.read_text())
+        del stored["settings"]["precision"]
+        path.write_text(json.dumps(stored))
+    run_svm(tmp_path, voc, "--precision", "bf16")
+
+
 @pytest.mark.slow
 def test_svms_of_two_processes_stopped_in_the_middle_end_at_the_bits_of_one(
     svm_folder, voc, tmp_path

@@ -205,6 +205,20 @@ def test_a_folder_with_other_features_is_refused(tmp_path, photos, change, words
         call(tmp_path / "out", *argv, *change)
 
 
+def test_features_of_another_precision_are_refused_and_those_of_an_earlier_version_are_not(
+    tmp_path, photos
+):
+    argv, out = [*NETWORK, "--data_path", photos], tmp_path / "out"
+    _, _, stored = call(out, *argv)
+    assert stored["settings"]["precision"] == "fp32"  # that of auto on a CPU
+    call(out, *argv, "--precision", "fp32")
+    with pytest.raises(CheckpointError, match="with precision fp32, not bf16: name another"):
+        call(out, *argv, "--precision", "bf16")
+    del stored["settings"]["precision"]
+    (out / "extract.json").write_text(json.dumps(stored))
+    call(out, *argv, "--precision", "bf16")
+
+
 # ============ clusters ============
 def test_clusters_are_the_nearest_centroids(tmp_path):
     features, rows, _ = call(tmp_path / "out", *NETWORK, "--clusters", 12, "--num_shown", 3)

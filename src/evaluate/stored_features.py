@@ -30,13 +30,14 @@ def stored_features(
     """Features (n, width) float32 of all images of a dataset, mapped; None when a signal asked to stop.
 
     They lie in <folder>/<name>.npy, with what they depend on in <name>.json: settings, as JSON has them,
-    and the images. indices: of the images to take, (n,), instead of all. extraction: the arguments of
-    src.labels.features.extract_features after the images. All processes call it, and each computes its
-    share. Raises CheckpointError where the folder holds features of other images or settings, and
-    ValueError for features that are not finite, or for want of space.
+    the images and the precision. indices: of the images to take, (n,), instead of all. extraction: the
+    arguments of src.labels.features.extract_features after the images. All processes call it, and each
+    computes its share. Raises CheckpointError where the folder holds features of other images or
+    settings, and ValueError for features that are not finite, or for want of space.
     """
     count = len(dataset) if indices is None else len(indices)
     settings = {**settings, "images": images_digest(dataset, indices), "width": width}
+    settings["precision"] = extraction["precision"]
     path = folder / f"{name}.json"
     complete = dist.broadcast_object(dist.on_main(lambda: _is_complete(path, settings)))
     if complete is None:
@@ -89,6 +90,8 @@ def _is_complete(path, settings):
     stored = json.loads(path.read_text())
     for name, value in settings.items():
         before = stored["settings"].get(name)
+        if name == "precision" and before is None:  # earlier versions do not say it
+            continue
         if before != value:
             what = "of other weights" if name == "weights" else f"with {name} {before}, not {value}"
             raise CheckpointError(
