@@ -49,6 +49,7 @@ from src.evaluate.stored_features import labelled_digest
 from src.nets.backbones import is_transformer
 from src.nets.folded_sobel import fold_sobel
 from src.nets.pretrained import MODEL_FLAGS
+from src.nets.resnet import TIMM
 from src.nets.weights import fingerprint
 from src.optim import cosine_schedule, step_lr
 from src.run import checkpoint, flags, image_flags
@@ -198,10 +199,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_network(args):
-    """The network to start from; of --from_scratch the same before any training."""
+    """The network to start from; of --from_scratch the same before any training.
+
+    Of a network of timm only building it tells whether it has stochastic depth; without it the rate of the
+    protocol is 0, as it is with other networks that cannot have it.
+    """
     options = {"drop_path_rate": args.drop_path_rate} if args.drop_path_rate else {}
     network = eval_flags.open_network(args, **options)
+    if options and args.arch.startswith(TIMM):
+        from src.nets.timm_trunks import has_stochastic_depth  # here, as timm is optional
+
+        if not has_stochastic_depth(network.model):
+            refuse_stochastic_depth(args)
+            args.drop_path_rate = 0.0
     return network.untrained() if args.from_scratch else network
+
+
+def refuse_stochastic_depth(args):
+    """Raise ValueError where --drop_path_rate is on the command line, of a network that cannot have it."""
+    if args.drop_path_rate and "drop_path_rate" in args.given:
+        raise ValueError(
+            f"--drop_path_rate {args.drop_path_rate} is for vision transformers and networks of timm with "
+            f"stochastic depth, which --arch {args.arch} has not: leave it out"
+        )
 
 
 def check_trained(folder):
@@ -308,10 +328,17 @@ def parse_args(argv):
     for name, value in defaults.items():
         if name not in args.given:
             setattr(args, name, value)
+    if "drop_path_rate" not in args.given and not may_have_stochastic_depth(args.arch):
+        args.drop_path_rate = 0.0  # of torchvision's vision transformers, say
     if "warmup_epochs" not in args.given:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs // 2)
     fill_in_crops(args)
     return args
+
+
+def may_have_stochastic_depth(arch):
+    """Whether a network of this name may leave out branches in training; of timm's not all can."""
+    return is_transformer(arch) or arch.startswith(TIMM)
 
 
 def fill_in_crops(args):
@@ -419,12 +446,8 @@ def check_args(args) -> None:
     for name in unused:
         if name in args.given:
             raise ValueError(f"--{name} is not for --scheduler {args.scheduler}: leave it out")
-    is_given = args.drop_path_rate and "drop_path_rate" in args.given
-    if is_given and not is_transformer(args.arch):
-        raise ValueError(
-            f"--drop_path_rate {args.drop_path_rate} is for vision transformers, which --arch {args.arch} is "
-            "not: leave it out"
-        )
+    if not may_have_stochastic_depth(args.arch):
+        refuse_stochastic_depth(args)
     if args.layer_decay > 1:
         raise ValueError(f"--layer_decay {args.layer_decay} must be at most 1")
 

@@ -101,6 +101,33 @@ def test_several_crops_are_those_of_the_training_scripts():
     assert of("--nmb_crops 2 --min_scale_crops 0.14 --size_crops 160").min_scale_crops == [0.14]
 
 
+def test_stochastic_depth_is_of_networks_that_can_have_it():
+    for arch in ("vit_small", "timm:vit_small_patch16_224"):
+        assert of(f"--arch {arch}").drop_path_rate == 0.1
+        assert of(f"--arch {arch} --drop_path_rate 0.3").drop_path_rate == 0.3
+        eval_finetune.check_args(of(f"--arch {arch} --drop_path_rate 0.3 --device cpu"))
+    args = of("--arch vit_b_16")  # torchvision's
+    assert (args.protocol, args.drop_path_rate) == ("deit", 0.0)
+
+
+@pytest.mark.slow  # loads timm
+@pytest.mark.parametrize("words", ["", "--from_scratch"])
+def test_networks_of_timm_are_fine_tuned_with_stochastic_depth(words):
+    pytest.importorskip("timm")
+
+    def opened(argv):
+        args = of(f"--protocol deit --size 64 {argv} {words}")
+        network = eval_finetune.open_network(args)
+        layers = [x for x in network.model.modules() if type(x).__name__ == "DropPath"]
+        return args.drop_path_rate, max((layer.drop_prob for layer in layers), default=None)
+
+    assert opened("--arch timm:test_vit") == pytest.approx((0.1, 0.1))
+    assert opened("--arch timm:test_vit --drop_path_rate 0.3") == pytest.approx((0.3, 0.3))
+    assert opened("--arch timm:dla46_c") == (0.0, None)  # which timm has without
+    with pytest.raises(ValueError, match="which --arch timm:dla46_c has not: leave it out"):
+        opened("--arch timm:dla46_c --drop_path_rate 0.3")
+
+
 # ============ whole evaluations ============
 def test_results_of_other_images_or_labels_are_not_taken_over(images, tmp_path):
     run(tmp_path / "out", images, "--epochs", 1)
@@ -299,6 +326,7 @@ def test_validation_images_are_trained_on_by_debug(images, tmp_path):
         ("--pretrained nowhere.pth", "nowhere.pth"),
         ("--evaluate", "--evaluate"),
         ("--sobel2RGB true", "--sobel2RGB"),
+        ("--drop_path_rate 0.1", "--drop_path_rate 0.1 is for vision transformers and networks of"),
         ("--layer_decay 0.5", "--layer_decay 0.5"),
         ("--layer_decay 1.5", "--layer_decay 1.5"),
         ("--magnitude 31", "--magnitude 31"),

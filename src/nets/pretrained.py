@@ -291,11 +291,11 @@ def _build_with_head(arch, options, run_args):
     for name in ("num_registers", "depth", "num_heads", "layer_scale"):
         if options.get(name):
             raise ValueError(f"--{name} is for vision transformers: leave it out for --arch {arch}")
-    options = {
-        name: value
-        for name, value in options.items()
-        if name not in (*VIT_FLAGS, "feat_dim", "drop_path_rate")  # published for every network
-    } | {"output_dim": options.get("feat_dim", 0)}
+    unused = {*VIT_FLAGS, "feat_dim"}  # published for every network
+    if not arch.startswith(TIMM):
+        unused.add("drop_path_rate")
+    head = {"output_dim": options.get("feat_dim", 0)}
+    options = {name: value for name, value in options.items() if name not in unused} | head
     prototypes = run_args.get("nmb_prototypes", 0)
     if isinstance(prototypes, list) and len(prototypes) == 1:
         prototypes = prototypes[0]  # a single set, as the scripts build it

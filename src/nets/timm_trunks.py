@@ -40,6 +40,12 @@ def timm_trunk(name: str, in_chans: int = 3, drop_path_rate: float = 0.0) -> tup
     return trunk, getattr(trunk, "head_hidden_size", trunk.num_features)
 
 
+def has_stochastic_depth(network: nn.Module) -> bool:
+    """Whether a network of timm was built so that it leaves out branches in training."""
+    layers = [module for module in network.modules() if type(module).__name__ == "DropPath"]
+    return any(layer.drop_prob for layer in layers)
+
+
 def timm_weights(name: str) -> dict[str, Tensor]:
     """The tensors of the weights that timm has of a network, downloaded unless they are there already.
 
