@@ -193,6 +193,21 @@ def test_the_average_of_the_weights_is_what_is_evaluated(images, tmp_path):
     assert saved(tmp_path / "moving")["average"] and not saved(tmp_path / "none")["average"]
 
 
+@torch.no_grad()
+def test_the_network_of_the_folder_is_the_one_whose_accuracy_is_reported(images, tmp_path):
+    with torch.enable_grad():
+        run(tmp_path / "averaged", images, "--ema_decay", 0.5, "--epochs", 1)
+        run(tmp_path / "plain", images, "--epochs", 1)
+    name = "backbone.conv1.weight"
+    state, folder = saved(tmp_path / "averaged"), tmp_path / "averaged" / "finetune"
+    assert not torch.equal(state["average"][name], state["model"][name])
+    assert torch.equal(open_pretrained(folder).model.conv1.weight, state["average"][name])
+    told = open_pretrained(folder, checkpoint_key="model")
+    assert torch.equal(told.model.conv1.weight, state["model"][name])
+    plain = open_pretrained(tmp_path / "plain" / "finetune").model  # has no average
+    assert torch.equal(plain.conv1.weight, saved(tmp_path / "plain")["model"][name])
+
+
 def test_sobel_filters_are_folded_into_the_first_convolution(images, tmp_path):
     model = build_convnet("vgg16", sobel=True, sobel_padding=2, width=1 / 32)
     weights = {"arch": "vgg16", "state_dict": model.state_dict()}

@@ -24,8 +24,9 @@ from ..errors import CheckpointError, cause
 
 logger = logging.getLogger(__name__)
 
-# What published files wrap their weights in, and what they put before the names of a network.
-SECTIONS = ("state_dict", "model", "teacher", "student", "trunk", "model_state_dict")
+# What published files wrap their weights in, and what they put before the names of a network. "average" is
+# of eval_finetune.py --ema_decay, whose accuracies are those of the average; without that it is empty.
+SECTIONS = ("state_dict", "average", "model", "teacher", "student", "trunk", "model_state_dict")
 PREFIXES = ("", "backbone.", "trunk.", "encoder.", "encoder_q.", "base_encoder.", "model.", "body.",
             "model.backbone.", "teacher_backbone.", "student_backbone.", "backbone.vit.",
             "teacher_backbone.vit.", "student_backbone.vit.")  # fmt: skip
@@ -61,7 +62,7 @@ def read_weights(path: str | Path, checkpoint_key: str | None = None) -> dict[st
     path: a file, the folder of a run or one in the layout of the Hugging Face hub, an http(s) address, or
     "torchvision:resnet50" or "timm:resnet50" for what these packages have. checkpoint_key: the section to
     take, such as "student", or what the names of the network begin with, such as "momentum_encoder"; None:
-    the first of SECTIONS that there is. A file without any is taken whole. Raises FileNotFoundError,
+    the first of SECTIONS that has tensors. A file without any is taken whole. Raises FileNotFoundError,
     ValueError (another key would do) or CheckpointError (not a file of weights).
     """
     return tensors_of(read_file(path), path, checkpoint_key)
@@ -72,7 +73,8 @@ def tensors_of(
 ) -> dict[str, torch.Tensor]:
     """What read_weights gives, of the contents of a file that is read already; path: for messages."""
     names = _sections(contents)
-    key = next((key for key in (checkpoint_key, *SECTIONS) if key in names), None)
+    filled = [key for key in SECTIONS if key in names and _tensors(contents[key])]
+    key = checkpoint_key if checkpoint_key in names else next(iter(filled), None)
     weights = dist.without_wrapper(_tensors(contents if key is None else contents[key]))
     if checkpoint_key is not None and checkpoint_key not in names:
         start = f"{checkpoint_key}."
