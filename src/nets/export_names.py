@@ -84,6 +84,8 @@ def to_torchvision(network: Pretrained, zero_classifier: bool = False) -> Rename
         weights |= {name: torch.zeros(target[name].shape) for name in missing}
         missing = []
     options.pop("init_weights", None)
+    if network.options.get("transform_input"):
+        options["transform_input"] = True
     return Renamed(weights, network.arch, options, missing, features=features)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .backbones import build_backbone, is_transformer
-from .library_weights import TORCHVISION
+from .library_weights import TORCHVISION, TRANSFORMED, described_by_torchvision
 from .recognise import recognise
 from .resnet import TIMM, build_model
 from .weight_folders import heads_of_config
@@ -29,6 +29,7 @@ HEAD_FLAGS = ("hidden_mlp", "feat_dim", "head_dims", "head_bn")
 SOBEL_FLAGS = ("sobel", "sobel_padding")
 MODEL_FLAGS = ("arch", "stem", "width", *HEAD_FLAGS, *VIT_FLAGS, *SOBEL_FLAGS)
 NETWORK_FLAGS = (*MODEL_FLAGS, "zero_init_residual", "in_chans", "image_padding", "stem_padding")
+NETWORK_FLAGS += ("transform_input",)  # which no flag says, but the weights of torchvision
 IMAGE_FLAGS = ("data_path", "data_root", "label_column", "mean", "std", "seed")
 HEADS = ("projection_head", "prototypes")  # modules that come after the features of a network
 IMAGE_SIZE = 224  # pixels, where nothing says it
@@ -47,8 +48,8 @@ class Pretrained:
                     model.forward_backbone gives the former in either case
     head            what came after that while it was trained, if anything: projection_head, prototypes
     image_size      side in pixels of its largest crops, 224 where nothing says it
-    mean, std       of each channel, to normalise images with; None where neither the caller nor its run
-                    says: those of the data then, see normalisation
+    mean, std       of each channel, to normalise images with; None where neither the caller nor its run,
+                    nor the library of its weights says: those of the data then, see normalisation
     imagenet_red    what it divided the red of ImageNet by: 0.228 or 0.229
     run_args        the arguments of its run, {} if it is of no run of this repository
     options         what it is built with, by flag, without arch
@@ -212,7 +213,7 @@ def describe(
     """
     of_library = _arch_of_library(path)
     if of_library and arch in (None, of_library):  # without a download
-        return {}, {"arch": of_library, **_said_by_timm(path)}
+        return {}, {"arch": of_library, **_said_by_library(path, of_library)}
     run_args = read_run_args(path)
     if run_args:
         return run_args, settings_of_run(run_args)
@@ -258,16 +259,25 @@ def _said(path, weights, arch, run_args):
     said = recognise(weights, arch)
     if "patch_size" in said and (heads := heads_of_config(path)) is not None:
         said["num_heads"] = heads
-    return {**said, **_said_by_timm(path), **settings_of_run(run_args)}
+    return {**said, **_said_by_library(path, arch), **settings_of_run(run_args)}
 
 
-def _said_by_timm(path):
-    """What timm says of the images that its weights are for: size, mean, std; {} for other files."""
-    if not str(path).startswith(TIMM):
+def _said_by_library(path, arch):
+    """What a library says of the images that its weights are for: mean, std, of timm size; {} for files.
+
+    arch: as in _said. Whether torchvision's network transforms its images is said of that network alone.
+    """
+    name = str(path)
+    if name.startswith(TORCHVISION):
+        said = described_by_torchvision(name.removeprefix(TORCHVISION))
+        if arch not in (None, _arch_of_library(path)):
+            said.pop("transform_input", None)
+        return said
+    if not name.startswith(TIMM):
         return {}
     from .timm_trunks import described_by_timm  # here, as timm is optional
 
-    return described_by_timm(str(path).removeprefix(TIMM))
+    return described_by_timm(name.removeprefix(TIMM))
 
 
 # ============ building and filling ============
@@ -282,7 +292,9 @@ def _build(arch, options, run_args, seed):
         if _has_swav_head(arch, options, run_args):
             model = _build_with_head(arch, options, run_args)
         else:
-            options = {name: value for name, value in options.items() if name not in HEAD_FLAGS}
+            # What Sobel filters leave is not transformed as images of torchvision are.
+            unused = (*HEAD_FLAGS, "transform_input")
+            options = {name: value for name, value in options.items() if name not in unused}
             model = build_backbone(arch, **options)
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -296,10 +308,14 @@ def _build_with_head(arch, options, run_args):
         unused.add("drop_path_rate")
     head = {"output_dim": options.get("feat_dim", 0)}
     options = {name: value for name, value in options.items() if name not in unused} | head
+    transform_input = options.pop("transform_input", False)
     prototypes = run_args.get("nmb_prototypes", 0)
     if isinstance(prototypes, list) and len(prototypes) == 1:
         prototypes = prototypes[0]  # a single set, as the scripts build it
-    return build_model(arch, normalize=True, nmb_prototypes=prototypes, **options)
+    model = build_model(arch, normalize=True, nmb_prototypes=prototypes, **options)
+    if arch in TRANSFORMED:
+        model.trunk.transform_input = transform_input
+    return model
 
 
 def _fill(model, weights, arch, source, *, of_swav, feature):

@@ -11,6 +11,7 @@ from src.nets import downloads, pretrained
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
 from src.nets.dino_head import DINOHead, MultiCropWrapper
+from src.nets.export_names import to_torchvision
 from src.nets.pretrained import IMAGENET_RED, SWAV_RED, describe, open_pretrained
 from src.nets.resnet import build_model
 from src.nets.weights import fingerprint, load_weights
@@ -246,7 +247,9 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
     assert fetched == [models.ResNet18_Weights.DEFAULT.url]
     assert (found.arch, found.imagenet_red, found.run_args) == ("resnet18", IMAGENET_RED, {})
     assert torch.equal(found.model.conv1.weight, theirs["conv1.weight"])
-    assert describe("torchvision:resnet18") == ({}, {"arch": "resnet18"})
+    normalisation = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert {"mean": found.mean, "std": found.std} == normalisation
+    assert describe("torchvision:resnet18") == ({}, {"arch": "resnet18", **normalisation})
     with pytest.raises(FileNotFoundError, match="no weights file resnet18"):
         open_pretrained("resnet18")
     with pytest.raises(ValueError, match="torchvision:resnet9000 .* name one"):
@@ -257,6 +260,41 @@ def test_the_weights_of_torchvision_are_fetched_by_name_and_only_then(tmp_path, 
     model = build_model("resnet18", hidden_mlp=8, output_dim=8)
     report = load_weights(model, "torchvision:resnet18", allow_missing=("projection_head",))
     assert len(report.matched) == 120 and report.left_over == ["fc.bias", "fc.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@torch.no_grad()
+def test_networks_of_torchvision_see_images_as_its_weights_of_them_do(tmp_path, monkeypatch, name):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    # as torchvision builds it for its weights, which have the auxiliary classifiers
+    theirs = models.get_model(
+        name, transform_input=True, aux_logits=True, init_weights=False
+    ).eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    monkeypatch.setattr(downloads, "fetch", lambda url: tmp_path / "theirs.pth")
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    found = open_pretrained(f"torchvision:{name}")
+    assert_same(found.model, theirs(images), images)
+    assert found.options["transform_input"] is True
+    assert to_torchvision(found).options == {"aux_logits": False, "transform_input": True}
+    # what is fine-tuned from there goes on so, by the arguments that eval_finetune.py leaves
+    (tmp_path / "args.json").write_text(json.dumps({"arch": name, "transform_input": True}))
+    assert_same(open_pretrained(tmp_path / "theirs.pth").model, theirs(images), images)
+    # a file is of anybody
+    (tmp_path / "args.json").unlink()
+    theirs.transform_input = False
+    assert_same(open_pretrained(tmp_path / "theirs.pth", name).model, theirs(images), images)
+
+
+@pytest.mark.slow  # loads torchvision
+def test_the_weights_of_torchvision_say_how_their_images_are_normalised():
+    said = describe("torchvision:efficientnet_v2_l")[1]
+    assert said == {"arch": "efficientnet_v2_l", "mean": [0.5] * 3, "std": [0.5] * 3}
+    said = describe("torchvision:googlenet")[1]
+    assert (said["transform_input"], said["mean"]) == (True, [0.485, 0.456, 0.406])
 
 
 @pytest.mark.parametrize(
