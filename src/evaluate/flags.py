@@ -15,6 +15,7 @@ from ..nets.pretrained import (
     NETWORK_FLAGS,
     Pretrained,
     describe,
+    for_channels,
     open_pretrained,
     read_run_args,
     run_folder,
@@ -114,7 +115,8 @@ def network_defaults(args: argparse.Namespace, explicit: dict) -> tuple[dict, di
         run_args = read_run_args(args.pretrained)
         return run_args, settings_of_run(run_args)
     if args.pretrained:
-        return describe(args.pretrained, explicit.get("arch"), args.checkpoint_key)
+        run_args, said = describe(args.pretrained, explicit.get("arch"), args.checkpoint_key)
+        return run_args, for_channels(said, explicit.get("in_chans", said.get("in_chans", 3)))
     if "arch" in explicit:
         return {}, {}
     preset = preset_of(args.data_path)

@@ -139,6 +139,7 @@ def open_pretrained(
         run_args = read_run_args(path) or _args_of(contents)
         said = _said(path, weights, arch, run_args)
     said |= {name: value for name, value in options.items() if value is not None}
+    said = for_channels(said, said.get("in_chans", 3))
     arch = arch or said.get("arch") or "resnet50"
     if image_size is None:
         image_size = said.get("size") or IMAGE_SIZE
@@ -235,6 +236,16 @@ def settings_of_run(run_args: dict) -> dict:
     return settings
 
 
+def for_channels(said: dict, in_chans: int) -> dict:
+    """What is said by flag, without mean and std of images with another number of channels.
+
+    Libraries have weights for images of three channels; somebody's file for one of their networks may be
+    for others.
+    """
+    others = [name for name in ("mean", "std") if len(said.get(name) or ()) not in (0, in_chans)]
+    return {name: said[name] for name in said if name not in others}
+
+
 def is_dino(run_args: dict) -> bool:
     """Whether these are the arguments of a run of main_dino.py."""
     return "global_crops_size" in run_args
@@ -259,13 +270,16 @@ def _said(path, weights, arch, run_args):
     said = recognise(weights, arch)
     if "patch_size" in said and (heads := heads_of_config(path)) is not None:
         said["num_heads"] = heads
-    return {**said, **_said_by_library(path, arch), **settings_of_run(run_args)}
+    if run_args:
+        return {**said, **settings_of_run(run_args)}
+    return {**said, **_said_by_library(path, arch)}
 
 
 def _said_by_library(path, arch):
-    """What a library says of the images that its weights are for: mean, std, of timm size; {} for files.
+    """What a library says of the images that its weights are for: mean, std, of timm size; {} for others.
 
-    arch: as in _said. Whether torchvision's network transforms its images is said of that network alone.
+    arch: of _said; a file for one of timm's networks is taken for timm's. Whether a network of torchvision
+    transforms its images is said of that network alone.
     """
     name = str(path)
     if name.startswith(TORCHVISION):
@@ -273,11 +287,13 @@ def _said_by_library(path, arch):
         if arch not in (None, _arch_of_library(path)):
             said.pop("transform_input", None)
         return said
-    if not name.startswith(TIMM):
+    if not name.startswith(TIMM) and not (arch or "").startswith(TIMM):
         return {}
-    from .timm_trunks import described_by_timm  # here, as timm is optional
+    from .timm_trunks import described_by_timm, images_of_timm  # here, as timm is optional
 
-    return described_by_timm(name.removeprefix(TIMM))
+    if name.startswith(TIMM):
+        return described_by_timm(name.removeprefix(TIMM))
+    return images_of_timm(arch.removeprefix(TIMM))
 
 
 # ============ building and filling ============

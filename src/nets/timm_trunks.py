@@ -102,12 +102,22 @@ def described_by_timm(name: str) -> dict:
 
     Raises ValueError on an unknown name or one without weights, and where timm is not installed.
     """
-    timm = import_timm(name)
-    said = timm.get_pretrained_cfg(name)
-    if not said.has_weights:
+    said = images_of_timm(name)
+    if not said:
         raise ValueError(
             f"timm has no weights of {name}: without --pretrained, --arch timm:{name} is untrained"
         )
+    return said
+
+
+def images_of_timm(name: str) -> dict:
+    """The same for a file of weights of the network, which may be timm's; {} where timm has none of it.
+
+    Raises ValueError as import_timm.
+    """
+    said = import_timm(name).get_pretrained_cfg(name)
+    if not said.has_weights:
+        return {}
     return {"size": said.input_size[-1], "mean": list(said.mean), "std": list(said.std)}
 
 

@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+import eval_knn
+from src.evaluate import flags as eval_flags
 from src.nets import pretrained, timm_trunks
 from src.nets.backbones import build_backbone
 from src.nets.convnets import build_convnet
@@ -32,6 +34,50 @@ def test_a_network_of_timm_gives_its_features_from_its_own_file(tmp_path, name):
     torch.testing.assert_close(found.model(IMAGES), source(IMAGES), rtol=1e-5, atol=1e-5)
     assert found.model.num_features == source(IMAGES).shape[1]
     assert (found.arch, found.imagenet_red) == (f"timm:{name}", IMAGENET_RED)
+
+
+@torch.no_grad()
+def test_a_file_of_timm_is_normalised_as_the_same_weights_by_name_and_a_run_as_it_was(tmp_path):
+    from tests.nets.test_pretrained import SWAV, make_run
+
+    torch.manual_seed(0)
+    source = timm.create_model("test_vit", dynamic_img_size=True).eval()
+    torch.save(source.state_dict(), tmp_path / "theirs.pth")
+    found = open_pretrained(tmp_path / "theirs.pth", "timm:test_vit")
+    said = timm.get_pretrained_cfg("test_vit")
+    expected = {"size": said.input_size[-1], "mean": list(said.mean), "std": list(said.std)}
+    assert expected["size"] != 224 and expected["mean"] == [0.5] * 3
+    assert (found.image_size, found.mean, found.std) == tuple(expected.values())
+    described = describe(tmp_path / "theirs.pth", "timm:test_vit")[1]
+    assert {name: described[name] for name in expected} == expected
+    told = open_pretrained(tmp_path / "theirs.pth", "timm:test_vit", image_size=32, std=[0.1] * 3)
+    assert (told.image_size, told.mean, told.std) == (32, [0.5] * 3, [0.1] * 3)
+    # of a network that timm has no weights of, and of a run, timm says nothing
+    torch.save(timm.create_model("botnet50ts_256").state_dict(), tmp_path / "other.pth")
+    other = open_pretrained(tmp_path / "other.pth", "timm:botnet50ts_256")
+    assert (other.image_size, other.mean) == (224, None)
+    model = build_model(
+        "timm:test_vit", normalize=True, output_dim=8, hidden_mlp=16, nmb_prototypes=6
+    ).eval()
+    arguments = {**SWAV, "arch": "timm:test_vit", "stem": "imagenet", "width": 1.0}
+    (tmp_path / "run").mkdir()
+    make_run(tmp_path / "run", arguments, {"model": model})
+    for path in (tmp_path / "run", tmp_path / "run" / "elsewhere" / "copy.pth"):
+        run = open_pretrained(path, "timm:test_vit")
+        assert (run.image_size, run.mean, run.std) == (16, None, None)
+
+
+def test_a_file_for_images_of_one_channel_is_not_normalised_as_timms_of_three(tmp_path):
+    source = timm.create_model("test_resnet", in_chans=1)
+    torch.save(source.state_dict(), tmp_path / "grey.pth")
+    found = open_pretrained(tmp_path / "grey.pth", "timm:test_resnet", in_chans=1)
+    assert (found.in_chans, found.mean, found.std) == (1, None, None)
+    words = ["--pretrained", str(tmp_path / "grey.pth"), "--arch", "timm:test_resnet"]
+    args, _ = eval_flags.parse_args(eval_knn.get_parser(), [*words, "--in_chans", "1"], "knn")
+    eval_flags.check_images(args)
+    assert (args.mean, args.std) == (None, None)
+    args, _ = eval_flags.parse_args(eval_knn.get_parser(), words, "knn")
+    assert args.mean == list(timm.get_pretrained_cfg("test_resnet").mean)
 
 
 def sizes_of(name):
