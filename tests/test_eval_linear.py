@@ -436,6 +436,20 @@ def test_two_processes_equal_one(images, tmp_path, options):
     assert again[0][0] == one
 
 
+def test_flags_that_the_scheduler_does_not_read_are_named_in_the_plan(images, tmp_path, capsys):
+    argv = ["--data_path", images, *NETWORK, "--batch_size", 8, "--epochs", 1]
+    unread_by_words = {
+        "--gamma 0.5 --decay_epochs 2": ["cosine does not read --decay_epochs, --gamma"],
+        "--scheduler_type step --final_lr 0.1": ["step does not read --final_lr"],
+        "--scheduler_type step --gamma 0.5": [],
+        "--final_lr 0.1": [],
+    }
+    for number, (words, expected) in enumerate(unread_by_words.items()):
+        evaluate(tmp_path / str(number), *argv, *words.split())
+        notes = [x for x in capsys.readouterr().out.splitlines() if "does not read" in x]
+        assert [note.partition("note: --scheduler_type ")[2] for note in notes] == expected
+
+
 def test_images_that_nothing_splits_are_held_out(images, tmp_path, capsys):
     found = evaluate(tmp_path, *NETWORK, "--data_path", images / "train", "--epochs", "1")
     assert found["settings"]["images"] == [54, 6, 2] and "held out" in capsys.readouterr().out

@@ -68,6 +68,8 @@ OF_SGD = (
     *("nesterov", "scheduler_type", "decay_epochs", "gamma", "final_lr", "val_freq", "log_freq"),
     "verbose",
 )
+# Flags that one kind of --scheduler_type reads.
+OF_SCHEDULER = {"step": ("decay_epochs", "gamma"), "cosine": ("final_lr",)}
 SMALL_DINO = {"lr": 0.1}  # fewer iterations need a larger one than DINO's
 
 
@@ -228,3 +230,13 @@ def log_plan(
     if args.protocol != "dino" and total != REFERENCE_BATCH and "lr" not in args.given:
         fitting = args.lr * total / REFERENCE_BATCH
         logger.info(f"note: the learning rate is for 256 images; --lr {fitting:g} fits {total}")
+    unread = [
+        f"--{name}"
+        for scheduler, names in OF_SCHEDULER.items()
+        for name in names
+        if scheduler != args.scheduler_type and name in args.given
+    ]
+    if unread:  # published commands give them, so that they are not refused
+        logger.info(
+            f"note: --scheduler_type {args.scheduler_type} does not read {', '.join(unread)}"
+        )
