@@ -53,15 +53,15 @@ ORDER = [
 # What loading a script may load of src/: files and lines. The figures may fall, and rise only with the
 # reason in the commit. A script that is not here, such as a copy, may have those of the largest.
 BUDGETS = {
-    "main_swav": (27, 6900),
-    "main_simclr": (26, 6750),
-    "main_selav2": (31, 7620),
-    "main_deepclusterv2": (32, 7830),
-    "main_rotnet": (32, 7470),
-    "main_dino": (31, 7660),
-    "main_deepcluster": (39, 8750),
-    "main_deepercluster": (42, 9620),
-    "main_clusterfit": (37, 8440),
+    "main_swav": (27, 6910),
+    "main_simclr": (26, 6760),
+    "main_selav2": (31, 7640),
+    "main_deepclusterv2": (32, 7850),
+    "main_rotnet": (32, 7490),
+    "main_dino": (31, 7670),
+    "main_deepcluster": (39, 8760),
+    "main_deepercluster": (42, 9640),
+    "main_clusterfit": (37, 8450),
 }
 FUNCTION_LINES = 90
 # Files whose functions take the whole command line: of flags, and what visualize.py chooses from.

@@ -17,6 +17,14 @@ from ..errors import STOP_SIGNALS, RunError, cause
 
 TIMEOUT = 1800.0  # seconds that a batch may take, of --loader_timeout
 GRACE = 2.0  # seconds after it until torch, whose limit it is first, is interrupted
+LEAVING: list[torch.Tensor] = []  # a byte of each Loader, shared with its processes: 1 to end
+
+
+@atexit.register
+def let_workers_leave() -> None:
+    """The main process ends: a worker that starts now ends at once, others when SIGTERM asks them to."""
+    for leaving in LEAVING:
+        leaving.fill_(1)
 
 
 def num_cores() -> int:
@@ -45,7 +53,7 @@ class Loader(DataLoader):
     ):
         num_workers = min(num_workers, num_cores())
         leaving = shared_bytes(1)
-        atexit.register(leaving.fill_, 1)
+        LEAVING.append(leaving)
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -156,6 +164,8 @@ def _start_worker(worker, leaving):
     signal.signal(signal.SIGTERM, lambda number, frame: leaving.item() and os._exit(0))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
+    if leaving.item():
+        os._exit(0)
 
 
 def _collate_shared(samples, collate):

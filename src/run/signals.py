@@ -69,6 +69,9 @@ def _leave(number):
     lock = sys.modules.get(f"{__package__}.lock")
     if lock is not None:  # writers on other hosts would wait for a sign of life
         lock.release_folders()
+    loading = sys.modules.get(f"{__package__.rpartition('.')[0]}.data.loading")
+    if loading is not None:  # the main thread may be starting workers that nobody knows of yet
+        loading.let_workers_leave()
     end_workers()
     os._exit(status)
 
