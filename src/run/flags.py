@@ -283,14 +283,14 @@ def parse_args(
         defaults = dict(chosen)  # without what a newer version would choose
     sides = defaults.pop("crop_sides", None)
     parser.set_defaults(**defaults)
+    if preset == "continue":  # of the epochs and the batch that are asked for
+        asked = parser.parse_known_args(words_without_help)[0]
+        iterations = situation.num_images // (asked.batch_size * situation.world_size)
+        parser.set_defaults(**first_spans(published, asked.epochs, iterations))
     notes = fit_preset_to_arch(
         parser, words_without_help, preset, sides or CROPS[preset]["size"], published
     )
     args = parser.parse_args(words)
-    if preset == "continue":  # of the epochs and the batch that were asked for
-        iterations = situation.num_images // (args.batch_size * situation.world_size)
-        parser.set_defaults(**first_spans(published, args.epochs, iterations))
-        args = parser.parse_args(words)
     if "warmup_epochs" in args and args.warmup_epochs > args.epochs:
         parser.set_defaults(warmup_epochs=args.epochs // 2)
         args, usual_epochs = parser.parse_args(words), args.warmup_epochs

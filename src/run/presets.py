@@ -221,7 +221,7 @@ def defaults_of(
             values["width"] = published["width"]  # the preset's belongs to the preset's network
         values |= {name: value for name, value in network.items() if name in published}
     if preset == "continue":
-        values |= continuation({**published, **values}, situation)
+        values |= continuation({**published, **values})
     return values
 
 
@@ -237,20 +237,18 @@ def network_of_weights(init_from: str) -> dict:
     return network_of(init_from)
 
 
-def continuation(values: dict, situation: Situation) -> dict:
+def continuation(values: dict) -> dict:
     """What is other than with photos where a run goes on from trained weights, by flag.
 
-    A tenth of the learning rate after a short warm-up, a slow teacher, and a head that is new, so that what
-    it is trained on stays as it is at first. values: of all flags without this.
+    A tenth of the learning rate, and a slow teacher; first_spans has what else. values: of all flags without
+    this.
     """
     changed = {}
     for name in ("base_lr", "final_lr", "lr"):
         if name in values:
             changed[name] = values[name] / 10
     changed["momentum_teacher"] = 0.9995
-    iterations = situation.num_images // situation.global_batch()
-    spans = first_spans(values, situation.epochs(), iterations)
-    return {name: value for name, value in changed.items() if name in values} | spans
+    return {name: value for name, value in changed.items() if name in values}
 
 
 def first_spans(values: dict, epochs: int, iterations: int) -> dict:

@@ -121,7 +121,7 @@ class Run:
         self.history, self.trouble = [], None  # of what kind the latest trouble is
         self.repeats = False  # whether fewer than half of the prototypes were unique
         self.resumed_at, self.logged = (0, 0), []  # the place, and the lines of the log up to it
-        self.validation = None  # the val split, opened at the first k-NN
+        self.validation = None  # the val split, where there is one
         self.pictured = False
         self.probe_sets = {}  # of --probe_data: training and validation images by name
         # Of the evaluations what --guard_knn looks at, and the best (top-1, epoch) of it so far.
@@ -294,7 +294,8 @@ class Run:
         """Describe the run in its folder, and do what the epoch before still owed: k-NN and curves.
 
         All processes call it, after resume(), and not before: a run that may not go on leaves the
-        folder as it was. Raises ValueError and FileNotFoundError for --probe_data that cannot be used.
+        folder as it was. Raises ValueError and FileNotFoundError for validation images or --probe_data that
+        cannot be used.
         """
         if self.process.rank == 0:
             describe_run(self.arguments, self.folder)
@@ -303,7 +304,12 @@ class Run:
 
             self.probe_sets[name] = open_probe_set(name, path, self.arguments["in_chans"])
         if self.arguments["knn_freq"] and self.dataset.labels is not None:
-            self.open_validation()  # what is wrong with its images shall not be found hours later
+            from ..evaluate.probe import (
+                open_validation,  # now, or a fault in it is found hours later
+            )
+
+            data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
+            self.validation = open_validation(self.dataset, data_path, in_chans)
         epoch, start = self.resumed_at
         self.best = dist.broadcast_object(self.best_that_is_kept())  # the main process has the log
         if epoch > 0 and start == 0:
@@ -557,8 +563,6 @@ class Run:
 
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
         """Accuracies (%) by name, of the first network also without its own, and what to say of them."""
-        if self.validation is None and self.dataset.labels is not None:
-            self.open_validation()
         extraction = {
             "size": self.image_size,
             "mean": self.augment.mean.flatten().tolist(),
@@ -578,13 +582,6 @@ class Run:
             sentences += said
         return accuracies, sentences
 
-    def open_validation(self) -> None:
-        """Open the validation images of the data. Raises ValueError as src.evaluate.probe says."""
-        from ..evaluate.probe import open_validation
-
-        data_path, in_chans = self.arguments["data_path"], self.arguments["in_chans"]
-        self.validation = [open_validation(self.dataset, data_path, in_chans)]
-
     def evaluate_network(
         self, network: nn.Module, extraction: dict[str, Any]
     ) -> tuple[dict[str, float], list[str]]:
@@ -593,7 +590,7 @@ class Run:
 
         accuracies, sentences = {}, []
         if self.dataset.labels is not None:
-            val = self.validation[0]
+            val = self.validation
             accuracies["knn"] = knn_probe(network, self.dataset, val, **extraction)
             images = f"the {len(val):,} validation images" if val else "every tenth training image"
             sentences.append(f"20-NN top-1 {accuracies['knn']:.2f} % of {images}")
