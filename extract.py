@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from src import dist
 from src.cluster.kmeans import initial_centroids, spherical_kmeans
-from src.errors import CheckpointError, Stopped
+from src.errors import Stopped
 from src.evaluate import flags as eval_flags
 from src.evaluate.feature_table import (
     columns_of,
@@ -47,6 +47,7 @@ from src.evaluate.feature_table import (
     write_csv,
     write_parquet,
 )
+from src.evaluate.stored_features import check_settings
 from src.labels.features import extract_features, share
 from src.labels.row_file import CHUNK, RowFile, check_space, write_array
 from src.nets.pooling import FEATURES, forward_of_feature, shape_of_features
@@ -290,16 +291,7 @@ def read_stored(folder, settings):
     if not path.is_file() or not (folder / "features.npy").is_file():
         return None
     stored = json.loads(path.read_text())
-    words = {"weights": "of other weights", "images_digest": "of other images"}
-    for name, value in settings.items():
-        before = stored["settings"].get(name)
-        if name == "precision" and before is None:  # earlier versions do not say it
-            continue
-        if before != value:
-            what = words.get(name, f"with {name} {before}, not {value}")
-            raise CheckpointError(
-                f"{folder} holds features {what}: name another --dump_path, or remove that folder"
-            )
+    check_settings(stored["settings"], settings, folder)
     return stored
 
 

@@ -88,16 +88,22 @@ def _is_complete(path, settings):
     if not path.is_file() or not path.with_suffix(".npy").is_file():
         return None
     stored = json.loads(path.read_text())
+    check_settings(stored["settings"], settings, path.parent)
+    return stored["complete"]
+
+
+def check_settings(stored: dict, settings: dict, folder: Path) -> None:
+    """Raise CheckpointError where the features in a folder depend on other settings than these, by name."""
+    words = {"weights": "of other weights", "images_digest": "of other images"}
     for name, value in settings.items():
-        before = stored["settings"].get(name)
+        before = stored.get(name)
         if name == "precision" and before is None:  # earlier versions do not say it
             continue
         if before != value:
-            what = "of other weights" if name == "weights" else f"with {name} {before}, not {value}"
+            what = words.get(name, f"with {name} {before}, not {value}")
             raise CheckpointError(
-                f"{path.parent} holds features {what}: name another --dump_path, or remove that folder"
+                f"{folder} holds features {what}: name another --dump_path, or remove that folder"
             )
-    return stored["complete"]
 
 
 def _write_settings(path, settings, complete):
